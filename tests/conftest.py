@@ -1,0 +1,35 @@
+"""Shared test helpers: small random models, and the lookup of real data kept beside the checkout."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    torch.set_num_threads(int(os.environ.get("TIMM_CSRA_TEST_THREADS", "2")))
+
+
+@pytest.fixture(scope="session")
+def real_data() -> Path:
+    """Folder of real photographs; without it the test is skipped, or fails where the data is required."""
+    return _shared("data")
+
+
+@pytest.fixture(scope="session")
+def real_weights() -> Path:
+    """Folder of small trained checkpoints; without it the test is skipped, or fails where they are required."""
+    return _shared("weights")
+
+
+def _shared(name: str) -> Path:
+    folder = SHARED / name
+    if not folder.is_dir():
+        reason = f"real {name} not found at {folder}: this test did NOT run"
+        if os.environ.get("TIMM_CSRA_REQUIRE_DATA"):
+            pytest.fail(reason)
+        pytest.skip(reason)
+    return folder

@@ -1,0 +1,152 @@
+"""wrap, unwrap and what they refuse; settings at run time; threads."""
+
+import threading
+import types
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+import timm_csra
+from timm_csra import UnsupportedModelError
+
+from .families import create
+
+x = torch.randn(2, 3, 96, 96, generator=torch.Generator().manual_seed(3))
+
+
+def test_wrapping_again_replaces_the_settings() -> None:
+    model = timm_csra.wrap(create("test_resnet"), lam=0.5, temperature=2)
+    once = type(model)
+    assert timm_csra.wrap(model) is model
+    assert type(model) is once
+    assert model.csra == timm_csra.CSRAConfig()
+    assert timm_csra.is_wrapped(model)
+    assert not timm_csra.is_wrapped(timm_csra.unwrap(model))
+    assert timm_csra.unwrap(model) is model
+
+
+@torch.no_grad()
+def test_assignment_takes_effect_at_the_next_forward() -> None:
+    model = timm_csra.wrap(create("test_resnet"), lam=0.3)
+    expected = model(x)
+    timm_csra.wrap(model, lam=0.1)
+    assert not torch.equal(model(x), expected)
+    model.csra.lam = 0.3
+    assert torch.equal(model(x), expected)
+
+
+@torch.no_grad()
+def test_classes_of_the_same_model_do_not_share_settings() -> None:
+    first, second = timm_csra.wrap(create("test_resnet"), 0.1), timm_csra.wrap(create("test_resnet"), 0.9)
+    assert type(first) is type(second)
+    assert (first.csra.lam, second.csra.lam) == (0.1, 0.9)
+    assert not torch.equal(first(x), second(x))
+
+
+@torch.no_grad()
+def test_threads_do_not_disturb_each_other() -> None:
+    one, other = timm_csra.wrap(create("test_vit2")), timm_csra.wrap(create("test_vit2"), 0.7, (1, 5))
+    batches = [torch.randn(1, 3, 160, 160, generator=torch.Generator().manual_seed(i)) for i in range(4)]
+    expected = {(id(m), i): m(batch) for m in (one, other) for i, batch in enumerate(batches)}
+    wrong: list[object] = []
+
+    def work(model: nn.Module, start: int) -> None:
+        for step in range(12):
+            i = (start + step) % len(batches)
+            with torch.no_grad():  # the mode is per thread
+                if not torch.allclose(model(batches[i]), expected[id(model), i], atol=1e-6):
+                    wrong.append((model.csra, i))
+
+    threads = [threading.Thread(target=work, args=(m, s)) for m in (one, one, other, other) for s in (0, 2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+def no_pooling() -> nn.Module:
+    return timm.create_model("test_vit", global_pool="")
+
+
+class Detector(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.backbone = timm.create_model("test_resnet")
+
+
+REFUSED = [
+    (lambda: timm.create_model("test_resnet", num_classes=0), r"test_resnet: found num_classes=0.*reset_classifier"),
+    (no_pooling, r"test_vit: found global_pool=''.*expected logits \(N, K\).*global_pool='avg'"),
+    (lambda: nn.Linear(2, 2), r"Linear is not a timm classifier: expected .*forward_features.*timm.create_model"),
+    (lambda: "resnet50", r"str is not a timm classifier"),
+    (lambda: timm.create_model("test_resnet", features_only=True), "FeatureListNet is not a timm classifier"),
+    (lambda: nn.DataParallel(create("test_resnet")), r"DataParallel is not a timm.*wrap\(model.module\) instead"),
+    (lambda: torch.compile(create("test_resnet")), r"OptimizedModule.*wrap\(model._orig_mod\) instead"),
+    (Detector, r"Detector is not a timm classifier.*wrap\(model.backbone\) instead"),
+    (lambda: nn.Sequential(Detector()), r"wrap\(model.get_submodule\('0.backbone'\)\) instead"),
+    (lambda: timm.create_model("pit_ti_224"), "pit_ti_224: no location is left.*found the parameter cls_token"),
+    (
+        lambda: timm.create_model("coat_lite_tiny"),
+        "coat_lite_tiny: no location is left.*found the parameter cls_token1",
+    ),
+    (lambda: timm.create_model("crossvit_tiny_240"), "crossvit_tiny_240: no location is left.*cls_token_0"),
+    (lambda: timm.create_model("resnet50_clip"), "resnet50_clip: found AttentionPool2d.*does not depend on position"),
+]
+
+
+@pytest.mark.parametrize(("build", "text"), REFUSED, ids=[text.split(":")[0].split(" ")[0] for _, text in REFUSED])
+def test_refused_models(build: object, text: str) -> None:
+    model = build()  # type: ignore[operator]
+    plain = type(model)
+    for function in (timm_csra.wrap, lambda m: timm_csra.score_maps(m, x)):
+        with pytest.raises(UnsupportedModelError, match=text):
+            function(model)
+    assert type(model) is plain
+    explanation = timm_csra.explain(model)
+    assert explanation.unsupported
+    assert "cannot be wrapped" in str(explanation)
+
+
+def test_refused_at_the_forward_pass() -> None:
+    model = timm_csra.wrap(create("test_resnet"))
+    model.reset_classifier(0)
+    with pytest.raises(UnsupportedModelError, match="test_resnet: found num_classes=0, no classifier"):
+        model(x)
+    model.reset_classifier(7)
+    assert model(x).shape == (2, 7)
+
+    model = timm_csra.wrap(create("test_resnet"))
+    model.forward_features = types.MethodType(lambda self, x: torch.zeros(len(x), 96), model)
+    with pytest.raises(
+        UnsupportedModelError, match=r"no location is left.*returned \(2, 96\), expected \(N, C, H, W\)"
+    ):
+        model(x)
+
+    model = timm_csra.wrap(timm.create_model("efficientvim_m1").eval())
+    with pytest.raises(UnsupportedModelError, match="efficientvim_m1: forward_features returned a list, expected one"):
+        model(torch.zeros(1, 3, 224, 224))
+
+
+def test_explain_reads_well() -> None:
+    text = str(timm_csra.explain(create("test_resnet"), 160))
+    assert text.splitlines()[0] == "test_resnet: can be wrapped"
+    assert "kind              exact (linear after average pooling" in text
+    assert "locations         5 x 5 for an input of 3x160x160" in text
+    assert "extra MACs        2.40 M" in text  # 25 locations x 96 channels x 1000 classes
+
+
+def test_explain_changes_nothing_and_needs_no_weights() -> None:
+    model = timm.create_model("test_efficientnet").train()
+    model.bn1.eval()
+    state = {key: value.clone() for key, value in model.state_dict().items()}
+    random_state = torch.get_rng_state()
+    timm_csra.explain(model)
+    assert model.training and not model.bn1.training
+    assert torch.equal(torch.get_rng_state(), random_state)
+    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+    with torch.device("meta"):
+        on_meta = timm.create_model("test_efficientnet")
+    assert timm_csra.explain(on_meta) == timm_csra.explain(model)

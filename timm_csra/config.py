@@ -1,0 +1,76 @@
+"""The two settings of class-specific residual attention, validated wherever they are set."""
+
+import math
+from dataclasses import dataclass
+from numbers import Real
+from typing import Any
+
+
+def validate_lam(lam: Any) -> float:
+    """Return `lam` as a float. TypeError if it is no real number, ValueError unless finite and >= 0."""
+    if isinstance(lam, bool) or not isinstance(lam, Real):
+        raise TypeError(f"lam must be a real number, got {lam!r} ({type(lam).__name__}).")
+    value = float(lam)
+    if not math.isfinite(value) or value < 0:
+        raise ValueError(f"lam must be finite and at least 0, got {lam!r}. lam=0 is the plain model; try lam=0.1.")
+    return value
+
+
+def validate_temperature(temperature: Any) -> tuple[float, ...]:
+    """Return `temperature` as a non-empty tuple of positive floats (`inf` allowed), one per head."""
+    heads = tuple(temperature) if isinstance(temperature, (tuple, list)) else (temperature,)
+    if not heads:
+        raise ValueError(
+            f"temperature must hold at least one value, got {temperature!r}. Use math.inf for the maximum."
+        )
+    for head in heads:
+        if isinstance(head, bool) or not isinstance(head, Real):
+            raise TypeError(
+                "temperature must be a positive number, math.inf, or a tuple of them, "
+                f"got {head!r} ({type(head).__name__})."
+            )
+        if not float(head) > 0:  # also catches NaN
+            raise ValueError(
+                f"temperature must be positive, got {head!r}. Use math.inf for the maximum over locations."
+            )
+    return tuple(float(head) for head in heads)
+
+
+_VALIDATORS = {"lam": validate_lam, "temperature": validate_temperature}
+
+
+@dataclass
+class CSRAConfig:
+    """Settings of a wrapped model, kept in `model.csra`; every assignment is validated.
+
+    Args:
+        lam: weight of the attention term, finite and >= 0. 0 is the plain model.
+        temperature: the paper's T, positive; `math.inf` takes the maximum over locations. Several values are
+            several heads whose attention terms are averaged. Always stored as a tuple.
+
+    Raises:
+        TypeError: a value of the wrong type (`bool` included).
+        ValueError: `lam` negative, infinite or NaN; `temperature` empty, NaN or not positive.
+
+    Example:
+        >>> config = CSRAConfig(lam=0.1)
+        >>> config.temperature
+        (inf,)
+        >>> config.temperature = (1, math.inf)
+        >>> config
+        CSRAConfig(lam=0.1, temperature=(1.0, inf))
+    """
+
+    lam: float = 0.1
+    temperature: float | tuple[float, ...] = math.inf
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name not in _VALIDATORS:
+            raise AttributeError(f"CSRAConfig has no setting {name!r}; it has {', '.join(_VALIDATORS)}.")
+        super().__setattr__(name, _VALIDATORS[name](value))
+
+    @property
+    def heads(self) -> tuple[float, ...]:
+        """`temperature` as it is stored: one value per head."""
+        assert isinstance(self.temperature, tuple)
+        return self.temperature

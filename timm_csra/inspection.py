@@ -1,0 +1,186 @@
+"""What wrapping means for one model: its kind of head, its grid of locations, and what scoring them costs."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from timm.models import get_model_input_config
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.overrides import TorchFunctionMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from .errors import UnsupportedModelError
+from .locations import Head, describe, feature_layout, location_scores
+from .patching import plain_head, why_unsupported
+
+_KINDS = {
+    "exact": "linear after average pooling: the mean of the location scores is the plain logit, as in the paper",
+    "nonlinear": "something nonlinear stands between the pooling and the logits",
+    "token": "class token or attention pooling: patch tokens were not trained to be classified, gains may be absent",
+}
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What `explain` found; `str()` of it is meant to be read.
+
+    Attributes:
+        architecture: timm's name of the architecture, else the class name.
+        input_size: images the figures are for, `(C, H, W)`.
+        kind: `exact`, `nonlinear` or `token`; None where the model cannot be wrapped.
+        grid: rows and columns of locations, or None where they form none.
+        locations: number of locations L.
+        num_classes: K.
+        macs: multiply-accumulates of the plain model for one image.
+        extra_macs: those that scoring the locations adds.
+        extra_parameters: always 0.
+        unsupported: why the model cannot be wrapped, or None.
+    """
+
+    architecture: str
+    input_size: tuple[int, int, int] | None = None
+    kind: str | None = None
+    grid: tuple[int, int] | None = None
+    locations: int = 0
+    num_classes: int = 0
+    macs: int = 0
+    extra_macs: int = 0
+    extra_parameters: int = 0
+    unsupported: str | None = None
+
+    def __str__(self) -> str:
+        if self.unsupported:
+            return f"{self.architecture}: cannot be wrapped\n  {self.unsupported}"
+        grid = f"{self.grid[0]} x {self.grid[1]}" if self.grid else f"{self.locations} (no grid)"
+        share = f"{100 * self.extra_macs / self.macs:.2f} %" if self.macs else "n/a"
+        assert self.kind is not None and self.input_size is not None
+        return (
+            f"{self.architecture}: can be wrapped\n"
+            f"  kind              {self.kind} ({_KINDS[self.kind]})\n"
+            f"  locations         {grid} for an input of {'x'.join(map(str, self.input_size))}\n"
+            f"  classes           {self.num_classes}\n"
+            f"  extra parameters  {self.extra_parameters}\n"
+            f"  extra MACs        {self.extra_macs / 1e6:.2f} M beside the model's {self.macs / 1e6:.1f} M ({share})"
+        )
+
+
+def explain(model: nn.Module, input_size: int | tuple[int, ...] | None = None) -> Explanation:
+    """Say what `wrap` would do, or does, to this model. Nothing is computed on real images and nothing is changed.
+
+    Args:
+        model: plain or wrapped, on any device (the meta device too).
+        input_size: pixels as `S`, `(H, W)` or `(C, H, W)`; None for the model's own.
+
+    Returns:
+        An `Explanation`. A model that cannot be wrapped gives one whose `unsupported` says why; it raises nothing.
+
+    Example:
+        >>> explain(timm.create_model('test_resnet')).kind
+        'exact'
+    """
+    reason = why_unsupported(model)
+    if reason:
+        return Explanation(describe(model), unsupported=reason)
+    size = _input_size(model, input_size)
+    modes = {module: module.training for module in model.modules()}
+    try:
+        return _explain(model.eval(), size)
+    except UnsupportedModelError as error:
+        return Explanation(describe(model), size, unsupported=str(error))
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
+def _input_size(model: nn.Module, requested: int | tuple[int, ...] | None) -> tuple[int, int, int]:
+    channels, height, width = get_model_input_config(model)["input_size"]
+    if isinstance(requested, int):
+        height = width = requested
+    elif requested is not None:
+        *channel, height, width = requested
+        channels = channel[0] if channel else channels
+    return channels, height, width
+
+
+def _explain(model: nn.Module, size: tuple[int, int, int]) -> Explanation:
+    head = plain_head(model)
+    weight = next(model.parameters())
+    # Fake tensors have shapes and no values: the model runs at no cost, whatever its size.
+    # Gradients stay on, since the flop counter looks at them.
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.enable_grad():
+        images = torch.empty(1, *size, dtype=weight.dtype, device=weight.device)
+        with FlopCounterMode(display=False) as plain:
+            features = model.forward_features(images)  # type: ignore[operator]
+            with _HeadRecorder(model) as recorder:
+                head(features)
+        layout = feature_layout(model, features)
+        with FlopCounterMode(display=False) as extra:
+            scores = location_scores(model, head, features)
+        shape = tuple(features.shape)
+    return Explanation(
+        architecture=describe(model),
+        input_size=size,
+        kind=_kind(model, head, shape, recorder),
+        grid=layout.grid(features, size[1:]),
+        locations=scores[0].shape[1],
+        num_classes=scores[0].shape[2],
+        macs=plain.get_total_flops() // 2,
+        extra_macs=extra.get_total_flops() // 2,
+    )
+
+
+class _HeadRecorder(TorchFunctionMode):
+    """Which parameters and buffers a head uses, and whether it attends."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        tensors = [*model.named_parameters(), *model.named_buffers()]
+        self._names = {id(tensor): name for name, tensor in tensors}
+        self.used: set[str] = set()
+        self.attends = False
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = kwargs or {}
+        self.used |= {self._names[id(arg)] for arg in (*args, *kwargs.values()) if id(arg) in self._names}
+        self.attends |= func in _ATTENTION
+        return func(*args, **kwargs)
+
+
+_ATTENTION = (F.scaled_dot_product_attention, F.multi_head_attention_forward, F.softmax, torch.softmax, Tensor.softmax)
+
+
+class _Call(nn.Module):
+    """A head as a module, so that `functional_call` can run it on other weights."""
+
+    def __init__(self, model: nn.Module, head: Head) -> None:
+        super().__init__()
+        self.model = model
+        self._head = head
+
+    def forward(self, features: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        logits = self._head(features)
+        return (logits if isinstance(logits, Tensor) else logits[0]), location_scores(self.model, self._head, features)
+
+
+def _kind(model: nn.Module, head: Head, shape: tuple[int, ...], recorder: _HeadRecorder) -> str:
+    """Try the head on random features in float64, with random weights in place of its own: a head that starts at
+    zero, or has no weights yet (meta device), says nothing otherwise."""
+    if recorder.attends:
+        return "token"
+    generator = torch.Generator().manual_seed(0)
+    weights: dict[str, Tensor] = {}
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if name in recorder.used:
+            # Buffers in a head are running means and variances: positive values suit both.
+            uniform = torch.rand(tensor.shape, generator=generator, dtype=torch.float64, device="cpu")
+            weights[f"model.{name}"] = 2 * uniform - 1 if isinstance(tensor, nn.Parameter) else uniform + 0.5
+    features = torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu", requires_grad=True)
+    call = _Call(model, head)
+    logits, scores = torch.func.functional_call(call, weights, (features,))
+    layout = feature_layout(model, features)
+    (gradient,) = torch.autograd.grad(logits.sum(), features)
+    if not layout.locations(gradient).any():
+        return "token"
+    return "exact" if torch.allclose(logits, scores[0].mean(1), rtol=1e-9, atol=1e-9) else "nonlinear"

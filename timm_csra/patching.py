@@ -1,0 +1,207 @@
+"""Wrapping a timm model in place, by swapping its class for a cached subclass."""
+
+import functools
+import math
+from typing import Any, TypeVar, cast
+
+import torch
+from timm.layers import AttentionPool2d
+from torch import Tensor, nn
+
+from .attention import add_attention
+from .config import CSRAConfig
+from .errors import UnsupportedModelError
+from .locations import Head, describe, feature_layout, location_scores
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+class CSRAMixin:
+    """Modifications:
+
+    - `forward_head` adds the attention term of `self.csra` to the logits.
+    - copying and pickling rebuild the subclass from the timm class.
+    """
+
+    csra: CSRAConfig
+
+    def forward_head(self, x: Any, pre_logits: bool = False, **kwargs: Any) -> Any:
+        model = cast(nn.Module, self)
+        if pre_logits:
+            return super().forward_head(x, pre_logits=True, **kwargs)  # type: ignore[misc]
+        head: Head = functools.partial(super().forward_head, **kwargs)  # type: ignore[misc]
+        lam = self.csra.lam
+        if lam == 0:
+            return head(x)
+        if not model.num_classes:
+            raise UnsupportedModelError(_no_classifier(model))
+        # Locations first: what they refuse, they refuse before the plain head has changed anything.
+        scores = location_scores(model, head, x)
+        logits = head(x)
+        if isinstance(logits, tuple):
+            return tuple(add_attention(y, s, lam, self.csra.heads) for y, s in zip(logits, scores, strict=True))
+        return add_attention(logits, scores[0], lam, self.csra.heads)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        rebuild, args, *state = cast(tuple, super().__reduce_ex__(protocol))
+        plain = _plain_class(type(self))
+        return _rebuild, (plain, rebuild, *(plain if arg is type(self) else arg for arg in args)), *state
+
+
+@functools.cache
+def _wrapped_class(plain: type) -> type:
+    name = f"CSRA{plain.__name__}"
+    doc = f"{plain.__name__} with class-specific residual attention.\n\n{CSRAMixin.__doc__}"
+    return type(name, (CSRAMixin, plain), {"__doc__": doc, "__module__": __name__})
+
+
+def _plain_class(wrapped: type) -> type:
+    return wrapped.__bases__[1]
+
+
+def _rebuild(plain: type, rebuild: Any, *args: Any) -> Any:
+    """Unpickle: only the timm class is named in the file, the subclass is made from it."""
+    return rebuild(*(_wrapped_class(plain) if arg is plain else arg for arg in args))
+
+
+def is_wrapped(model: nn.Module) -> bool:
+    """Whether `wrap` has patched this model (the module itself, not one inside it)."""
+    return isinstance(model, CSRAMixin)
+
+
+def wrap(model: Model, lam: float = 0.1, temperature: float | tuple[float, ...] = math.inf) -> Model:
+    """Add class-specific residual attention to a timm classifier, in place: no retraining, no new weight.
+
+    The logits become `base_c + lam * att_c` with `att_c = sum_j softmax_j(T * s_c(j)) * s_c(j)` (for T = inf the
+    maximum over locations j), where `s_c(j)` is what the model's own head says of class c when every location looks
+    like j (Zhu & Wu, ICCV 2021, arXiv 2108.02456). `state_dict`, `isinstance` and the data config stay as they are.
+
+    Args:
+        model: a timm classifier. Wrapping a wrapped model replaces its settings.
+        lam: weight of the attention term, finite and >= 0. With 0 the model's own head is called and nothing else.
+        temperature: the paper's T, positive, or `inf`; a tuple for several heads, whose terms are averaged.
+
+    Returns:
+        The same object. `model.csra` holds the settings; `model.csra.lam = 0.3` takes effect at the next forward.
+
+    Raises:
+        UnsupportedModelError: no timm classifier, no classifier left, no pooling, or a container around the model.
+        TypeError, ValueError: settings of a wrong type or out of range.
+
+    Example:
+        >>> import timm, timm_csra
+        >>> model = timm_csra.wrap(timm.create_model('test_resnet').eval(), lam=0.1)
+        >>> model(torch.randn(2, 3, 160, 160)).shape
+        torch.Size([2, 1000])
+    """
+    config = CSRAConfig(lam, temperature)
+    reason = why_unsupported(model)
+    if reason:
+        raise UnsupportedModelError(reason)
+    if not is_wrapped(model):
+        model.__class__ = _wrapped_class(cast(type, type(model)))
+    model.csra = config  # type: ignore[assignment]
+    return model
+
+
+def unwrap(model: Model) -> Model:
+    """Undo `wrap`, in place: the timm class is back and nothing is left in `__dict__`.
+
+    A plain model is returned as it is.
+    """
+    if is_wrapped(model):
+        model.__class__ = _plain_class(type(model))
+        del model.csra
+    return model
+
+
+def plain_head(model: nn.Module) -> Head:
+    """The model's own `forward_head`, wrapped or not."""
+    return super(CSRAMixin, model).forward_head if is_wrapped(model) else model.forward_head  # type: ignore
+
+
+def score_maps(model: nn.Module, x: Tensor) -> Tensor:
+    """Class scores of every location, for a wrapped or plain timm classifier, whatever its `lam`.
+
+    Args:
+        model: a timm classifier, in eval mode.
+        x: images as the model takes them, `(N, 3, H, W)`.
+
+    Returns:
+        `(N, K, rows, columns)`: the score of class k at each location, what the model's own head says when every
+        location looks like that one. For a head that is linear after average pooling their mean is the plain logit.
+
+    Raises:
+        UnsupportedModelError: the model cannot be wrapped, or its locations form no grid.
+
+    Example:
+        >>> maps = timm_csra.score_maps(timm.create_model('test_resnet').eval(), torch.randn(2, 3, 160, 160))
+        >>> maps.shape
+        torch.Size([2, 1000, 5, 5])
+    """
+    reason = why_unsupported(model)
+    if reason:
+        raise UnsupportedModelError(reason)
+    features = model.forward_features(x)  # type: ignore[operator]
+    scores = location_scores(model, plain_head(model), features)
+    mean_scores: Tensor = scores[0] if len(scores) == 1 else torch.stack(scores).mean(0)
+    grid = feature_layout(model, features).grid(features, (x.shape[-2], x.shape[-1]))
+    if grid is None:
+        raise UnsupportedModelError(
+            f"{describe(model)}: {mean_scores.shape[1]} locations form no grid of rows and columns for an input of "
+            f"{x.shape[-2]}x{x.shape[-1]} pixels. Use an input whose size is a multiple of the model's patch size."
+        )
+    return torch.unflatten(mean_scores.transpose(1, 2), 2, grid)
+
+
+def why_unsupported(model: Any) -> str | None:
+    """Why a model cannot be wrapped, as far as can be told without running it; None where nothing speaks against it."""
+    if not _is_timm_classifier(model):
+        return (
+            f"{type(model).__name__} is not a timm classifier: expected a module with forward_features, forward_head "
+            f"and num_classes. {_where_to_look(model)}"
+        )
+    if not model.num_classes:
+        return _no_classifier(model)
+    head = getattr(model, "head", None)
+    pools = (getattr(head, "global_pool", None), getattr(head, "pool_type", None), getattr(model, "global_pool", None))
+    if any(getattr(pool, "pool_type", pool) == "" for pool in pools):
+        return (
+            f"{describe(model)}: found global_pool='', a head that does not pool; expected logits (N, K). "
+            "Create the model with pooling, e.g. timm.create_model(..., global_pool='avg')."
+        )
+    parameters = [name for name, _ in model.named_parameters(recurse=False)]
+    class_token = next((name for name in parameters if name.startswith("cls_token")), None)
+    if class_token and not getattr(model, "num_prefix_tokens", 0):
+        return (
+            f"{describe(model)}: no location is left that can be told from a class token: found the parameter "
+            f"{class_token}, expected num_prefix_tokens to count it. timm_csra does not support this family yet."
+        )
+    if any(isinstance(module, AttentionPool2d) for module in model.modules()):
+        return (
+            f"{describe(model)}: found AttentionPool2d, whose positions change what the head says of a location; "
+            "expected a pooling that does not depend on position. timm_csra does not support this family yet."
+        )
+    return None
+
+
+def _is_timm_classifier(model: Any) -> bool:
+    # The methods are looked up on the class: a compiled model forwards attributes to the one inside.
+    methods = all(hasattr(type(model), name) for name in ("forward_features", "forward_head"))
+    return isinstance(model, nn.Module) and methods and hasattr(model, "num_classes")
+
+
+def _where_to_look(model: Any) -> str:
+    modules = model.named_modules() if isinstance(model, nn.Module) else ()
+    inner = next((path for path, module in modules if _is_timm_classifier(module)), None)
+    if inner is None:
+        return "Use a model from timm.create_model(...)."
+    simple = all(part.isidentifier() for part in inner.split("."))
+    return f"It holds one: wrap({f'model.{inner}' if simple else f'model.get_submodule({inner!r})'}) instead."
+
+
+def _no_classifier(model: nn.Module) -> str:
+    return (
+        f"{describe(model)}: found num_classes={model.num_classes}, no classifier; expected one that can score every "
+        "location. Create the model with num_classes > 0, or call model.reset_classifier(num_classes) before wrap."
+    )
