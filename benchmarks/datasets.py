@@ -1,0 +1,299 @@
+"""Which photographs, which labels, and how the classes of the data meet the classes of a head."""
+
+import csv
+import hashlib
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+from timm.data import ImageNetInfo, create_reader, infer_imagenet_subset, str_to_pil_interp
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+
+class DataError(ValueError):
+    """The data cannot be read or used; the text names the file, what was found and what was expected."""
+
+
+class NotApplicableError(Exception):
+    """A cell that has no answer for this checkpoint and data: a record with the reason, never a failure."""
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """Photographs with their labels.
+
+    Attributes:
+        name: the folder's name.
+        paths: files, `(n,)`.
+        labels: class indices of each photograph; exactly one each unless `multilabel`.
+        classes: names as the data declares them: synsets, label names, or `synset description`.
+        multilabel: whether a photograph may have several labels, or none.
+        tilings: which photographs form each mosaic, where the data prescribes it. A photograph may then come twice,
+            mosaics are not independent, and nothing is inferred from them.
+    """
+
+    name: str
+    paths: tuple[Path, ...]
+    labels: tuple[tuple[int, ...], ...]
+    classes: tuple[str, ...]
+    multilabel: bool = False
+    tilings: tuple[tuple[int, ...], ...] | None = None
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def fingerprint(self) -> str:
+        """Changes with the files (name and size), the labels and the classes."""
+        digest = hashlib.sha256()
+        for path, labels in zip(self.paths, self.labels, strict=True):
+            digest.update(f"{path.name} {path.stat().st_size} {labels}\n".encode())
+        digest.update("\n".join(self.classes).encode())
+        return digest.hexdigest()[:16]
+
+
+def load_image_set(root: Path, limit: int | None = None) -> ImageSet:
+    """Read a folder with `labels.csv` and `classes.txt`, or an ImageFolder (one folder per class).
+
+    `limit` takes the first rows of `labels.csv`, or the first files in natural order.
+    """
+    if not root.is_dir():
+        raise DataError(f"{root}: no such folder; expected an ImageFolder, or images/ with labels.csv and classes.txt.")
+    data = _read_csv(root) if (root / "labels.csv").is_file() else _read_image_folder(root)
+    return data if limit is None else replace(data, paths=data.paths[:limit], labels=data.labels[:limit])
+
+
+def _read_image_folder(root: Path) -> ImageSet:
+    try:
+        reader = create_reader("", root=str(root))
+    except RuntimeError as error:
+        raise DataError(f"{root}: neither labels.csv nor an ImageFolder was found: {error}") from error
+    paths, labels = zip(*reader.samples, strict=True)
+    classes = tuple(sorted(reader.class_to_idx, key=reader.class_to_idx.get))
+    return ImageSet(root.resolve().name, tuple(map(Path, paths)), tuple((label,) for label in labels), classes)
+
+
+def _read_csv(root: Path) -> ImageSet:
+    classes = _read_classes(root / "classes.txt")
+    table = root / "labels.csv"
+    with table.open(newline="", encoding="utf-8") as file:
+        reader = csv.DictReader(file)
+        columns = reader.fieldnames or []
+        rows = list(reader)
+    column = next((name for name in ("label", "labels") if name in columns), None)
+    if column is None or "file" not in columns:
+        raise DataError(f"{table}: found the columns {', '.join(columns)}; expected file and one of label, labels.")
+    if not rows:
+        raise DataError(f"{table}: no row; expected one for each image.")
+    paths, labels = [], []
+    for line, row in enumerate(rows, start=2):
+        where = f"{table}, line {line}"
+        try:
+            found = tuple(sorted({int(label) for label in (row[column] or "").split()}))
+        except ValueError:
+            raise DataError(f"{where}: found {column}={row[column]!r}; expected indices into classes.txt.") from None
+        if column == "label" and len(found) != 1:
+            raise DataError(f"{where}: found label={row[column]!r}; expected one index (several go into labels).")
+        if not all(0 <= label < len(classes) for label in found):
+            raise DataError(f"{where}: found {column}={row[column]!r}; classes.txt has {len(classes)} classes.")
+        path = root / (row["file"] or "")
+        if not path.is_file():
+            raise DataError(f"{where}: no such file: {path}")
+        paths.append(path)
+        labels.append(found)
+    return ImageSet(root.resolve().name, tuple(paths), tuple(labels), classes, multilabel=column == "labels")
+
+
+def _read_classes(path: Path) -> tuple[str, ...]:
+    if not path.is_file():
+        raise DataError(f"{path}: no such file; expected one line for each class, `index name`, as labels.csv uses it.")
+    lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    numbered = [line.partition(" ") for line in lines]
+    if all(number.isdigit() for number, _, _ in numbered):
+        for expected, (number, _, _) in enumerate(numbered):
+            if int(number) != expected:
+                raise DataError(f"{path}, line {expected + 1}: found index {number}; expected {expected}.")
+        return tuple(name for _, _, name in numbered)
+    return tuple(lines)
+
+
+def head_classes(model: nn.Module) -> list[set[str]] | None:
+    """All names of each class of a head, in its order: from the checkpoint's `label_names`, else by timm from the
+    number of classes (ImageNet-1k, 12k, 21k, 22k); None where nobody says."""
+    cfg: dict[str, Any] = getattr(model, "pretrained_cfg", {})
+    names, descriptions = cfg.get("label_names"), cfg.get("label_descriptions") or {}
+    if isinstance(names, dict):
+        names = [names.get(str(index), names.get(index, "")) for index in range(int(model.num_classes))]  # type: ignore
+    if not names:
+        subset = infer_imagenet_subset(model)
+        if subset is None:
+            return None
+        info = ImageNetInfo(subset)
+        names, descriptions = info.label_names(), info.label_descriptions(as_dict=True)
+    if len(names) != model.num_classes:
+        return None
+    return [_names(f"{name} {descriptions.get(name, '')}") | {_normal(name)} for name in names]
+
+
+_SYNSET = re.compile(r"(n\d{8})\b\s*(.*)")
+
+
+def _normal(name: str) -> str:
+    return " ".join(name.replace("_", " ").lower().split())
+
+
+def _names(text: str) -> set[str]:
+    """`n01440764 tench, Tinca tinca` -> the synset, the whole description, and each of its words for the class."""
+    match = _SYNSET.match(text)
+    synset, description = match.groups() if match else ("", text)
+    return {name for name in (synset, *map(_normal, (description, *description.split(",")))) if name}
+
+
+@dataclass(frozen=True)
+class Alignment:
+    """Which outputs of a head are scored.
+
+    Attributes:
+        columns: indices into the head, one for each class that data and head share, `(columns,)`.
+        positions: class index of the data -> position among `columns`.
+    """
+
+    columns: tuple[int, ...]
+    positions: dict[int, int]
+
+
+def align(data: ImageSet, model: nn.Module) -> Alignment:
+    """Match the data's classes with the head's by synset, else by a name that only one class of the head has.
+
+    Raises:
+        NotApplicableError: the head's classes are unknown, or a class that occurs in the data is not among them.
+    """
+    head = head_classes(model)
+    if head is None:
+        raise NotApplicableError(
+            f"the names of the head's {model.num_classes} classes are unknown: expected label_names in config.json "
+            "or a head of a known ImageNet size"
+        )
+    owners: dict[str, set[int]] = {}
+    for index, names in enumerate(head):
+        for name in names:
+            owners.setdefault(name, set()).add(index)
+    matches = {
+        index: column for index, text in enumerate(data.classes) if (column := _match(text, head, owners)) is not None
+    }
+    occurring = sorted({label for labels in data.labels for label in labels})
+    missing = [data.classes[index] for index in occurring if index not in matches]
+    if missing:
+        shown = "; ".join(missing[:5]) + (f"; and {len(missing) - 5} more" if len(missing) > 5 else "")
+        raise NotApplicableError(f"{len(missing)} classes of the data are not among the head's: {shown}")
+    columns = tuple(sorted(set(matches.values())))
+    position = {column: place for place, column in enumerate(columns)}
+    return Alignment(columns, {index: position[column] for index, column in matches.items()})
+
+
+def _match(text: str, head: list[set[str]], owners: dict[str, set[int]]) -> int | None:
+    """The one class of the head that `text` names. Where both sides have synsets these decide, since names of
+    different synsets coincide (two classes of ImageNet are called "crane")."""
+    match = _SYNSET.match(text)
+    synset, name = match.groups() if match else ("", text)
+    if synset in owners:
+        return min(owners[synset])
+    found = owners.get(_normal(name), set())
+    if len(found) != 1:
+        return None
+    (column,) = found
+    return None if synset and any(_SYNSET.fullmatch(other) for other in head[column]) else column
+
+
+def tilings(data: ImageSet, grid: int, seed: int) -> tuple[tuple[int, ...], ...]:
+    """Which photographs form each mosaic: a seeded permutation in groups of grid^2, each photograph at most once."""
+    if data.tilings is not None:
+        return data.tilings
+    tiles = grid * grid
+    order = np.random.default_rng(seed).permutation(len(data)).tolist()
+    return tuple(tuple(order[start : start + tiles]) for start in range(0, len(data) // tiles * tiles, tiles))
+
+
+def _open(path: Path) -> Image.Image:
+    try:
+        with Image.open(path) as image:
+            return image.convert("RGB")
+    except (OSError, UnidentifiedImageError, SyntaxError) as error:
+        raise DataError(f"{path}: cannot be read as an image: {error}") from error
+
+
+class Photographs(Dataset):
+    """Single photographs. `targets`: `(n,)` positions among the scored columns, or `(n, columns)` bool."""
+
+    def __init__(self, data: ImageSet, alignment: Alignment) -> None:
+        self.paths = data.paths
+        positions = [[alignment.positions[label] for label in labels] for labels in data.labels]
+        self.targets = (
+            multi_hot(positions, len(alignment.columns)) if data.multilabel else torch.tensor(positions)[:, 0]
+        )
+        self.transform: Any = None  # set by timm's create_loader
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        return self.transform(_open(self.paths[index])), self.targets[index]
+
+
+class Mosaics(Dataset):
+    """grid x grid photographs in one image of `size` `(H, W)` pixels, each squashed whole into its tile.
+
+    `targets`: `(n, columns)` bool, the classes of the tiles.
+    """
+
+    def __init__(
+        self,
+        data: ImageSet,
+        alignment: Alignment,
+        groups: Sequence[tuple[int, ...]],
+        grid: int,
+        size: tuple[int, int],
+        interpolation: str,
+    ) -> None:
+        self.data, self.groups, self.grid, self.size = data, groups, grid, size
+        self.interpolation = str_to_pil_interp(interpolation)
+        positions = [[alignment.positions[label] for i in group for label in data.labels[i]] for group in groups]
+        self.targets = multi_hot(positions, len(alignment.columns))
+        self.transform: Any = None
+
+    def __len__(self) -> int:
+        return len(self.groups)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        return self.transform(self.image(index)), self.targets[index]
+
+    def image(self, index: int) -> Image.Image:
+        """The mosaic before the checkpoint's mean and std."""
+        tiles = [_open(self.data.paths[i]) for i in self.groups[index]]
+        return mosaic(tiles, self.grid, self.size, self.interpolation)
+
+
+def mosaic(tiles: Sequence[Image.Image], grid: int, size: tuple[int, int], interpolation: Any) -> Image.Image:
+    """Tiles row by row; where the size is no multiple of the grid, tiles differ by one pixel."""
+    height, width = size
+    rows = [round(edge * height / grid) for edge in range(grid + 1)]
+    columns = [round(edge * width / grid) for edge in range(grid + 1)]
+    canvas = Image.new("RGB", (width, height))
+    for place, tile in enumerate(tiles):
+        row, column = divmod(place, grid)
+        box = (columns[column + 1] - columns[column], rows[row + 1] - rows[row])
+        canvas.paste(tile.resize(box, interpolation), (columns[column], rows[row]))
+    return canvas
+
+
+def multi_hot(positions: Sequence[Sequence[int]], columns: int) -> Tensor:
+    """`(n, columns)` bool."""
+    targets = torch.zeros(len(positions), columns, dtype=torch.bool)
+    for row, places in enumerate(positions):
+        targets[row, list(places)] = True
+    return targets

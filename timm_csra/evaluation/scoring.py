@@ -1,0 +1,126 @@
+"""Score once: base and attention logits do not depend on lam, so one forward pass serves every setting."""
+
+import math
+from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+
+from ..attention import add_attention, class_attention
+from ..config import CSRAConfig
+from ..locations import describe, location_scores
+from ..patching import is_wrapped, plain_head
+
+
+class Setting(NamedTuple):
+    """One choice of lam and of the temperatures of the heads."""
+
+    lam: float
+    temperature: tuple[float, ...]
+
+
+PLAIN = Setting(0.0, (math.inf,))  # lam = 0: the temperature does not matter
+DEFAULT = Setting(0.1, (math.inf,))
+
+
+def settings_grid(lams: Iterable[float], temperatures: Iterable[float | tuple[float, ...]]) -> list[Setting]:
+    """All combinations, validated, without duplicates; `PLAIN` comes first and `DEFAULT` is always there.
+
+    Example:
+        >>> settings_grid([0.2], [1, math.inf])
+        [Setting(lam=0.0, temperature=(inf,)), Setting(lam=0.1, temperature=(inf,)), \
+Setting(lam=0.2, temperature=(1.0,)), Setting(lam=0.2, temperature=(inf,))]
+    """
+    configs = [CSRAConfig(lam, temperature) for lam in lams for temperature in temperatures]
+    grid = {Setting(config.lam, config.heads) for config in configs if config.lam > 0} | {DEFAULT}
+    return [PLAIN, *sorted(grid)]
+
+
+@dataclass(frozen=True)
+class Scores:
+    """The model's own logits and its attention terms, on the CPU in float32.
+
+    Attributes:
+        base: `(n, K)`, the plain model's logits.
+        attention: for each temperature T the attention term att, `(n, K)`.
+    """
+
+    base: Tensor
+    attention: dict[float, Tensor]
+
+    def logits(self, setting: Setting) -> Tensor:
+        """What a model wrapped with `setting` says: base + lam * mean over heads of att, `(n, K)`."""
+        if setting.lam == 0:
+            return self.base
+        heads = torch.stack([self.attention[temperature] for temperature in setting.temperature])
+        return self.base + setting.lam * heads.mean(dim=0)
+
+
+@torch.inference_mode()
+def score(
+    model: nn.Module,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    settings: Sequence[Setting],
+    *,
+    columns: Sequence[int] | None = None,
+    device: torch.device | str = "cpu",
+    amp_dtype: torch.dtype | None = None,
+) -> tuple[Scores, Tensor]:
+    """Run every image once and keep what all `settings` need.
+
+    Args:
+        model: a timm classifier in eval mode, plain or wrapped (its own settings are not used), on `device`.
+        batches: `(images (N, C, H, W), targets (N, ...))`.
+        settings: which temperatures are needed.
+        columns: classes of the head to keep, in order; None for all K.
+        device: where `model` is.
+        amp_dtype: autocast to this dtype, or None.
+
+    Returns:
+        The scores and the targets of all images, in order, on the CPU.
+
+    Raises:
+        ValueError: no image at all, logits that are not finite, or a `forward` that gives other logits than the
+            head on the features (checked on the first batch).
+        UnsupportedModelError: the model's locations cannot be scored.
+    """
+    temperatures = sorted({temperature for setting in settings for temperature in setting.temperature})
+    autocast = torch.autocast(torch.device(device).type, amp_dtype) if amp_dtype else nullcontext()
+    head = plain_head(model)
+    kept: list[list[Tensor]] = []
+    targets: list[Tensor] = []
+    for images, target in batches:
+        images = images.to(device, non_blocking=True)
+        with autocast:
+            features = model.forward_features(images)  # type: ignore[operator]
+            base = cast(Tensor, head(features))  # a tuple only in distilled training
+            (locations,) = location_scores(model, head, features)
+            terms = [base, *(class_attention(locations, temperature) for temperature in temperatures)]
+            if not kept:
+                _check_forward(model, model(images), base, locations)
+        logits = torch.stack([term.float() for term in terms])
+        logits = (logits if columns is None else logits[..., torch.as_tensor(columns, device=logits.device)]).cpu()
+        if not logits.isfinite().all():
+            raise ValueError(f"{describe(model)}: found NaN or infinite logits, expected finite ones.")
+        kept.append(list(logits))
+        targets.append(target)
+    if not kept:
+        raise ValueError(f"{describe(model)}: no image to score.")
+    base, *attention = (torch.cat(parts) for parts in zip(*kept, strict=True))
+    return Scores(base, dict(zip(temperatures, attention, strict=True))), torch.cat(targets)
+
+
+def _check_forward(model: nn.Module, logits: Tensor, base: Tensor, locations: Tensor) -> None:
+    """What is measured must be the model as users call it, by its own `forward`."""
+    if is_wrapped(model):
+        config = cast(CSRAConfig, model.csra)
+        base = add_attention(base, locations, config.lam, config.heads)
+    error = (logits - base).abs().max().item()
+    if not error <= 1e-3 * base.abs().max().item():
+        raise ValueError(
+            f"{describe(model)}: forward differs from forward_head(forward_features(x)) by {error:.3g}; expected the "
+            "same logits. A gain over such a baseline would mean nothing."
+        )
