@@ -219,7 +219,8 @@ def tilings(data: ImageSet, grid: int, seed: int) -> tuple[tuple[int, ...], ...]
     return tuple(tuple(order[start : start + tiles]) for start in range(0, len(data) // tiles * tiles, tiles))
 
 
-def _open(path: Path) -> Image.Image:
+def open_image(path: Path) -> Image.Image:
+    """The whole image in RGB; DataError, naming the file, where it cannot be decoded."""
     try:
         with Image.open(path) as image:
             return image.convert("RGB")
@@ -242,7 +243,7 @@ class Photographs(Dataset):
         return len(self.paths)
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        return self.transform(_open(self.paths[index])), self.targets[index]
+        return self.transform(open_image(self.paths[index])), self.targets[index]
 
 
 class Mosaics(Dataset):
@@ -274,7 +275,7 @@ class Mosaics(Dataset):
 
     def image(self, index: int) -> Image.Image:
         """The mosaic before the checkpoint's mean and std."""
-        tiles = [_open(self.data.paths[i]) for i in self.groups[index]]
+        tiles = [open_image(self.data.paths[i]) for i in self.groups[index]]
         return mosaic(tiles, self.grid, self.size, self.interpolation)
 
 

@@ -186,14 +186,15 @@ def _options(args: argparse.Namespace) -> Options:
     lams = [float(lam) for lam in args.lams.split(",")]
     if any(not re.fullmatch(r"\d+|\d*\.?\d+x", part.strip()) for part in args.img_size.split(",")):
         raise ValueError(f"--img-size: found {args.img_size!r}; expected pixels or multiples such as 224 or 1x,2x.")
+    device = _device(args.device)
     return Options(
         settings=tuple(settings_grid(lams, temperatures)),
         grid=args.grid,
         crop_mode=args.crop_mode,
         crop_pct=args.crop_pct,
-        batch_size=args.batch_size,
+        batch_size=args.batch_size or (16 if device == "cpu" else 64),
         workers=args.workers,
-        device=_device(args.device),
+        device=device,
         amp=args.amp,
         seed=args.seed,
     )
@@ -249,7 +250,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     how = parser.add_argument_group("how")
     how.add_argument("--out", type=Path, help="folder of records and summary (default: results, or results/sample)")
-    how.add_argument("--batch-size", type=_positive, default=64, help="default: %(default)s")
+    how.add_argument("--batch-size", type=_positive, help="default: 64, on a CPU 16")
     how.add_argument("--workers", type=int, default=2, help="processes that read images (default: %(default)s)")
     how.add_argument("--device", default="auto", metavar="auto|cpu|cuda[:i]|mps|xpu", help="default: %(default)s")
     how.add_argument("--amp", choices=tuple(AMP), default="none", help="default: %(default)s")

@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from .errors import UnsupportedModelError
 from .locations import Head, describe, feature_layout, location_scores
-from .patching import plain_head, why_unsupported
+from .patching import check_supported, plain_head
 
 _KINDS = {
     "exact": "linear after average pooling: the mean of the location scores is the plain logit, as in the paper",
@@ -80,9 +80,10 @@ def explain(model: nn.Module, input_size: int | tuple[int, ...] | None = None) -
         >>> explain(timm.create_model('test_resnet')).kind
         'exact'
     """
-    reason = why_unsupported(model)
-    if reason:
-        return Explanation(describe(model), unsupported=reason)
+    try:
+        check_supported(model)
+    except UnsupportedModelError as error:
+        return Explanation(describe(model), unsupported=str(error))
     size = _input_size(model, input_size)
     modes = {module: module.training for module in model.modules()}
     try:

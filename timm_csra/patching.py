@@ -95,9 +95,7 @@ def wrap(model: Model, lam: float = 0.1, temperature: float | tuple[float, ...] 
         torch.Size([2, 1000])
     """
     config = CSRAConfig(lam, temperature)
-    reason = why_unsupported(model)
-    if reason:
-        raise UnsupportedModelError(reason)
+    check_supported(model)
     if not is_wrapped(model):
         model.__class__ = _wrapped_class(cast(type, type(model)))
     model.csra = config  # type: ignore[assignment]
@@ -139,9 +137,7 @@ def score_maps(model: nn.Module, x: Tensor) -> Tensor:
         >>> maps.shape
         torch.Size([2, 1000, 5, 5])
     """
-    reason = why_unsupported(model)
-    if reason:
-        raise UnsupportedModelError(reason)
+    check_supported(model)
     features = model.forward_features(x)  # type: ignore[operator]
     scores = location_scores(model, plain_head(model), features)
     mean_scores: Tensor = scores[0] if len(scores) == 1 else torch.stack(scores).mean(0)
@@ -154,35 +150,34 @@ def score_maps(model: nn.Module, x: Tensor) -> Tensor:
     return torch.unflatten(mean_scores.transpose(1, 2), 2, grid)
 
 
-def why_unsupported(model: Any) -> str | None:
-    """Why a model cannot be wrapped, as far as can be told without running it; None where nothing speaks against it."""
+def check_supported(model: Any) -> None:
+    """Raise UnsupportedModelError for a model that cannot be wrapped, as far as can be told without running it."""
     if not _is_timm_classifier(model):
-        return (
+        raise UnsupportedModelError(
             f"{type(model).__name__} is not a timm classifier: expected a module with forward_features, forward_head "
             f"and num_classes. {_where_to_look(model)}"
         )
     if not model.num_classes:
-        return _no_classifier(model)
+        raise UnsupportedModelError(_no_classifier(model))
     head = getattr(model, "head", None)
     pools = (getattr(head, "global_pool", None), getattr(head, "pool_type", None), getattr(model, "global_pool", None))
     if any(getattr(pool, "pool_type", pool) == "" for pool in pools):
-        return (
+        raise UnsupportedModelError(
             f"{describe(model)}: found global_pool='', a head that does not pool; expected logits (N, K). "
             "Create the model with pooling, e.g. timm.create_model(..., global_pool='avg')."
         )
     parameters = [name for name, _ in model.named_parameters(recurse=False)]
     class_token = next((name for name in parameters if name.startswith("cls_token")), None)
     if class_token and not getattr(model, "num_prefix_tokens", 0):
-        return (
+        raise UnsupportedModelError(
             f"{describe(model)}: no location is left that can be told from a class token: found the parameter "
             f"{class_token}, expected num_prefix_tokens to count it. timm_csra does not support this family yet."
         )
     if any(isinstance(module, AttentionPool2d) for module in model.modules()):
-        return (
+        raise UnsupportedModelError(
             f"{describe(model)}: found AttentionPool2d, whose positions change what the head says of a location; "
             "expected a pooling that does not depend on position. timm_csra does not support this family yet."
         )
-    return None
 
 
 def _is_timm_classifier(model: Any) -> bool:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..attention import add_attention, class_attention
 from ..config import CSRAConfig
 from ..locations import describe, location_scores
-from ..patching import is_wrapped, plain_head
+from ..patching import check_supported, is_wrapped, plain_head
 
 
 class Setting(NamedTuple):
@@ -87,6 +87,7 @@ def score(
             head on the features (checked on the first batch).
         UnsupportedModelError: the model's locations cannot be scored.
     """
+    check_supported(model)
     temperatures = sorted({temperature for setting in settings for temperature in setting.temperature})
     autocast = torch.autocast(torch.device(device).type, amp_dtype) if amp_dtype else nullcontext()
     head = plain_head(model)

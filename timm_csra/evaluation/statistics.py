@@ -5,12 +5,13 @@ images, measured on the other, both ways) and `best` (chosen on the very images 
 interval). Intervals are paired: each resample of the images is seen by both settings.
 """
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import bootstrap
+from scipy.stats import DegenerateDataWarning, bootstrap
 
 from .metrics import Evaluation, Rows
 from .scoring import DEFAULT, PLAIN, Setting
@@ -94,7 +95,7 @@ def _compare(
 ) -> Comparison:
     baseline = np.mean([grid[PLAIN].value(rows) for _, rows in parts])
     value = np.mean([grid[setting].value(rows) for setting, rows in parts])
-    interval = None if seed is None else _interval(grid, parts, seed)
+    interval = None if seed is None or np.isnan(value) else _interval(grid, parts, seed)
     return Comparison(metric, protocol, tuple(setting for setting, _ in parts), float(baseline), float(value), interval)
 
 
@@ -110,16 +111,19 @@ def _interval(grid: Grid, parts: Sequence[tuple[Setting, Rows]], seed: int) -> t
         ]
         return np.asarray(np.mean(gains, axis=0))
 
-    result = bootstrap(
-        [rows for _, rows in parts],
-        gain,
-        n_resamples=RESAMPLES,
-        batch=BATCH,
-        vectorized=True,
-        method="percentile",
-        confidence_level=CONFIDENCE,
-        axis=-1,
-        rng=np.random.default_rng(seed),
-    )
+    with warnings.catch_warnings():
+        # With so few images that a resample leaves the metric undefined there is no interval: None says so below.
+        warnings.simplefilter("ignore", DegenerateDataWarning)
+        result = bootstrap(
+            [rows for _, rows in parts],
+            gain,
+            n_resamples=RESAMPLES,
+            batch=BATCH,
+            vectorized=True,
+            method="percentile",
+            confidence_level=CONFIDENCE,
+            axis=-1,
+            rng=np.random.default_rng(seed),
+        )
     low, high = result.confidence_interval
     return None if np.isnan(low) or np.isnan(high) else (float(low), float(high))

@@ -1,0 +1,121 @@
+"""Show what wrapping changes on one picture: the top classes before and after, and where each class was seen.
+
+Without IMAGE it takes a mosaic of the first four photographs of the embedded sample.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+from matplotlib.axes import Axes
+from PIL import Image
+from timm.data import create_transform, resolve_input_data_config, str_to_pil_interp
+
+import timm_csra
+from timm_csra.evaluation.scoring import Setting, score
+
+from . import checkpoints, sample
+from .checkpoints import CheckpointError, find_checkpoints
+from .datasets import DataError, head_classes, mosaic, open_image
+
+TOP = 6
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Write the picture. Returns 0, or 2 where model or image cannot be had."""
+    args = _parser().parse_args(arguments)
+    try:
+        (checkpoint,) = find_checkpoints(args.model)[:1]
+        size = (args.img_size, args.img_size) if args.img_size else checkpoint.input_size()
+        model = checkpoint.create(size)
+        config = resolve_input_data_config(
+            model, args={"input_size": (3, *size), "crop_mode": "squash", "crop_pct": 1.0}
+        )
+        tiles = [Path(args.image)] if args.image else [sample.path_of(photo) for photo in sample.PHOTOGRAPHS[:4]]
+        interpolation = str_to_pil_interp(config["interpolation"])
+        picture = mosaic([open_image(path) for path in tiles], 1 if args.image else 2, size, interpolation)
+        config_of_model = timm_csra.wrap(model, args.lam).csra
+    except (CheckpointError, DataError, ValueError) as error:
+        print(f"benchmarks.show: {error}", file=sys.stderr)
+        return 2
+    x = create_transform(**config)(picture)[None]
+    settings = [Setting(0.0, config_of_model.heads), Setting(config_of_model.lam, config_of_model.heads)]
+    scores, _ = score(model, [(x, torch.zeros(1))], settings)
+    with torch.inference_mode():
+        maps = timm_csra.score_maps(model, x)[0]
+    names = [_readable(names) for names in head_classes(model) or [{str(i)} for i in range(len(maps))]]
+    before, after = (scores.logits(setting)[0] for setting in settings)
+    _draw(picture, names, before, after, maps, f"{checkpoint.id}, lam = {config_of_model.lam:g}", args.out)
+    print(f"{'plain':32}{'wrapped':32}")
+    for left, right in zip(before.topk(TOP).indices.tolist(), after.topk(TOP).indices.tolist(), strict=True):
+        print(f"{names[left]:32}{names[right]:32}")
+    print(f"written to {args.out}")
+    return 0
+
+
+def _readable(names: set[str]) -> str:
+    """The shortest name that is no synset."""
+    words = [name for name in names if not (name[0] == "n" and name[1:].isdigit())]
+    return min(words or names, key=lambda name: (len(name), name))
+
+
+def _draw(
+    picture: Image.Image,
+    names: list[str],
+    before: torch.Tensor,
+    after: torch.Tensor,
+    maps: torch.Tensor,
+    title: str,
+    out: Path,
+) -> None:
+    order = {"plain": before.topk(TOP).indices.tolist(), "wrapped": after.topk(TOP).indices.tolist()}
+    figure, axes = plt.subplots(2, 4, figsize=(11, 5.4), layout="constrained")
+    axes[0, 0].imshow(picture)
+    axes[0, 0].set_title("input", fontsize=9)
+    _rank(axes[1, 0], names, order, title)
+    for axis, index in zip(axes[:, 1:].flat, order["wrapped"], strict=True):
+        axis.imshow(picture)
+        scores = np.kron(maps[index].numpy(), np.ones((8, 8)))
+        axis.imshow(scores, cmap="inferno", alpha=0.6, extent=(0, picture.width, picture.height, 0))
+        axis.set_title(f"{names[index]} ({maps[index].max():.1f})", fontsize=9)
+    for axis in axes.flat:
+        axis.set_axis_off()
+    out.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(out, dpi=110, metadata={"Software": None})
+    plt.close(figure)
+
+
+def _rank(axis: Axes, names: list[str], order: dict[str, list[int]], title: str) -> None:
+    axis.set_title(title, fontsize=9)
+    for place, (heading, classes) in enumerate(order.items()):
+        axis.text(0.5 * place, 0.95, heading, weight="bold", fontsize=9, transform=axis.transAxes)
+        for row, index in enumerate(classes):
+            new = heading == "wrapped" and index not in order["plain"]
+            axis.text(
+                0.5 * place,
+                0.82 - 0.14 * row,
+                names[index],
+                fontsize=9,
+                color="tab:green" if new else "black",
+                transform=axis.transAxes,
+            )
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.show", description=__doc__)
+    parser.add_argument("image", nargs="?", help="any picture that Pillow reads; it is squashed to the input size")
+    parser.add_argument("--model", default="pypi:tf_efficientnet_lite0", metavar="SPEC", help=checkpoints.HELP)
+    parser.add_argument("--lam", type=float, default=0.1, help="default: %(default)s")
+    parser.add_argument("--img-size", type=int, help="pixels (default: the checkpoint's own)")
+    parser.add_argument("--out", type=Path, default=Path("results/effect.png"), help="default: %(default)s")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

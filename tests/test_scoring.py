@@ -1,0 +1,51 @@
+"""One forward pass gives what the wrapped model gives at every setting."""
+
+import math
+
+import pytest
+import torch
+
+import timm_csra
+from timm_csra.evaluation.scoring import DEFAULT, PLAIN, Setting, score, settings_grid
+
+from .families import FAMILIES, Family, create, images
+
+
+def test_settings_grid_always_holds_the_plain_and_the_default_setting() -> None:
+    assert settings_grid([], []) == [PLAIN, DEFAULT]
+    assert settings_grid([0, 0.1, 0.1], [math.inf]) == [PLAIN, DEFAULT]
+    heads = (1.0, math.inf)
+    assert settings_grid([0, 0.5], [1, heads]) == [PLAIN, DEFAULT, Setting(0.5, (1.0,)), Setting(0.5, heads)]
+    with pytest.raises(ValueError, match="lam must be finite and at least 0, got -1"):
+        settings_grid([-1], [1])
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
+@pytest.mark.parametrize("wrapped", [False, True], ids=["plain", "wrapped"])
+def test_scores_equal_the_wrapped_model(family: Family, wrapped: bool) -> None:
+    model = create(family.name)
+    if wrapped:
+        timm_csra.wrap(model, 0.7, 3)
+    settings = settings_grid([0.05, 0.3], [1, (5, math.inf)])
+    batches = [(images(family, 2, seed), torch.tensor([seed, 7])) for seed in (0, 1)]
+    columns = [5, 3, 999]
+    scores, targets = score(model, batches, settings, columns=columns)
+    assert targets.tolist() == [0, 7, 1, 7]
+    assert timm_csra.is_wrapped(model) is wrapped
+    x = torch.cat([x for x, _ in batches])
+    for setting in settings:
+        reference = timm_csra.wrap(create(family.name), *setting)
+        with torch.no_grad():
+            torch.testing.assert_close(scores.logits(setting), reference(x)[:, columns], rtol=1e-4, atol=1e-4)
+
+
+def test_refusals() -> None:
+    model = create("test_resnet")
+    batch = (images(FAMILIES[0]), torch.zeros(2))
+    with pytest.raises(ValueError, match="test_resnet: no image to score"):
+        score(model, [], [PLAIN])
+    with pytest.raises(ValueError, match="test_resnet: found NaN or infinite logits"):
+        score(model, [batch, (batch[0] * math.nan, batch[1])], [PLAIN])
+    model.forward = lambda x: torch.ones(2, 1000)
+    with pytest.raises(ValueError, match=r"test_resnet: forward differs from forward_head\(forward_features\(x\)\) by"):
+        score(model, [batch], [PLAIN])

@@ -1,0 +1,92 @@
+"""Protocols and intervals, against direct computation."""
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from timm_csra.evaluation.metrics import PerImage
+from timm_csra.evaluation.scoring import DEFAULT, PLAIN, Setting
+from timm_csra.evaluation.statistics import best, crossfit, fixed, halves
+
+HIGH = Setting(0.5, (1.0,))
+
+
+def grid(seed: int = 0, count: int = 400, gain: float = 10.0) -> dict[Setting, PerImage]:
+    rng = np.random.default_rng(seed)
+    plain = 100.0 * (rng.random(count) < 0.6)
+    return {PLAIN: PerImage(plain)} | {
+        setting: PerImage(plain + rng.normal(share * gain, 20, count)) for setting, share in ((DEFAULT, 0.5), (HIGH, 1))
+    }
+
+
+def test_halves_are_stratified_disjoint_and_seeded() -> None:
+    classes = np.repeat(np.arange(7), [10, 4, 1, 7, 20, 3, 6])
+    first, second = halves(classes, seed=3)
+    assert sorted([*first, *second]) == list(range(len(classes)))
+    assert abs(len(first) - len(second)) <= 1
+    counts = np.bincount(classes[first], minlength=7) - np.bincount(classes[second], minlength=7)
+    assert abs(counts).max() <= 1
+    assert all(np.array_equal(a, b) for a, b in zip(halves(classes, 3), (first, second), strict=True))
+    assert not np.array_equal(halves(classes, 4)[0], first)
+    assert sorted(np.concatenate(halves(9, 0))) == list(range(9))
+
+
+def test_fixed_interval_is_paired() -> None:
+    settings = grid()
+    comparison = fixed("top1", settings, 400, seed=0)
+    difference = settings[DEFAULT].values - settings[PLAIN].values
+    assert comparison.settings == (DEFAULT,)
+    assert comparison.gain == pytest.approx(difference.mean())
+    assert comparison.value - comparison.baseline == pytest.approx(comparison.gain)
+    low, high = stats.t.interval(0.95, 399, difference.mean(), stats.sem(difference))
+    # An unpaired interval would be four times as wide: the spread of the plain metric is 49 points.
+    assert comparison.interval == pytest.approx((low, high), abs=0.35)
+    assert fixed("top1", settings, 400, seed=0) == comparison
+    assert fixed("top1", settings, 400, seed=1).interval != comparison.interval
+    assert fixed("top1", settings, 400, seed=None).interval is None
+
+
+def test_interval_covers_the_truth_as_often_as_it_says() -> None:
+    covered = 0
+    for seed in range(200):
+        interval = fixed("top1", grid(seed, count=100), 100, seed).interval
+        assert interval is not None
+        covered += interval[0] <= 5.0 <= interval[1]
+    assert stats.binomtest(covered, 200, 0.95).pvalue > 0.001
+
+
+def test_crossfit_measures_each_choice_on_the_other_half() -> None:
+    first, second = np.arange(0, 10), np.arange(10, 20)
+    plain = np.zeros(20)
+    good_on_first = np.where(np.arange(20) < 10, 8.0, -6.0)
+    good_on_second = np.where(np.arange(20) < 10, -2.0, 4.0)
+    settings = {PLAIN: PerImage(plain), DEFAULT: PerImage(good_on_first), HIGH: PerImage(good_on_second)}
+    comparison = crossfit("top1", settings, (first, second), seed=0)
+    assert comparison.settings == (HIGH, DEFAULT)  # chosen on the second half for the first, and the reverse
+    assert comparison.gain == pytest.approx((-2.0 - 6.0) / 2)
+    assert comparison.interval == pytest.approx((-4.0, -4.0))
+    assert best("top1", settings, 20).settings == (DEFAULT,)
+    assert best("top1", settings, 20).gain == pytest.approx(1.0)
+    assert best("top1", settings, 20).interval is None
+
+
+def test_crossfit_interval_resamples_within_halves() -> None:
+    settings = grid(count=400)
+    split = halves(400, seed=0)
+    comparison = crossfit("top1", settings, split, seed=0)
+    parts = [
+        settings[setting].values[rows] - settings[PLAIN].values[rows]
+        for setting, rows in zip(comparison.settings, split, strict=True)
+    ]
+    error = np.sqrt(sum(stats.sem(part) ** 2 for part in parts)) / 2
+    mean = np.mean([part.mean() for part in parts])
+    assert comparison.interval == pytest.approx((mean - 1.96 * error, mean + 1.96 * error), abs=0.4)
+
+
+def test_among_equals_the_smallest_lam_is_chosen() -> None:
+    same = PerImage(np.ones(8))
+    assert best("top1", {HIGH: same, DEFAULT: same, PLAIN: same}, 8).settings == (PLAIN,)
+    undefined = PerImage(np.full(8, np.nan))
+    comparison = crossfit("mAP", dict.fromkeys((PLAIN, DEFAULT), undefined), halves(8, 0), seed=0)
+    assert comparison.settings == (PLAIN, PLAIN)
+    assert comparison.interval is None

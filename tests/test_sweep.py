@@ -1,0 +1,261 @@
+"""The sweep as a user starts it: small checkpoints and images made here, and real ones where they are at hand."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+from timm.data import create_loader, resolve_data_config
+
+import timm_csra
+from benchmarks.sweep import main
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Thirty images of three classes."""
+    root = tmp_path_factory.mktemp("photos")
+    rng = np.random.default_rng(0)
+    for index in range(30):
+        folder = root / ("cat", "dog", "fish")[index % 3]
+        folder.mkdir(exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (50, 70, 3), dtype=np.uint8)).save(folder / f"{index}.png")
+    return root
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return make_checkpoint(tmp_path_factory.mktemp("resnet"), ["dog", "fish", "cat", "bird"])
+
+
+def make_checkpoint(folder: Path, labels: list[str]) -> str:
+    torch.manual_seed(0)
+    model = timm.create_model("test_resnet", num_classes=len(labels))
+    timm.models.save_for_hf(model, str(folder), model_config={"label_names": labels}, safe_serialization=True)
+    return f"local-dir:{folder}"
+
+
+def sweep(out: Path, models: str, data: Path, *more: str) -> tuple[int, list[dict], list[dict]]:
+    arguments = ["--models", models, "--data", str(data), "--out", str(out), "--workers", "0", "--device", "cpu", *more]
+    status = main(arguments)
+    records = [json.loads(path.read_text()) for path in sorted((out / "records").glob("*.json"))]
+    with (out / "summary.csv").open(newline="") as file:
+        return status, records, list(csv.DictReader(file))
+
+
+def test_end_to_end(tmp_path: Path, photos: Path, checkpoint: str, capsys: pytest.CaptureFixture[str]) -> None:
+    status, records, rows = sweep(tmp_path, checkpoint, photos, "--task", "single,mosaic", "--img-size", "64,1x")
+    assert status == 0
+    assert {(r["task"], r["img_size"], r["n"], r["columns"]) for r in records} == {
+        (task, size, n, 3) for task, n in (("single", 30), ("mosaic", 7)) for size in (64, 160)
+    }
+    assert {row["metric"] for row in rows} == {"top1", "mAP", "lrap", "recall_at_k"}
+    assert [row["protocol"] for row in rows[:3]] == ["fixed", "crossfit", "best"]
+    for row in rows:
+        gain = float(row["value"]) - float(row["baseline"])
+        assert float(row["gain"]) == pytest.approx(gain, abs=2e-4)
+        if row["protocol"] == "best":
+            assert row["ci_low"] == row["ci_high"] == ""
+        else:
+            assert float(row["ci_low"]) <= float(row["gain"]) + 2e-4
+            assert float(row["gain"]) <= float(row["ci_high"]) + 2e-4
+    record = records[0]
+    assert record["status"] == "ok"
+    assert record["kind"] == "exact"
+    assert len(record["weights_sha256"]) == 64
+    assert record["environment"]["packages"]["timm"] == timm.__version__
+    assert len(record["all_settings"]) == 1 + 7 * 3
+    printed = capsys.readouterr().out
+    assert "crossfit" in printed
+    assert "4 records" in printed
+
+
+def test_a_second_run_does_only_what_is_missing(tmp_path: Path, photos: Path, checkpoint: str) -> None:
+    _, _, rows = sweep(tmp_path, checkpoint, photos, "--task", "single,mosaic", "--img-size", "64")
+    first, second = sorted((tmp_path / "records").iterdir())
+    before = second.stat().st_mtime_ns
+    first.unlink()
+    _, _, again = sweep(tmp_path, checkpoint, photos, "--task", "single,mosaic", "--img-size", "64")
+    assert again == rows
+    assert second.stat().st_mtime_ns == before
+    _, records, _ = sweep(tmp_path, checkpoint, photos, "--task", "single", "--img-size", "64", "--seed", "1")
+    assert len(records) == 3  # another seed is another result
+
+
+def test_cells_that_cannot_be_answered_are_recorded(tmp_path: Path, photos: Path, checkpoint: str) -> None:
+    other = make_checkpoint(tmp_path / "other", ["dog", "fish"])
+    pit = tmp_path / "pit"
+    timm.models.save_for_hf(
+        timm.create_model("pit_ti_224", num_classes=3),
+        str(pit),
+        model_config={"label_names": ["cat", "dog", "fish"]},
+        safe_serialization=True,
+    )
+    models = f"{other},local-dir:{pit},{checkpoint}"
+    status, records, rows = sweep(tmp_path / "out", models, photos, "--task", "multilabel,single", "--img-size", "224")
+    assert status == 1  # one failed
+    outcomes = {(r["model"], r["task"]): (r["status"], r["reason"]) for r in records}
+    assert outcomes[other, "single"] == ("not_applicable", "1 classes of the data are not among the head's: cat")
+    assert outcomes[other, "multilabel"][0] == "not_applicable"
+    assert "needs labels.csv with a column `labels`" in outcomes[other, "multilabel"][1]
+    assert outcomes[checkpoint, "single"][0] == "ok"
+    kind, reason = outcomes[f"local-dir:{pit}", "single"]
+    assert kind == "failed"
+    assert "UnsupportedModelError: pit_ti_224: no location is left" in reason
+    assert sum(row["metric"] == "" for row in rows) == 5
+
+
+def test_corrupt_weights_and_images_fail_their_cells_alone(tmp_path: Path, photos: Path, checkpoint: str) -> None:
+    broken = make_checkpoint(tmp_path / "broken", ["dog", "fish", "cat"])
+    weights = tmp_path / "broken" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    data = tmp_path / "data"
+    (data / "cat").mkdir(parents=True)
+    (data / "cat" / "a.png").write_bytes(b"no image")
+    status, records, _ = sweep(tmp_path / "out", f"{broken},{checkpoint}", photos, "--img-size", "64")
+    assert status == 1
+    assert sorted(record["status"] for record in records) == ["failed", "ok"]
+    status, records, _ = sweep(tmp_path / "out2", checkpoint, data, "--img-size", "64")
+    assert status == 1
+    assert "a.png: cannot be read as an image" in records[0]["reason"]
+
+
+def test_labels_csv_with_several_labels(tmp_path: Path, checkpoint: str) -> None:
+    (tmp_path / "images").mkdir()
+    rows = ["file,labels"]
+    for index in range(12):
+        Image.new("RGB", (64, 64), (index * 20, 10, 200)).save(tmp_path / "images" / f"{index}.png")
+        rows.append(f"images/{index}.png,{['0', '1 2', '', '0 2'][index % 4]}")
+    (tmp_path / "labels.csv").write_text("\n".join(rows))
+    (tmp_path / "classes.txt").write_text("0 cat\n1 dog\n2 fish\n3 horse\n")
+    status, (record,), _ = sweep(tmp_path / "out", checkpoint, tmp_path, "--task", "multilabel", "--img-size", "64")
+    assert status == 0
+    assert (record["columns"], record["n"]) == (3, 12)  # horse is declared, and unknown to the head
+    assert {result["metric"] for result in record["results"]} == {"mAP", "lrap", "recall_at_k"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (["--models", "resnet5o", "--data", "."], "resnet5o: matches no pretrained timm model. Did you mean resnet50"),
+        (["--models", "pypi:*"], "expected --models and --data, or --sample"),
+        (["--models", "pypi:*", "--data", "/nowhere"], "/nowhere: no such folder"),
+        (
+            ["--sample", "--img-size", "big"],
+            "--img-size: found 'big'; expected pixels or multiples such as 224 or 1x,2x",
+        ),
+        (["--sample", "--lams", "-1"], "lam must be finite and at least 0, got -1.0"),
+        (["--sample", "--temperatures", "0"], "temperature must be positive, got 0.0"),
+        (["--sample", "--task", "single"], "--sample brings its own data and task"),
+        (["--models", "pypi:*", "--data", ".", "--task", "detect"], "--task: found detect; expected some of single,"),
+    ],
+)
+def test_usage_errors(arguments: list[str], text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*arguments, "--out", str(tmp_path / "out")]) == 2
+    assert text in capsys.readouterr().err.replace("\n", " ")
+    assert not (tmp_path / "out").exists()
+
+
+def test_no_hub_and_nothing_cached(tmp_path: Path, photos: Path, checkpoint: str) -> None:
+    def run(models: str) -> subprocess.CompletedProcess[str]:
+        # A port of this machine where nothing listens stands for a Hub that cannot be reached.
+        nowhere = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path / "cache"), "COLUMNS": "400"}
+        arguments = ["--models", models, "--data", str(photos), "--out", str(tmp_path / "out"), "--img-size", "64"]
+        return subprocess.run(
+            [sys.executable, "-m", "benchmarks.sweep", *arguments, "--workers", "0"],
+            cwd=ROOT, env={**os.environ, **nowhere}, capture_output=True, text=True,
+        )  # fmt: skip
+
+    result = run("test_resnet.r160_in1k,hf-hub:user/repo")
+    assert result.returncode == 2
+    assert result.stdout == ""
+    assert len(result.stderr.strip().splitlines()) == 1
+    assert "test_resnet.r160_in1k and 1 more not cached, and the Hub cannot be reached" in result.stderr
+    assert "Try --sample, --models 'pypi:*' or local-dir:PATH." in result.stderr
+    assert not (tmp_path / "out").exists()
+
+    result = run(f"test_resnet.r160_in1k,{checkpoint}")
+    assert result.returncode == 1
+    assert "failed: test_resnet.r160_in1k on" in result.stdout
+    assert "Traceback" not in result.stderr
+    statuses = sorted(json.loads(path.read_text())["status"] for path in (tmp_path / "out" / "records").iterdir())
+    assert statuses == ["failed", "ok"]
+
+
+def test_ctrl_c_keeps_what_is_done(tmp_path: Path, photos: Path, checkpoint: str) -> None:
+    sizes = ",".join(str(64 + 32 * i) for i in range(60))
+    process = subprocess.Popen(
+        [sys.executable, "-m", "benchmarks.sweep", "--models", checkpoint, "--data", str(photos)]
+        + ["--img-size", sizes, "--out", str(tmp_path), "--workers", "0"],
+        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    deadline = time.monotonic() + 120
+    while len(list((tmp_path / "records").glob("[!.]*"))) < 2:
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 130
+    assert "Traceback" not in err
+    assert "start again to do the rest" in err
+    records = list((tmp_path / "records").iterdir())
+    assert 2 <= len(records) < 60
+    assert all(json.loads(path.read_text())["status"] == "ok" for path in records)
+    assert (tmp_path / "summary.csv").is_file()
+    assert f"{len(records)} records" in out
+
+
+def test_real_checkpoint_agrees_with_plain_timm(real_data: Path, real_weights: Path, tmp_path: Path) -> None:
+    """Baseline and gain on real photographs: timm's own loader and model, and a wrapped model, image by image."""
+    checkpoint, data = f"local-dir:{real_weights / 'test_resnet'}", real_data / "imagenette500"
+    status, (record,), rows = sweep(tmp_path, checkpoint, data, "--limit", "200")
+    assert status == 0
+    assert (record["n"], record["columns"], record["img_size"]) == (200, 10, 96)
+
+    with (data / "labels.csv").open(newline="") as file:
+        table = list(csv.DictReader(file))[:200]
+    model = timm.create_model(checkpoint, pretrained=True).eval()
+    synsets = model.pretrained_cfg["label_names"]
+    truth = torch.tensor([synsets.index(row["synset"]) for row in table])
+    dataset = [(Image.open(data / row["file"]).convert("RGB"), 0) for row in table]
+    config = resolve_data_config(model=model)
+
+    class Listed(torch.utils.data.Dataset):
+        transform = None
+
+        def __len__(self) -> int:
+            return len(dataset)
+
+        def __getitem__(self, index: int) -> tuple:
+            return self.transform(dataset[index][0]), 0
+
+    loader = create_loader(
+        Listed(), **config, batch_size=50, num_workers=0, persistent_workers=False, use_prefetcher=False
+    )
+    with torch.no_grad():
+        x = torch.cat([batch for batch, _ in loader])
+        plain = 100 * (model(x).argmax(1) == truth).double().mean().item()
+        wrapped = 100 * (timm_csra.wrap(model)(x).argmax(1) == truth).double().mean().item()
+    fixed = next(row for row in rows if (row["metric"], row["protocol"]) == ("top1", "fixed"))
+    assert float(fixed["baseline"]) == pytest.approx(plain)
+    assert float(fixed["value"]) == pytest.approx(wrapped)
+    assert plain > 75
+
+
+def test_ten_classes_on_dogs_are_not_applicable(real_data: Path, real_weights: Path, tmp_path: Path) -> None:
+    models = f"local-dir:{real_weights / 'test_vit3'}"
+    status, (record,), _ = sweep(tmp_path, models, real_data / "imagewoof500", "--limit", "20")
+    assert (status, record["status"]) == (0, "not_applicable")
+    assert "classes of the data are not among the head's: n02" in record["reason"]
