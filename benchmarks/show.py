@@ -18,7 +18,7 @@ from PIL import Image
 from timm.data import create_transform, resolve_input_data_config, str_to_pil_interp
 
 import timm_csra
-from timm_csra.evaluation.scoring import Setting, score
+from timm_csra.evaluation.scoring import PLAIN, Setting, score
 
 from . import checkpoints, sample
 from .checkpoints import CheckpointError, find_checkpoints
@@ -34,24 +34,22 @@ def main(arguments: list[str] | None = None) -> int:
         (checkpoint,) = find_checkpoints(args.model)[:1]
         size = (args.img_size, args.img_size) if args.img_size else checkpoint.input_size()
         model = checkpoint.create(size)
-        config = resolve_input_data_config(
-            model, args={"input_size": (3, *size), "crop_mode": "squash", "crop_pct": 1.0}
-        )
+        requested = {"input_size": (3, *size), "crop_mode": "squash", "crop_pct": 1.0}
+        config = resolve_input_data_config(model, args=requested)
         tiles = [Path(args.image)] if args.image else [sample.path_of(photo) for photo in sample.PHOTOGRAPHS[:4]]
         interpolation = str_to_pil_interp(config["interpolation"])
         picture = mosaic([open_image(path) for path in tiles], 1 if args.image else 2, size, interpolation)
-        config_of_model = timm_csra.wrap(model, args.lam).csra
+        wrapped = Setting(timm_csra.CSRAConfig(args.lam).lam, PLAIN.temperature)
     except (CheckpointError, DataError, ValueError) as error:
         print(f"benchmarks.show: {error}", file=sys.stderr)
         return 2
     x = create_transform(**config)(picture)[None]
-    settings = [Setting(0.0, config_of_model.heads), Setting(config_of_model.lam, config_of_model.heads)]
-    scores, _ = score(model, [(x, torch.zeros(1))], settings)
+    scores, _ = score(model, [(x, torch.zeros(1))], [PLAIN, wrapped])
     with torch.inference_mode():
         maps = timm_csra.score_maps(model, x)[0]
     names = [_readable(names) for names in head_classes(model) or [{str(i)} for i in range(len(maps))]]
-    before, after = (scores.logits(setting)[0] for setting in settings)
-    _draw(picture, names, before, after, maps, f"{checkpoint.id}, lam = {config_of_model.lam:g}", args.out)
+    before, after = (scores.logits(setting)[0] for setting in (PLAIN, wrapped))
+    _draw(picture, names, before, after, maps, f"{checkpoint.id}, lam = {wrapped.lam:g}", args.out)
     print(f"{'plain':32}{'wrapped':32}")
     for left, right in zip(before.topk(TOP).indices.tolist(), after.topk(TOP).indices.tolist(), strict=True):
         print(f"{names[left]:32}{names[right]:32}")
@@ -87,7 +85,7 @@ def _draw(
     for axis in axes.flat:
         axis.set_axis_off()
     out.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(out, dpi=110, metadata={"Software": None})
+    figure.savefig(out, dpi=100)
     plt.close(figure)
 
 
@@ -113,7 +111,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--model", default="pypi:tf_efficientnet_lite0", metavar="SPEC", help=checkpoints.HELP)
     parser.add_argument("--lam", type=float, default=0.1, help="default: %(default)s")
     parser.add_argument("--img-size", type=int, help="pixels (default: the checkpoint's own)")
-    parser.add_argument("--out", type=Path, default=Path("results/effect.png"), help="default: %(default)s")
+    parser.add_argument("--out", type=Path, default=Path("results/effect.jpg"), help="default: %(default)s")
     return parser
 
 
