@@ -28,33 +28,41 @@ TOP = 6
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Write the picture. Returns 0, or 2 where model or image cannot be had."""
+    """Write the picture. Returns 0, or 2 where model or image cannot be had or used."""
     args = _parser().parse_args(arguments)
     try:
-        (checkpoint,) = find_checkpoints(args.model)[:1]
-        size = (args.img_size, args.img_size) if args.img_size else checkpoint.input_size()
-        model = checkpoint.create(size)
-        requested = {"input_size": (3, *size), "crop_mode": "squash", "crop_pct": 1.0}
-        config = resolve_input_data_config(model, args=requested)
-        tiles = [Path(args.image)] if args.image else [sample.path_of(photo) for photo in sample.PHOTOGRAPHS[:4]]
-        interpolation = str_to_pil_interp(config["interpolation"])
-        picture = mosaic([open_image(path) for path in tiles], 1 if args.image else 2, size, interpolation)
-        wrapped = Setting(timm_csra.CSRAConfig(args.lam).lam, PLAIN.temperature)
+        _show(args)
     except (CheckpointError, DataError, ValueError) as error:
         print(f"benchmarks.show: {error}", file=sys.stderr)
         return 2
+    return 0
+
+
+def _show(args: argparse.Namespace) -> None:
+    wrapped = Setting(timm_csra.CSRAConfig(args.lam).lam, PLAIN.temperature)
+    checkpoint = find_checkpoints(args.model)[0]
+    size = (args.img_size, args.img_size) if args.img_size else checkpoint.input_size()
+    model = checkpoint.create(size)
+    requested = {"input_size": (3, *size), "crop_mode": "squash", "crop_pct": 1.0}
+    config = resolve_input_data_config(model, args=requested)
+    tiles = [Path(args.image)] if args.image else [sample.path_of(photo) for photo in sample.PHOTOGRAPHS[:4]]
+    interpolation = str_to_pil_interp(config["interpolation"])
+    picture = mosaic([open_image(path) for path in tiles], 1 if args.image else 2, size, interpolation)
+
     x = create_transform(**config)(picture)[None]
     scores, _ = score(model, [(x, torch.zeros(1))], [PLAIN, wrapped])
     with torch.inference_mode():
         maps = timm_csra.score_maps(model, x)[0]
     names = [_readable(names) for names in head_classes(model) or [{str(i)} for i in range(len(maps))]]
-    before, after = (scores.logits(setting)[0] for setting in (PLAIN, wrapped))
-    _draw(picture, names, before, after, maps, f"{checkpoint.id}, lam = {wrapped.lam:g}", args.out)
-    print(f"{'plain':32}{'wrapped':32}")
-    for left, right in zip(before.topk(TOP).indices.tolist(), after.topk(TOP).indices.tolist(), strict=True):
-        print(f"{names[left]:32}{names[right]:32}")
+    top = min(TOP, len(names))
+    order = {
+        heading: scores.logits(setting)[0].topk(top).indices.tolist()
+        for heading, setting in (("plain", PLAIN), ("wrapped", wrapped))
+    }
+    _draw(picture, names, order, maps, f"{checkpoint.id}, lam = {wrapped.lam:g}", args.out)
+    for heading, classes in order.items():
+        print(f"{heading:8} {', '.join(names[index] for index in classes)}")
     print(f"written to {args.out}")
-    return 0
 
 
 def _readable(names: set[str]) -> str:
@@ -66,18 +74,16 @@ def _readable(names: set[str]) -> str:
 def _draw(
     picture: Image.Image,
     names: list[str],
-    before: torch.Tensor,
-    after: torch.Tensor,
+    order: dict[str, list[int]],
     maps: torch.Tensor,
     title: str,
     out: Path,
 ) -> None:
-    order = {"plain": before.topk(TOP).indices.tolist(), "wrapped": after.topk(TOP).indices.tolist()}
     figure, axes = plt.subplots(2, 4, figsize=(11, 5.4), layout="constrained")
     axes[0, 0].imshow(picture)
     axes[0, 0].set_title("input", fontsize=9)
     _rank(axes[1, 0], names, order, title)
-    for axis, index in zip(axes[:, 1:].flat, order["wrapped"], strict=True):
+    for axis, index in zip(axes[:, 1:].flat, order["wrapped"], strict=False):
         axis.imshow(picture)
         scores = np.kron(maps[index].numpy(), np.ones((8, 8)))
         axis.imshow(scores, cmap="inferno", alpha=0.6, extent=(0, picture.width, picture.height, 0))

@@ -77,6 +77,7 @@ def explain(model: nn.Module, input_size: int | tuple[int, ...] | None = None) -
         An `Explanation`. A model that cannot be wrapped gives one whose `unsupported` says why; it raises nothing.
 
     Example:
+        >>> import timm
         >>> explain(timm.create_model('test_resnet')).kind
         'exact'
     """

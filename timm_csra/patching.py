@@ -133,6 +133,7 @@ def score_maps(model: nn.Module, x: Tensor) -> Tensor:
         UnsupportedModelError: the model cannot be wrapped, or its locations form no grid.
 
     Example:
+        >>> import timm, timm_csra
         >>> maps = timm_csra.score_maps(timm.create_model('test_resnet').eval(), torch.randn(2, 3, 160, 160))
         >>> maps.shape
         torch.Size([2, 1000, 5, 5])
