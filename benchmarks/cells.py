@@ -57,9 +57,9 @@ class Cell:
         size = self.size if isinstance(self.size, str) else show_size(self.size)
         return {
             "model": self.checkpoint.name,
-            "weights": self.checkpoint.fingerprint(),
+            "weights": self.checkpoint.fingerprint,
             "data": self.data.name,
-            "data_fingerprint": self.data.fingerprint(),
+            "data_fingerprint": self.data.fingerprint,
             "task": self.task,
             "img_size": size,
             "grid": options.grid if self.task == "mosaic" else None,

@@ -6,6 +6,7 @@ import hashlib
 import importlib.metadata
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,7 @@ class Checkpoint:
         model.load_state_dict(_wheel_weights(self.id, model))
         return model.eval()
 
+    @cached_property
     def fingerprint(self) -> str | None:
         """Hash of the files of a local checkpoint, known before it is loaded; None for one from the Hub."""
         if self.source == "local-dir":

@@ -5,6 +5,7 @@ import hashlib
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,7 @@ class ImageSet:
     def __len__(self) -> int:
         return len(self.paths)
 
+    @cached_property
     def fingerprint(self) -> str:
         """Changes with the files (name and size), the labels and the classes."""
         digest = hashlib.sha256()

@@ -6,7 +6,6 @@ import io
 import json
 import os
 import tempfile
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -39,12 +38,14 @@ def write_record(path: Path, record: Record) -> None:
     _write_atomically(path, json.dumps(record, indent=1, allow_nan=False))
 
 
-def write_summary(folder: Path, records: Iterable[Record]) -> Path:
-    """`summary.csv`: one row for each record, metric and protocol; one without metric for a cell without result."""
+def write_summary(folder: Path) -> Path:
+    """`summary.csv` of all records in the folder, of earlier sweeps too: one row for each metric and protocol, and one
+    without metric for a cell without result."""
     text = io.StringIO()
     writer = csv.DictWriter(text, SUMMARY_COLUMNS, extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
-    for record in records:
+    for file in sorted((folder / "records").glob("*.json")):
+        record = json.loads(file.read_text(encoding="utf-8"))
         for result in record["results"] or [{}]:
             row = {**record, **result}
             writer.writerow(

@@ -71,7 +71,7 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         interrupted = True
         log.print(f"Stopped after {len(records)} of {len(cells)} cells; start again to do the rest.")
-    summary = write_summary(out, records)
+    summary = write_summary(out)
     print_records(records, screen)
     if args.sample:
         screen.print(sample.NOTE, style="bold", highlight=False)
@@ -182,8 +182,8 @@ def _sizes(model: Checkpoint, requests: str, missing: dict[Checkpoint, str]) -> 
 
 
 def _options(args: argparse.Namespace) -> Options:
-    temperatures = [tuple(float(head) for head in part.split("+")) for part in args.temperatures.split(",")]
-    lams = [float(lam) for lam in args.lams.split(",")]
+    temperatures = [tuple(_numbers("--temperatures", part, "+")) for part in args.temperatures.split(",")]
+    lams = _numbers("--lams", args.lams, ",")
     if any(not re.fullmatch(r"\d+|\d*\.?\d+x", part.strip()) for part in args.img_size.split(",")):
         raise ValueError(f"--img-size: found {args.img_size!r}; expected pixels or multiples such as 224 or 1x,2x.")
     device = _device(args.device)
@@ -200,9 +200,19 @@ def _options(args: argparse.Namespace) -> Options:
     )
 
 
+def _numbers(option: str, text: str, separator: str) -> list[float]:
+    try:
+        return [float(part) for part in text.split(separator)]
+    except ValueError:
+        raise ValueError(f"{option}: found {text!r}; expected numbers separated by {separator!r}.") from None
+
+
 def _device(name: str) -> str:
     if name != "auto":
-        torch.empty(0, device=name)  # says what is wrong before anything starts
+        try:
+            torch.empty(0, device=name)
+        except (RuntimeError, AssertionError, NotImplementedError) as error:  # torch says it in many ways
+            raise ValueError(f"--device {name}: cannot be used here: {str(error).splitlines()[0]}") from error
         return name
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     return accelerator.type if accelerator else "cpu"

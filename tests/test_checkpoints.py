@@ -65,8 +65,8 @@ def test_local_fixed_size_models_are_built_for_the_size(tmp_path: Path) -> None:
     assert checkpoint.name == f"local-dir:{tmp_path}"
     assert checkpoint.input_size() == (160, 160)
     assert checkpoint.create((320, 320))(torch.zeros(1, 3, 320, 320)).shape == (1, 4)
-    fingerprint = checkpoint.fingerprint()
+    fingerprint = checkpoint.fingerprint
     with torch.no_grad():
         model.head.bias[0] += 1
     timm.models.save_for_hf(model, str(tmp_path), safe_serialization=True)
-    assert checkpoint.fingerprint() != fingerprint
+    assert find_checkpoints(f"local-dir:{tmp_path}")[0].fingerprint != fingerprint

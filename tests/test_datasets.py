@@ -46,7 +46,7 @@ def test_reads_single_and_several_labels(tmp_path: Path) -> None:
     assert data.classes == ("n01440764 tench, Tinca tinca", "cat")
     assert data.paths[1] == root / "images" / "2.png"
     assert load_image_set(root, limit=1).labels == ((1,),)
-    assert load_image_set(root, limit=1).fingerprint() != data.fingerprint()
+    assert load_image_set(root, limit=1).fingerprint != data.fingerprint
 
     root = write_table(tmp_path / "b", ["file,labels", "images/0.png,1 0", "images/1.png,"], classes="tench\ncat\n")
     data = load_image_set(root)

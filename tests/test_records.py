@@ -42,9 +42,11 @@ def test_a_crash_while_writing_keeps_the_old_record(tmp_path: Path, monkeypatch:
 def test_summary_has_a_row_for_each_result_and_for_each_cell_without(tmp_path: Path) -> None:
     finished = {**KEY, "status": "ok", "n": 4, "results": [{**RESULT, "gain": 1 / 3, "ci_low": None}]}
     failed = {**KEY, "status": "failed", "reason": "boom, twice", "results": []}
-    path = write_summary(tmp_path, [finished, failed])
+    write_record(record_path(tmp_path, KEY), finished)
+    write_record(record_path(tmp_path, KEY | {"seed": 1}), failed)
+    path = write_summary(tmp_path)
     with path.open(newline="") as file:
-        first, second = csv.DictReader(file)
+        first, second = sorted(csv.DictReader(file), key=lambda row: row["status"], reverse=True)
     assert first["gain"] == "0.3333"
     assert first["ci_low"] == ""
     assert first["baseline"] == "50.0000"

@@ -155,6 +155,8 @@ def test_labels_csv_with_several_labels(tmp_path: Path, checkpoint: str) -> None
             ["--sample", "--img-size", "big"],
             "--img-size: found 'big'; expected pixels or multiples such as 224 or 1x,2x",
         ),
+        (["--sample", "--lams", "a"], "--lams: found 'a'; expected numbers separated by ','"),
+        (["--sample", "--device", "abacus"], "--device abacus: cannot be used here: Expected one of cpu, cuda"),
         (["--sample", "--lams", "-1"], "lam must be finite and at least 0, got -1.0"),
         (["--sample", "--temperatures", "0"], "temperature must be positive, got 0.0"),
         (["--sample", "--task", "single"], "--sample brings its own data and task"),
