@@ -38,6 +38,23 @@ def test_assignment_takes_effect_at_the_next_forward() -> None:
 
 
 @torch.no_grad()
+def test_lam_zero_calls_the_head_of_the_model_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = timm_csra.wrap(create("test_resnet"), lam=0)
+    own, seen = timm.models.resnet.ResNet.forward_head, []
+
+    def counting(self: nn.Module, features: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
+        seen.append(tuple(features.shape))
+        return own(self, features, pre_logits)
+
+    monkeypatch.setattr(timm.models.resnet.ResNet, "forward_head", counting)
+    model(x)
+    assert seen == [(2, 96, 3, 3)]
+    model.csra.lam = 0.1
+    model(x)
+    assert seen[1:] == [(2 * 3 * 3, 96, 1, 1), (2, 96, 3, 3)]
+
+
+@torch.no_grad()
 def test_classes_of_the_same_model_do_not_share_settings() -> None:
     first, second = timm_csra.wrap(create("test_resnet"), 0.1), timm_csra.wrap(create("test_resnet"), 0.9)
     assert type(first) is type(second)
