@@ -21,7 +21,8 @@ from timm_csra.evaluation.metrics import evaluate
 from timm_csra.evaluation.scoring import Setting, score
 
 from .checkpoints import Checkpoint, weights_sha256
-from .datasets import ImageSet, Mosaics, NotApplicableError, Photographs, align, tilings
+from .classes import NotApplicableError, align
+from .datasets import ImageSet, Mosaics, Photographs, tilings
 from .records import Record
 
 TASKS = ("single", "multilabel", "mosaic")
@@ -174,7 +175,7 @@ def _load(cell: Cell, model: nn.Module, options: Options) -> tuple[Any, Record, 
         raise NotApplicableError("the task multilabel needs labels.csv with a column `labels`")
     if cell.task == "mosaic" and data.multilabel and data.tilings is None:
         raise NotApplicableError("mosaics are built from images with exactly one label each")
-    alignment = align(data, model)
+    alignment = align(data.classes, data.labels, model)
     requested = {"input_size": (3, *size), "crop_mode": options.crop_mode, "crop_pct": options.crop_pct}
     if cell.task == "mosaic":
         requested |= {"crop_mode": "squash", "crop_pct": 1.0}  # the mosaic has the right size already

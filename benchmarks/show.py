@@ -22,7 +22,8 @@ from timm_csra.evaluation.scoring import PLAIN, Setting, score
 
 from . import checkpoints, sample
 from .checkpoints import CheckpointError, find_checkpoints
-from .datasets import DataError, head_classes, mosaic, open_image
+from .classes import head_classes
+from .datasets import DataError, mosaic, open_image
 
 TOP = 6
 

@@ -2,7 +2,7 @@
 
 Each image runs once and serves every setting of lam and T. One JSON record for each (checkpoint, data, task, size)
 goes to OUT/records, all of them to OUT/summary.csv and to the table on the terminal. Started again with the same
-arguments, a sweep does only what is missing.
+arguments, a sweep does only what is missing or failed.
 """
 
 import argparse
@@ -104,6 +104,8 @@ def _run(
                 record = run_cell(cell, partial(loaded.get, cell, missing), options, track)
                 progress.remove_task(images)
                 write_record(path, record)
+                if not log.is_terminal:  # a log file has no progress bar
+                    log.print(f"{path.stem}: {record['status']}, {record['seconds']:.1f} s", highlight=False)
             progress.advance(overall)
             yield record
 
@@ -168,7 +170,7 @@ def _offline(missing: dict[Checkpoint, str]) -> str:
 def _sizes(model: Checkpoint, requests: str, missing: dict[Checkpoint, str]) -> list[tuple[int, int] | str]:
     """`1x,320` -> sizes in pixels; the request itself where the checkpoint cannot be asked."""
     parts = [part.strip() for part in requests.split(",")]
-    if model in missing:
+    if model in missing and model.source == "hf-hub":
         return list(parts)
     try:
         height, width = model.input_size()

@@ -41,6 +41,7 @@ def test_lam_zero_is_the_plain_model(family: Family) -> None:
     assert not torch.equal(model(x), logits)
     features = model.forward_features(x)
     pre_logits = model.forward_head(features, pre_logits=True)
+    assert torch.equal(pre_logits, model.forward_head(features, True))
     assert timm_csra.unwrap(model) is model
     assert torch.equal(pre_logits, model.forward_head(features, pre_logits=True))
     assert type(model) is plain_class

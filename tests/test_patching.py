@@ -147,6 +147,23 @@ def test_refused_at_the_forward_pass() -> None:
         model(torch.zeros(1, 3, 224, 224))
 
 
+@torch.no_grad()
+def test_padded_patches_are_refused_unless_lam_is_zero() -> None:
+    model = timm.create_model("naflexvit_base_patch16_gap", depth=1).eval()
+    patches = {
+        "patches": torch.randn(1, 6, 768, generator=torch.Generator().manual_seed(0)),
+        "patch_coord": torch.tensor([[[row, column] for row in range(2) for column in range(3)]]),
+        "patch_valid": torch.tensor([[True, True, True, True, False, False]]),
+    }
+    plain = model(patches)
+    timm_csra.wrap(model)
+    text = "naflexvit_base_patch16_gap: forward_head was called with patches, patch_valid, expected features alone"
+    with pytest.raises(UnsupportedModelError, match=text):
+        model(patches)
+    model.csra.lam = 0
+    assert torch.equal(model(patches), plain)
+
+
 def test_explain_reads_well() -> None:
     text = str(timm_csra.explain(create("test_resnet"), 160))
     assert text.splitlines()[0] == "test_resnet: can be wrapped"

@@ -25,14 +25,16 @@ class CSRAMixin:
 
     csra: CSRAConfig
 
-    def forward_head(self, x: Any, pre_logits: bool = False, **kwargs: Any) -> Any:
-        model = cast(nn.Module, self)
-        if pre_logits:
-            return super().forward_head(x, pre_logits=True, **kwargs)  # type: ignore[misc]
-        head: Head = functools.partial(super().forward_head, **kwargs)  # type: ignore[misc]
-        lam = self.csra.lam
-        if lam == 0:
-            return head(x)
+    def forward_head(self, x: Any = None, pre_logits: bool = False, **kwargs: Any) -> Any:
+        model, head, lam = cast(nn.Module, self), super().forward_head, self.csra.lam  # type: ignore[misc]
+        if lam == 0 or pre_logits:
+            features = () if x is None else (x,)  # NaFlexViT names its features
+            return head(*features, **(kwargs | {"pre_logits": True} if pre_logits else kwargs))
+        if kwargs:
+            raise UnsupportedModelError(
+                f"{describe(model)}: forward_head was called with {', '.join(kwargs)}, expected features alone. Padded "
+                "patches are not supported yet: call the model on images (N, 3, H, W), or set model.csra.lam = 0."
+            )
         if not model.num_classes:
             raise UnsupportedModelError(_no_classifier(model))
         # Locations first: what they refuse, they refuse before the plain head has changed anything.
