@@ -172,6 +172,22 @@ def test_explain_reads_well() -> None:
     assert "extra MACs        2.40 M" in text  # 25 locations x 96 channels x 1000 classes
 
 
+@pytest.mark.parametrize("grad_mode", [torch.no_grad, torch.enable_grad, torch.inference_mode])
+@pytest.mark.parametrize("name", ["levit_128s", "efficientformer_l1", "tiny_vit_5m_224", "test_vit3"])
+def test_explain_leaves_no_trace_in_caches(name: str, grad_mode: type) -> None:
+    """In eval mode these keep attention biases in a dictionary of the module."""
+    model = create(name)
+    channels, height, width = timm.models.get_model_input_config(model)["input_size"]
+    images = torch.randn(1, channels, height, width)
+    with grad_mode():
+        before = timm_csra.explain(model)
+        logits = model(images)
+        assert type(logits) is torch.Tensor
+        assert torch.equal(logits, create(name)(images))
+        assert timm_csra.explain(timm_csra.wrap(model, lam=0)) == before
+        assert torch.equal(model(images), logits)
+
+
 def test_explain_changes_nothing_and_needs_no_weights() -> None:
     model = timm.create_model("test_efficientnet").train()
     model.bn1.eval()

@@ -1,5 +1,6 @@
 """What wrapping means for one model: its kind of head, its grid of locations, and what scoring them costs."""
 
+import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,6 +10,7 @@ from timm.models import get_model_input_config
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from .errors import UnsupportedModelError
@@ -86,14 +88,10 @@ def explain(model: nn.Module, input_size: int | tuple[int, ...] | None = None) -
     except UnsupportedModelError as error:
         return Explanation(describe(model), unsupported=str(error))
     size = _input_size(model, input_size)
-    modes = {module: module.training for module in model.modules()}
     try:
-        return _explain(model.eval(), size)
+        return _explain(model, size)
     except UnsupportedModelError as error:
         return Explanation(describe(model), size, unsupported=str(error))
-    finally:
-        for module, training in modes.items():
-            module.training = training
 
 
 def _input_size(model: nn.Module, requested: int | tuple[int, ...] | None) -> tuple[int, int, int]:
@@ -106,12 +104,22 @@ def _input_size(model: nn.Module, requested: int | tuple[int, ...] | None) -> tu
     return channels, height, width
 
 
+def _skeleton(model: nn.Module, mode: FakeTensorMode) -> nn.Module:
+    """A copy in eval mode whose weights have shapes and no values: it takes no memory, runs at no cost, and leaves no
+    trace in the model (attention caches its biases in some)."""
+    tensors = [leaf for module in model.modules() for leaf in tree_leaves(vars(module)) if isinstance(leaf, Tensor)]
+    fakes = {id(t): mode.from_tensor(t if isinstance(t, nn.Parameter) else t.detach()) for t in tensors}
+    return copy.deepcopy(model, fakes).eval()
+
+
+@torch.inference_mode(False)
+@torch.enable_grad()  # whatever the caller has set: the flop counter and the kind need gradients
 def _explain(model: nn.Module, size: tuple[int, int, int]) -> Explanation:
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    model = _skeleton(model, mode)
     head = plain_head(model)
     weight = next(model.parameters())
-    # Fake tensors have shapes and no values: the model runs at no cost, whatever its size.
-    # Gradients stay on, since the flop counter looks at them.
-    with FakeTensorMode(allow_non_fake_inputs=True), torch.enable_grad():
+    with mode:
         images = torch.empty(1, *size, dtype=weight.dtype, device=weight.device)
         with FlopCounterMode(display=False) as plain:
             features = model.forward_features(images)  # type: ignore[operator]
@@ -145,7 +153,7 @@ class _HeadRecorder(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
-        self.used |= {self._names[id(arg)] for arg in (*args, *kwargs.values()) if id(arg) in self._names}
+        self.used |= {self._names[id(leaf)] for leaf in tree_leaves((args, kwargs)) if id(leaf) in self._names}
         self.attends |= func in _ATTENTION
         return func(*args, **kwargs)
 
