@@ -34,8 +34,10 @@ def _table(records: list[Record]) -> Table:
     table = Table(box=None, pad_edge=False, header_style="bold")
     for name in ("model", "data", "task", "px", "metric"):
         table.add_column(name, no_wrap=name != "model", overflow="fold")
-    for name in ("n", "lam=0", "fixed", "crossfit", "best"):
+    for name in ("n", "lam=0"):
         table.add_column(name, justify="right", no_wrap=True)
+    for name in ("fixed", "crossfit", "best"):
+        table.add_column(name, justify="right")  # on a narrow terminal they take several lines, and lose nothing
     for record in records:
         by_metric: dict[str, dict[str, Any]] = {}
         for result in record["results"]:
@@ -53,7 +55,7 @@ def _table(records: list[Record]) -> Table:
 
 
 def _short(model: str) -> str:
-    return model.rsplit("/", 1)[-1] if model.startswith("local-dir:") else model
+    return model.rsplit("/", 1)[-1] if model.startswith("local-dir:") else model.removeprefix("pypi:")
 
 
 def _number(value: float | None) -> str:
