@@ -105,7 +105,9 @@ def _run(
                 progress.remove_task(images)
                 write_record(path, record)
                 if not log.is_terminal:  # a log file has no progress bar
-                    log.print(f"{path.stem}: {record['status']}, {record['seconds']:.1f} s", highlight=False)
+                    log.print(
+                        f"{path.stem}: {record['status']}, {record['seconds']:.1f} s", highlight=False, soft_wrap=True
+                    )
             progress.advance(overall)
             yield record
 

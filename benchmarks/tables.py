@@ -21,13 +21,19 @@ def print_records(records: Iterable[Record], console: Console) -> None:
     finished = [record for record in records if record["status"] == "ok"]
     if finished:
         console.print(_table(finished))
-        console.print(LEGEND, style="dim", highlight=False)
+        console.print(LEGEND, style="dim", highlight=False, soft_wrap=True)
     for record in records:
         if record["status"] == "ok":
             continue
         where = f"{record['model']} on {record['data']}, {record['task']}, {record['img_size']} px"
         style = "red" if record["status"] == "failed" else "yellow"
-        console.print(f"{record['status']}: {where}: {record['reason']}", style=style, markup=False, highlight=False)
+        console.print(
+            f"{record['status']}: {where}: {record['reason']}",
+            style=style,
+            markup=False,
+            highlight=False,
+            soft_wrap=True,
+        )
 
 
 def _table(records: list[Record]) -> Table:

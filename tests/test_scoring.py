@@ -39,6 +39,21 @@ def test_scores_equal_the_wrapped_model(family: Family, wrapped: bool) -> None:
             torch.testing.assert_close(scores.logits(setting), reference(x)[:, columns], rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("name", ["test_resnet", "test_vit2"])
+@torch.no_grad()
+def test_reduced_precision_is_that_of_the_wrapped_model(name: str) -> None:
+    family = next(family for family in FAMILIES if family.name == name)
+    x = images(family, 4)
+    scores, _ = score(create(name), [(x, torch.zeros(4))], [PLAIN, DEFAULT], amp_dtype=torch.bfloat16)
+    wrapped = timm_csra.wrap(create(name), *DEFAULT)
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = wrapped(x)
+    assert logits.dtype == torch.bfloat16
+    assert torch.equal(scores.logits(DEFAULT), logits.float())
+    assert scores.logits(PLAIN).unique().numel() < 0.5 * logits.numel()  # bf16 ties logits
+    assert scores.logits(DEFAULT).unique().numel() < 0.5 * logits.numel()
+
+
 def test_refusals() -> None:
     model = create("test_resnet")
     batch = (images(FAMILIES[0]), torch.zeros(2))

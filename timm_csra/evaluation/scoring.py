@@ -46,17 +46,20 @@ class Scores:
     Attributes:
         base: `(n, K)`, the plain model's logits.
         attention: for each temperature T the attention term att, `(n, K)`.
+        dtype: of the model's logits. Those of a setting are rounded to it, as a wrapped model's are: otherwise bf16
+            would tie the plain logits alone, and ranks would differ for no other reason.
     """
 
     base: Tensor
     attention: dict[float, Tensor]
+    dtype: torch.dtype = torch.float32
 
     def logits(self, setting: Setting) -> Tensor:
         """What a model wrapped with `setting` says: base + lam * mean over heads of att, `(n, K)`."""
         if setting.lam == 0:
             return self.base
         heads = torch.stack([self.attention[temperature] for temperature in setting.temperature])
-        return self.base + setting.lam * heads.mean(dim=0)
+        return (self.base + setting.lam * heads.mean(dim=0)).to(self.dtype).float()
 
 
 @torch.inference_mode()
@@ -110,8 +113,8 @@ def score(
         targets.append(target)
     if not kept:
         raise ValueError(f"{describe(model)}: no image to score.")
-    base, *attention = (torch.cat(parts) for parts in zip(*kept, strict=True))
-    return Scores(base, dict(zip(temperatures, attention, strict=True))), torch.cat(targets)
+    plain, *attention = (torch.cat(parts) for parts in zip(*kept, strict=True))
+    return Scores(plain, dict(zip(temperatures, attention, strict=True)), base.dtype), torch.cat(targets)
 
 
 def _check_forward(model: nn.Module, logits: Tensor, base: Tensor, locations: Tensor) -> None:
