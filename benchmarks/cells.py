@@ -91,7 +91,7 @@ def show_temperature(setting: Setting) -> str:
 
 def run_cell(
     cell: Cell,
-    model: nn.Module | Callable[[], nn.Module],
+    load: Callable[[], nn.Module],
     options: Options,
     track: Callable[[Iterable[Any]], Iterable[Any]] = iter,
 ) -> Record:
@@ -99,14 +99,14 @@ def run_cell(
 
     Args:
         cell: what to measure.
-        model: the checkpoint on `options.device`, in eval mode; or what creates it, when that may fail.
+        load: gives the checkpoint on `options.device`, in eval mode; when it fails, the cell has failed.
         options: how.
         track: wraps the batches, to show progress.
     """
     started = time.perf_counter()
     record: Record = {"status": "ok", "reason": None, "n": len(cell.data), "columns": None, "kind": None, "results": []}
     try:
-        record |= _measure(cell, model if isinstance(model, nn.Module) else model(), options, track)
+        record |= _measure(cell, load(), options, track)
     except NotApplicableError as reason:
         record |= {"status": "not_applicable", "reason": str(reason)}
     except Exception as error:
