@@ -215,7 +215,7 @@ def _device(name: str) -> str:
     if name != "auto":
         try:
             torch.empty(0, device=name)
-        except (RuntimeError, AssertionError, NotImplementedError) as error:  # torch says it in many ways
+        except (RuntimeError, AssertionError) as error:  # torch says it in many ways
             raise ValueError(f"--device {name}: cannot be used here: {str(error).splitlines()[0]}") from error
         return name
     accelerator = torch.accelerator.current_accelerator(check_available=True)
