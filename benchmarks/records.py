@@ -6,6 +6,7 @@ import io
 import json
 import os
 import tempfile
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,19 +42,22 @@ def write_record(path: Path, record: Record) -> None:
 def write_summary(folder: Path) -> Path:
     """`summary.csv` of all records in the folder, of earlier sweeps too: one row for each metric and protocol, and one
     without metric for a cell without result."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, SUMMARY_COLUMNS, extrasaction="ignore", lineterminator="\n")
-    writer.writeheader()
-    for file in sorted((folder / "records").glob("*.json")):
-        record = json.loads(file.read_text(encoding="utf-8"))
-        for result in record["results"] or [{}]:
-            row = {**record, **result}
-            writer.writerow(
-                {name: f"{value:.4f}" if isinstance(value, float) else value for name, value in row.items()}
-            )
+    files = sorted((folder / "records").glob("*.json"))
+    records = (json.loads(file.read_text(encoding="utf-8")) for file in files)
+    rows = ({**record, **result} for record in records for result in record["results"] or [{}])
     path = folder / "summary.csv"
-    _write_atomically(path, text.getvalue())
+    write_table(path, SUMMARY_COLUMNS, rows)
     return path
+
+
+def write_table(path: Path, columns: Sequence[str], rows: Iterable[dict[str, Any]]) -> None:
+    """Write these columns of the rows as CSV, atomically; floats with four decimals."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, extrasaction="ignore", lineterminator="\n")
+    writer.writeheader()
+    for row in rows:
+        writer.writerow({name: f"{value:.4f}" if isinstance(value, float) else value for name, value in row.items()})
+    _write_atomically(path, text.getvalue())
 
 
 def _write_atomically(path: Path, text: str) -> None:

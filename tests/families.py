@@ -1,10 +1,13 @@
 """The architectures that stand for the kinds of timm heads, with random weights, and a literal reference for them."""
 
 import functools
-from typing import NamedTuple
+import math
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import timm
 import torch
+from timm.models.pit import PoolingVisionTransformer
 from torch import Tensor, nn
 
 
@@ -33,6 +36,16 @@ FAMILIES = [
     Family("mobilenetv3_small_050", "NCHW", 0, "nonlinear", 96),
     Family("xcit_nano_12_p16_224", "NLC", 1, "token", 224),
     Family("levit_128s", "NLC", 0, "exact", 224),
+    # Families whose head needs an adapter.
+    Family("resnet50_clip", "NCHW", 0, "token", 224),
+    Family("coat_lite_tiny", "NLC", 1, "token", 224),
+    Family("coat_tiny", "branches", 1, "token", 224),
+    Family("crossvit_tiny_240", "branches", 1, "token", 240),
+    Family("efficientvim_m1", "states", 0, "exact", 224),
+    Family("efficientvim_m1_dist", "states", 0, "exact", 224),
+    Family("pit_ti_224", "NLC", 1, "token", 224),
+    Family("pit_ti_distilled_224", "NLC", 2, "token", 224),
+    Family("volo_d1_224", "NLC", 1, "nonlinear", 224),
 ]
 EXACT = [family for family in FAMILIES if family.kind == "exact"]
 
@@ -66,32 +79,70 @@ def images(family: Family, count: int = 2, seed: int = 0) -> Tensor:
     return torch.randn(count, 3, family.size, family.size, generator=torch.Generator().manual_seed(seed))
 
 
-def literal_scores(model: nn.Module, family: Family, features: Tensor) -> Tensor:
-    """Scores `(N, L, K)` by the definition: one full-size constant map per location through the plain head."""
-    scores = []
+def spatial_features(model: nn.Module, x: Tensor) -> Any:
+    """What `forward_features` of a plain model returns, with the locations in it."""
+    if not isinstance(model, PoolingVisionTransformer):
+        return model.forward_features(x)
+    # The last stage returns its map and the class tokens; only the latter go on, through the norm.
+    last: list[Tensor] = []
+    with model.transformers[-1].register_forward_hook(lambda module, args, output: last.append(output[0])):
+        tokens = model.forward_features(x)
+    return torch.cat([tokens, model.norm(last[0].flatten(2).transpose(1, 2))], dim=1)
+
+
+def constant_maps(model: nn.Module, family: Family, features: Any) -> Iterator[Any]:
+    """By the definition: for each location, full-size features in which every location looks like it."""
     if family.features == "NCHW":
         for row in range(features.shape[2]):
             for column in range(features.shape[3]):
                 constant = torch.empty_like(features)
                 constant[:] = features[:, :, row, column][:, :, None, None]
-                scores.append(model.forward_head(constant))
+                yield constant
     elif family.features == "NHWC":
         for row in range(features.shape[1]):
             for column in range(features.shape[2]):
                 constant = torch.empty_like(features)
                 constant[:] = features[:, row, column, :][:, None, None, :]
-                scores.append(model.forward_head(constant))
-    else:
+                yield constant
+    elif family.features == "NLC":
         for token in range(family.prefix, features.shape[1]):
             constant = torch.empty_like(features)
             constant[:] = features[:, token][:, None, :]
-            scores.append(model.forward_head(constant))
-    return torch.stack(scores, dim=1)
+            yield constant
+    elif family.features == "branches":
+        # Square grids behind one class token each; the finest has the locations, and of every branch the token whose
+        # centre is nearest stands at all places of that branch, the class token's included.
+        sides = [math.isqrt(branch.shape[1] - 1) for branch in features]
+        finest = max(sides)
+        for row in range(finest):
+            for column in range(finest):
+                constants = []
+                for branch, side in zip(features, sides, strict=True):
+                    distances = torch.tensor(
+                        [[abs((i + 0.5) / side - (at + 0.5) / finest) for i in range(side)] for at in (row, column)]
+                    )
+                    near_row, near_column = distances.argmin(dim=1).tolist()
+                    constant = torch.empty_like(branch)
+                    constant[:] = branch[:, 1 + near_row * side + near_column][:, None, :]
+                    constants.append(constant)
+                yield constants
+    else:
+        # Hidden states first, which are no places; then the final map (N, C, L).
+        *states, last = features
+        for place in range(last.shape[2]):
+            constant = torch.empty_like(last)
+            constant[:] = last[:, :, place][:, :, None]
+            yield [*states, constant]
+
+
+def literal_scores(model: nn.Module, family: Family, features: Any) -> Tensor:
+    """Scores `(N, L, K)` by the definition: one full-size constant map per location through the plain head."""
+    return torch.stack([model.forward_head(constant) for constant in constant_maps(model, family, features)], dim=1)
 
 
 def literal_logits(model: nn.Module, family: Family, x: Tensor, lam: float, temperatures: tuple[float, ...]) -> Tensor:
     """base_c + lam * att_c, by the definition, for a plain model."""
-    features = model.forward_features(x)
+    features = spatial_features(model, x)
     scores = literal_scores(model, family, features)
     attention = torch.zeros_like(scores[:, 0])
     for temperature in temperatures:

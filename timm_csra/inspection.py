@@ -13,13 +13,14 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from .errors import UnsupportedModelError
-from .locations import Head, describe, feature_layout, location_scores
+from .errors import UnsupportedModelError, describe
+from .layouts import Head, layout_of, spatial_features
+from .locations import location_scores
 from .patching import check_supported, plain_head
 
 _KINDS = {
     "exact": "linear after average pooling: the mean of the location scores is the plain logit, as in the paper",
-    "nonlinear": "something nonlinear stands between the pooling and the logits",
+    "nonlinear": "a norm, a hidden layer, an activation or another pooling makes the plain logit differ from that mean",
     "token": "class token or attention pooling: patch tokens were not trained to be classified, gains may be absent",
 }
 
@@ -32,6 +33,9 @@ class Explanation:
         architecture: timm's name of the architecture, else the class name.
         input_size: images the figures are for, `(C, H, W)`.
         kind: `exact`, `nonlinear` or `token`; None where the model cannot be wrapped.
+        features: what `forward_features` returns, in timm's letters: `NCHW`, `NHWC`, `NLC`, or several of them.
+        prefix_tokens: tokens before the locations (class, distillation, registers), which are no locations.
+        path: how locations are scored: `general rule`, or `family adapter` with the family.
         grid: rows and columns of locations, or None where they form none.
         locations: number of locations L.
         num_classes: K.
@@ -44,6 +48,9 @@ class Explanation:
     architecture: str
     input_size: tuple[int, int, int] | None = None
     kind: str | None = None
+    features: str | None = None
+    prefix_tokens: int = 0
+    path: str | None = None
     grid: tuple[int, int] | None = None
     locations: int = 0
     num_classes: int = 0
@@ -62,6 +69,7 @@ class Explanation:
             f"{self.architecture}: can be wrapped\n"
             f"  kind              {self.kind} ({_KINDS[self.kind]})\n"
             f"  locations         {grid} for an input of {'x'.join(map(str, self.input_size))}\n"
+            f"  scored by         {self.path}\n"
             f"  classes           {self.num_classes}\n"
             f"  extra parameters  {self.extra_parameters}\n"
             f"  extra MACs        {self.extra_macs / 1e6:.2f} M beside the model's {self.macs / 1e6:.1f} M ({share})"
@@ -122,18 +130,22 @@ def _explain(model: nn.Module, size: tuple[int, int, int]) -> Explanation:
     with mode:
         images = torch.empty(1, *size, dtype=weight.dtype, device=weight.device)
         with FlopCounterMode(display=False) as plain:
-            features = model.forward_features(images)  # type: ignore[operator]
+            features = spatial_features(model, images)
             with _HeadRecorder(model) as recorder:
                 head(features)
-        layout = feature_layout(model, features)
+        layout = layout_of(model, features)
         with FlopCounterMode(display=False) as extra:
             scores = location_scores(model, head, features)
-        shape = tuple(features.shape)
+        shapes = [tuple(part.shape) for part in (features if isinstance(features, (list, tuple)) else [features])]
+        grid = layout.grid(features, size[1:])
     return Explanation(
         architecture=describe(model),
         input_size=size,
-        kind=_kind(model, head, shape, recorder),
-        grid=layout.grid(features, size[1:]),
+        kind=_kind(model, head, shapes, recorder),
+        features=layout.format,
+        prefix_tokens=layout.prefix_tokens,
+        path=f"family adapter: {layout.adapter}" if layout.adapter else "general rule",
+        grid=grid,
         locations=scores[0].shape[1],
         num_classes=scores[0].shape[2],
         macs=plain.get_total_flops() // 2,
@@ -153,12 +165,14 @@ class _HeadRecorder(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
-        self.used |= {self._names[id(leaf)] for leaf in tree_leaves((args, kwargs)) if id(leaf) in self._names}
-        self.attends |= func in _ATTENTION
+        used = {self._names[id(leaf)] for leaf in tree_leaves((args, kwargs)) if id(leaf) in self._names}
+        self.used |= used
+        self.attends |= func in _ATTENTION and not (func in _SOFTMAX and used)  # a softmax of a weight mixes branches
         return func(*args, **kwargs)
 
 
-_ATTENTION = (F.scaled_dot_product_attention, F.multi_head_attention_forward, F.softmax, torch.softmax, Tensor.softmax)
+_SOFTMAX = (F.softmax, torch.softmax, Tensor.softmax)
+_ATTENTION = (F.scaled_dot_product_attention, F.multi_head_attention_forward, *_SOFTMAX)
 
 
 class _Call(nn.Module):
@@ -169,12 +183,12 @@ class _Call(nn.Module):
         self.model = model
         self._head = head
 
-    def forward(self, features: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+    def forward(self, features: Any) -> tuple[Tensor, tuple[Tensor, ...]]:
         logits = self._head(features)
         return (logits if isinstance(logits, Tensor) else logits[0]), location_scores(self.model, self._head, features)
 
 
-def _kind(model: nn.Module, head: Head, shape: tuple[int, ...], recorder: _HeadRecorder) -> str:
+def _kind(model: nn.Module, head: Head, shapes: list[tuple[int, ...]], recorder: _HeadRecorder) -> str:
     """Try the head on random features in float64, with random weights in place of its own: a head that starts at
     zero, or has no weights yet (meta device), says nothing otherwise."""
     if recorder.attends:
@@ -186,11 +200,15 @@ def _kind(model: nn.Module, head: Head, shape: tuple[int, ...], recorder: _HeadR
             # Buffers in a head are running means and variances: positive values suit both.
             uniform = torch.rand(tensor.shape, generator=generator, dtype=torch.float64, device="cpu")
             weights[f"model.{name}"] = 2 * uniform - 1 if isinstance(tensor, nn.Parameter) else uniform + 0.5
-    features = torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu", requires_grad=True)
+    parts = [
+        torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu", requires_grad=True)
+        for shape in shapes
+    ]
+    features = parts[0] if len(parts) == 1 else parts
     call = _Call(model, head)
     logits, scores = torch.func.functional_call(call, weights, (features,))
-    layout = feature_layout(model, features)
-    (gradient,) = torch.autograd.grad(logits.sum(), features)
-    if not layout.locations(gradient).any():
+    gradients = torch.autograd.grad(logits.sum(), parts, materialize_grads=True)
+    where = layout_of(model, features).locations(gradients[0] if len(parts) == 1 else gradients)
+    if not any(branch.any() for branch in where):
         return "token"
     return "exact" if torch.allclose(logits, scores[0].mean(1), rtol=1e-9, atol=1e-9) else "nonlinear"

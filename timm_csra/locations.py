@@ -1,94 +1,23 @@
 """From the last feature map to the class scores of every location, by one rule for every head.
 
-The score of location j is what the model's own head says when every location looks like j. Pooling such a constant
-map gives the constant, so a map of one location is enough: the head runs on `N * L` maps of size 1x1, with norms,
-hidden layers and activations applied as trained, and no table of families is needed.
+The score of location j is what the model's own head says when every location looks like j (the constant map). The head
+itself runs on N * L constant maps, with norms, hidden layers and activations applied as trained, and no table of
+families is needed; `layouts.py` says how small such a map may be, and knows the families that need more than that.
 """
 
 import inspect
-from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from .errors import UnsupportedModelError
-
-# A head: features to logits, or to a tuple of logits (distilled models in training).
-Head = Callable[[Tensor], Tensor | tuple[Tensor, ...]]
+from .errors import UnsupportedModelError, describe
+from .layouts import Head, layout_of
 
 
-def describe(model: nn.Module) -> str:
-    """How error texts call a model: its timm architecture, else its class."""
-    cfg = getattr(model, "pretrained_cfg", None)
-    return (cfg.get("architecture") if isinstance(cfg, dict) else None) or type(model).__name__
-
-
-@dataclass(frozen=True)
-class FeatureLayout:
-    """Where the locations are in what `forward_features` returns: `(N, C, H, W)`, `(N, H, W, C)` or `(N, L, C)`."""
-
-    format: str
-    prefix_tokens: int = 0
-
-    def locations(self, features: Tensor) -> Tensor:
-        """The feature vectors of all locations, without prefix tokens: `(N, L, C)`."""
-        if self.format == "NCHW":
-            return features.flatten(2).transpose(1, 2)
-        if self.format == "NHWC":
-            return features.flatten(1, 2)
-        return features[:, self.prefix_tokens :]
-
-    def one_location_maps(self, locations: Tensor) -> Tensor:
-        """`(M, C)` feature vectors as M maps of one location each; prefix tokens become that location too."""
-        if self.format == "NCHW":
-            return locations[:, :, None, None]
-        if self.format == "NHWC":
-            return locations[:, None, None, :]
-        return locations[:, None, :].expand(-1, 1 + self.prefix_tokens, -1)
-
-    def grid(self, features: Tensor, input_size: tuple[int, int]) -> tuple[int, int] | None:
-        """Rows and columns of locations; for tokens, the grid of `L` cells with the input's `(H, W)` aspect."""
-        if self.format == "NCHW":
-            return features.shape[2], features.shape[3]
-        if self.format == "NHWC":
-            return features.shape[1], features.shape[2]
-        count = features.shape[1] - self.prefix_tokens
-        rows = max(1, round((count * input_size[0] / input_size[1]) ** 0.5))
-        return (rows, count // rows) if count % rows == 0 else None
-
-
-def feature_layout(model: nn.Module, features: Any) -> FeatureLayout:
-    """Find the layout of `features`, which `model.forward_features` returned.
-
-    Raises:
-        UnsupportedModelError: `features` are no single tensor, or hold no location.
-    """
-    if not isinstance(features, Tensor):
-        raise UnsupportedModelError(
-            f"{describe(model)}: forward_features returned a {type(features).__name__}, expected one tensor "
-            "(N, C, H, W), (N, H, W, C) or (N, L, C). timm_csra does not support this family of heads yet."
-        )
-    prefix = int(getattr(model, "num_prefix_tokens", 0))
-    if features.ndim == 3 and features.shape[1] > prefix:
-        return FeatureLayout("NLC", prefix)
-    if features.ndim == 4:
-        declared = getattr(model, "output_fmt", None)
-        channels = getattr(model, "num_features", None)
-        last = features.shape[3] == channels and features.shape[1] != channels
-        return FeatureLayout("NHWC" if declared == "NHWC" or (declared is None and last) else "NCHW")
-    tokens = f" of which {prefix} are prefix tokens" if features.ndim == 3 else ""
-    raise UnsupportedModelError(
-        f"{describe(model)}: no location is left in its features: forward_features returned "
-        f"{tuple(features.shape)}{tokens}, expected (N, C, H, W), (N, H, W, C) or (N, L, C) with L >= 1 locations. "
-        "Class-specific residual attention needs an unpooled feature map; use a model that keeps one."
-    )
-
-
-def location_scores(model: nn.Module, head: Head, features: Tensor) -> tuple[Tensor, ...]:
+def location_scores(model: nn.Module, head: Head, features: Any) -> tuple[Tensor, ...]:
     """Class scores of every location by the rule.
 
     Args:
@@ -103,10 +32,10 @@ def location_scores(model: nn.Module, head: Head, features: Tensor) -> tuple[Ten
         UnsupportedModelError: the features hold no location, the head returns no `(N, K)` logits, or it holds a
             batch norm in training mode.
     """
-    layout = feature_layout(model, features)
+    layout = layout_of(model, features)
     locations = layout.locations(features)
     with _without_side_effects(model):
-        scores = head(layout.one_location_maps(locations.flatten(0, 1)))
+        scores = layout.scores(head, *(branch.flatten(0, 1) for branch in locations))
     elements = scores if isinstance(scores, tuple) else (scores,)
     for element in elements:
         if element.ndim != 2:
@@ -114,7 +43,7 @@ def location_scores(model: nn.Module, head: Head, features: Tensor) -> tuple[Ten
                 f"{describe(model)}: its head returns {tuple(element.shape)}, expected logits (N, K). "
                 "Create the model with pooling (global_pool='avg'), not with global_pool=''."
             )
-    return tuple(element.unflatten(0, (-1, locations.shape[1])) for element in elements)
+    return tuple(element.unflatten(0, (-1, locations[0].shape[1])) for element in elements)
 
 
 def _without_side_effects(model: nn.Module) -> AbstractContextManager[Any]:

@@ -5,13 +5,14 @@ import math
 from typing import Any, TypeVar, cast
 
 import torch
-from timm.layers import AttentionPool2d
+from timm.layers import AttentionPool2d, AttentionPoolLatent
 from torch import Tensor, nn
 
 from .attention import add_attention
 from .config import CSRAConfig
-from .errors import UnsupportedModelError
-from .locations import Head, describe, feature_layout, location_scores
+from .errors import UnsupportedModelError, describe
+from .layouts import Head, layout_of, overrides, spatial_features
+from .locations import location_scores
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -21,28 +22,33 @@ class CSRAMixin:
 
     - `forward_head` adds the attention term of `self.csra` to the logits.
     - copying and pickling rebuild the subclass from the timm class.
+    - `torch.jit.script` is refused.
     """
 
     csra: CSRAConfig
 
-    def forward_head(self, x: Any = None, pre_logits: bool = False, **kwargs: Any) -> Any:
+    def forward_head(self, x: Any = None, pre_logits: bool = False, **masks: Any) -> Any:
         model, head, lam = cast(nn.Module, self), super().forward_head, self.csra.lam  # type: ignore[misc]
         if lam == 0 or pre_logits:
             features = () if x is None else (x,)  # NaFlexViT names its features
-            return head(*features, **(kwargs | {"pre_logits": True} if pre_logits else kwargs))
-        if kwargs:
-            raise UnsupportedModelError(
-                f"{describe(model)}: forward_head was called with {', '.join(kwargs)}, expected features alone. Padded "
-                "patches are not supported yet: call the model on images (N, 3, H, W), or set model.csra.lam = 0."
-            )
+            return head(*features, **(masks | {"pre_logits": True} if pre_logits else masks))
         if not model.num_classes:
             raise UnsupportedModelError(_no_classifier(model))
+        features = masks.pop("patches") if x is None else x
         # Locations first: what they refuse, they refuse before the plain head has changed anything.
-        scores = location_scores(model, head, x)
-        logits = head(x)
+        scores = location_scores(model, head, features)
+        valid = _valid(scores[0], masks)
+        logits = head(features, **masks)
         if isinstance(logits, tuple):
-            return tuple(add_attention(y, s, lam, self.csra.heads) for y, s in zip(logits, scores, strict=True))
-        return add_attention(logits, scores[0], lam, self.csra.heads)
+            return tuple(add_attention(y, s, lam, self.csra.heads, valid) for y, s in zip(logits, scores, strict=True))
+        return add_attention(logits, scores[0], lam, self.csra.heads, valid)
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        raise UnsupportedModelError(
+            f"{describe(cast(nn.Module, self))}: a wrapped model cannot be scripted by torch.jit.script (lam and "
+            "temperature are read at every forward). Use torch.export.export, torch.jit.trace or torch.compile, or "
+            "unwrap it first."
+        )
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         rebuild, args, *state = cast(tuple, super().__reduce_ex__(protocol))
@@ -50,15 +56,23 @@ class CSRAMixin:
         return _rebuild, (plain, rebuild, *(plain if arg is type(self) else arg for arg in args)), *state
 
 
+def _valid(scores: Tensor, masks: dict[str, Any]) -> Tensor | None:
+    """Which of the L locations are no padding, `(N, L)`, where the head was called with such a mask (NaFlexViT)."""
+    valid = masks.get("patch_valid")
+    if valid is None or valid.shape != scores.shape[:2]:  # other tokens than patches have been pooled from them
+        return None
+    return valid.bool()
+
+
 @functools.cache
 def _wrapped_class(plain: type) -> type:
     name = f"CSRA{plain.__name__}"
     doc = f"{plain.__name__} with class-specific residual attention.\n\n{CSRAMixin.__doc__}"
-    return type(name, (CSRAMixin, plain), {"__doc__": doc, "__module__": __name__})
+    return type(name, (CSRAMixin, *overrides(plain), plain), {"__doc__": doc, "__module__": __name__})
 
 
 def _plain_class(wrapped: type) -> type:
-    return wrapped.__bases__[1]
+    return wrapped.__bases__[-1]
 
 
 def _rebuild(plain: type, rebuild: Any, *args: Any) -> Any:
@@ -133,6 +147,7 @@ def score_maps(model: nn.Module, x: Tensor) -> Tensor:
 
     Raises:
         UnsupportedModelError: the model cannot be wrapped, or its locations form no grid.
+        TypeError: `x` is no tensor of images (patches of several grids form no map).
 
     Example:
         >>> import timm, timm_csra
@@ -141,10 +156,13 @@ def score_maps(model: nn.Module, x: Tensor) -> Tensor:
         torch.Size([2, 1000, 5, 5])
     """
     check_supported(model)
-    features = model.forward_features(x)  # type: ignore[operator]
+    if not isinstance(x, Tensor) or x.ndim != 4:
+        found = f"a tensor {tuple(x.shape)}" if isinstance(x, Tensor) else f"a {type(x).__name__}"
+        raise TypeError(f"{describe(model)}: found {found}, expected images (N, C, H, W).")
+    features = spatial_features(model, x)
     scores = location_scores(model, plain_head(model), features)
     mean_scores: Tensor = scores[0] if len(scores) == 1 else torch.stack(scores).mean(0)
-    grid = feature_layout(model, features).grid(features, (x.shape[-2], x.shape[-1]))
+    grid = layout_of(model, features).grid(features, (x.shape[-2], x.shape[-1]))
     if grid is None:
         raise UnsupportedModelError(
             f"{describe(model)}: {mean_scores.shape[1]} locations form no grid of rows and columns for an input of "
@@ -163,24 +181,30 @@ def check_supported(model: Any) -> None:
     if not model.num_classes:
         raise UnsupportedModelError(_no_classifier(model))
     head = getattr(model, "head", None)
-    pools = (getattr(head, "global_pool", None), getattr(head, "pool_type", None), getattr(model, "global_pool", None))
-    if any(getattr(pool, "pool_type", pool) == "" for pool in pools):
+    if "" in pool_types(model):
         raise UnsupportedModelError(
             f"{describe(model)}: found global_pool='', a head that does not pool; expected logits (N, K). "
             "Create the model with pooling, e.g. timm.create_model(..., global_pool='avg')."
         )
-    parameters = [name for name, _ in model.named_parameters(recurse=False)]
-    class_token = next((name for name in parameters if name.startswith("cls_token")), None)
-    if class_token and not getattr(model, "num_prefix_tokens", 0):
+    elsewhere = [name for name, module in model.named_modules() if _has_positions(module) and module is not head]
+    if elsewhere:
         raise UnsupportedModelError(
-            f"{describe(model)}: no location is left that can be told from a class token: found the parameter "
-            f"{class_token}, expected num_prefix_tokens to count it. timm_csra does not support this family yet."
+            f"{describe(model)}: found an attention pool with positions, `{elsewhere[0]}`, expected it to be "
+            "`model.head`: what it says of a location depends on the position. Use a pooling without positions."
         )
-    if any(isinstance(module, AttentionPool2d) for module in model.modules()):
-        raise UnsupportedModelError(
-            f"{describe(model)}: found AttentionPool2d, whose positions change what the head says of a location; "
-            "expected a pooling that does not depend on position. timm_csra does not support this family yet."
-        )
+
+
+def pool_types(model: nn.Module) -> list[str]:
+    """How a timm classifier pools, in timm's words (`avg`, `token`, ...), as its head and the model itself say it."""
+    head = getattr(model, "head", None)
+    pools = (getattr(head, "global_pool", None), getattr(head, "pool_type", None), getattr(model, "global_pool", None))
+    named = (getattr(pool, "pool_type", pool) for pool in pools)
+    return [pool for pool in named if isinstance(pool, str)]
+
+
+def _has_positions(module: nn.Module) -> bool:
+    pools = (AttentionPool2d, AttentionPoolLatent)
+    return isinstance(module, pools) and getattr(module, "pos_embed", None) is not None
 
 
 def _is_timm_classifier(model: Any) -> bool:

@@ -11,7 +11,9 @@ from torch import Tensor, nn
 
 from ..attention import add_attention, class_attention
 from ..config import CSRAConfig
-from ..locations import describe, location_scores
+from ..errors import describe
+from ..layouts import spatial_features
+from ..locations import location_scores
 from ..patching import check_supported, is_wrapped, plain_head
 
 
@@ -99,7 +101,7 @@ def score(
     for images, target in batches:
         images = images.to(device, non_blocking=True)
         with autocast:
-            features = model.forward_features(images)  # type: ignore[operator]
+            features = spatial_features(model, images)
             base = cast(Tensor, head(features))  # a tuple only in distilled training
             (locations,) = location_scores(model, head, features)
             terms = [base, *(class_attention(locations, temperature) for temperature in temperatures)]
