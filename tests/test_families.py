@@ -89,6 +89,14 @@ def test_exact_kinds_equal_the_four_lines_of_the_paper(family: Family) -> None:
         assert relative_error(wrapped(x), base + lam * attention) <= 1e-12
 
 
+@pytest.mark.parametrize("family", [f for f in FAMILIES if f.features == "states"], ids=lambda family: family.name)
+@torch.no_grad()
+def test_locations_average_to_the_logits_where_states_go_to_the_head_too(family: Family) -> None:
+    model = create(family.name).double()
+    x = images(family).double()
+    assert relative_error(timm_csra.score_maps(model, x).mean((2, 3)), model(x)) <= 1e-12
+
+
 def average_affine(classifiers: tuple[torch.nn.Module, ...]) -> tuple[torch.Tensor, torch.Tensor]:
     """Weight `(K, C)` and bias `(K,)` of the average of linear classifiers, from their raw parameters."""
     weights, biases = [], []
@@ -177,7 +185,7 @@ def test_explain(family: Family) -> None:
     maps = timm_csra.score_maps(model, images(family, count=1))
     assert explanation.kind == family.kind
     assert explanation.grid == tuple(maps.shape[2:])
-    assert explanation.num_classes == maps.shape[1] == 1000
+    assert explanation.num_classes == maps.shape[1] == model.num_classes
     assert explanation.extra_parameters == 0
     assert explanation.unsupported is None
     assert explanation == timm_csra.explain(timm_csra.wrap(model), input_size=family.size)

@@ -20,15 +20,20 @@ def test_the_picture_of_the_readme(tmp_path: Path, capsys: pytest.CaptureFixture
 
 
 def test_few_classes_and_what_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for name in ("test_resnet", "pit_ti_224"):
-        timm.models.save_for_hf(timm.create_model(name, num_classes=3), str(tmp_path / name), safe_serialization=True)
+    for name, arguments in (("fine", {}), ("unpooled", {"global_pool": ""})):
+        timm.models.save_for_hf(
+            timm.create_model("test_resnet", num_classes=3),
+            str(tmp_path / name),
+            model_args=arguments,
+            safe_serialization=True,
+        )
     photo = tmp_path / "photo.png"
     Image.new("RGB", (30, 20)).save(photo)
     out = ["--out", str(tmp_path / "out.png")]
-    assert main([str(photo), "--model", f"local-dir:{tmp_path / 'test_resnet'}", *out]) == 0
+    assert main([str(photo), "--model", f"local-dir:{tmp_path / 'fine'}", *out]) == 0
     assert (tmp_path / "out.png").is_file()
     for arguments, text in (
-        ([str(photo), "--model", f"local-dir:{tmp_path / 'pit_ti_224'}"], "pit_ti_224: no location is left"),
+        ([str(photo), "--model", f"local-dir:{tmp_path / 'unpooled'}"], "test_resnet: found global_pool=''"),
         ([str(tmp_path / "gone.png")], "gone.png: cannot be read as an image"),
         ([str(photo), "--lam", "-1"], "lam must be finite and at least 0, got -1.0"),
         ([str(photo), "--model", "resnet5o"], "resnet5o: matches no pretrained timm model"),

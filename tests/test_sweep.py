@@ -95,14 +95,15 @@ def test_a_second_run_does_only_what_is_missing(tmp_path: Path, photos: Path, ch
 
 def test_cells_that_cannot_be_answered_are_recorded(tmp_path: Path, photos: Path, checkpoint: str) -> None:
     other = make_checkpoint(tmp_path / "other", ["dog", "fish"])
-    pit = tmp_path / "pit"
+    unpooled = tmp_path / "unpooled"
     timm.models.save_for_hf(
-        timm.create_model("pit_ti_224", num_classes=3),
-        str(pit),
+        timm.create_model("test_resnet", num_classes=3),
+        str(unpooled),
+        model_args={"global_pool": ""},
         model_config={"label_names": ["cat", "dog", "fish"]},
         safe_serialization=True,
     )
-    models = f"{other},local-dir:{pit},{checkpoint}"
+    models = f"{other},local-dir:{unpooled},{checkpoint}"
     status, records, rows = sweep(tmp_path / "out", models, photos, "--task", "multilabel,single", "--img-size", "224")
     assert status == 1  # one failed
     outcomes = {(r["model"], r["task"]): (r["status"], r["reason"]) for r in records}
@@ -110,9 +111,9 @@ def test_cells_that_cannot_be_answered_are_recorded(tmp_path: Path, photos: Path
     assert outcomes[other, "multilabel"][0] == "not_applicable"
     assert "needs labels.csv with a column `labels`" in outcomes[other, "multilabel"][1]
     assert outcomes[checkpoint, "single"][0] == "ok"
-    kind, reason = outcomes[f"local-dir:{pit}", "single"]
+    kind, reason = outcomes[f"local-dir:{unpooled}", "single"]
     assert kind == "failed"
-    assert "UnsupportedModelError: pit_ti_224: no location is left" in reason
+    assert "UnsupportedModelError: test_resnet: found global_pool=''" in reason
     assert sum(row["metric"] == "" for row in rows) == 5
 
 
