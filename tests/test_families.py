@@ -7,6 +7,7 @@ import pickle
 import pytest
 import timm
 import torch
+from timm.layers import AttentionPool2d
 
 import timm_csra
 
@@ -172,7 +173,10 @@ def test_gradients_flow_through_base_and_attention(family: Family) -> None:
 
 
 def head_names(model: torch.nn.Module) -> list[str]:
-    classifiers = model.get_classifier()
+    attention_pool = isinstance(
+        getattr(model, "head", None), AttentionPool2d
+    )  # get_classifier fails before timm 1.0.31
+    classifiers = model.head.proj if attention_pool else model.get_classifier()
     classifiers = classifiers if isinstance(classifiers, tuple) else (classifiers,)
     wanted = {id(parameter) for classifier in classifiers for parameter in classifier.parameters()}
     return [name for name, parameter in model.named_parameters() if id(parameter) in wanted and name.endswith("weight")]

@@ -4,9 +4,9 @@ import copy
 from dataclasses import dataclass
 from typing import Any
 
+import timm
 import torch
 import torch.nn.functional as F
-from timm.models import get_model_input_config
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
@@ -103,13 +103,23 @@ def explain(model: nn.Module, input_size: int | tuple[int, ...] | None = None) -
 
 
 def _input_size(model: nn.Module, requested: int | tuple[int, ...] | None) -> tuple[int, int, int]:
-    channels, height, width = get_model_input_config(model)["input_size"]
+    channels, height, width = _own_input_size(model)
     if isinstance(requested, int):
         height = width = requested
     elif requested is not None:
         *channel, height, width = requested
         channels = channel[0] if channel else channels
     return channels, height, width
+
+
+def _own_input_size(model: Any) -> tuple[int, int, int]:
+    if hasattr(timm.models, "get_model_input_config"):
+        return timm.models.get_model_input_config(model)["input_size"]
+    # timm < 1.0.31: the checkpoint's size, or that of the patch embedding where the model was built for another one.
+    channels, *size = getattr(model, "pretrained_cfg", {}).get("input_size", (3, 224, 224))
+    height, width = getattr(getattr(model, "patch_embed", None), "img_size", None) or size
+    convolutions = (module.in_channels for module in model.modules() if isinstance(module, nn.Conv2d))
+    return next(convolutions, channels), height, width
 
 
 def _skeleton(model: nn.Module, mode: FakeTensorMode) -> nn.Module:

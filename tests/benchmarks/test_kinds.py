@@ -15,9 +15,9 @@ import torch
 import timm_csra
 from benchmarks.coverage import Row, kind_of_head, read_rows, smallest_of_each_kind
 
-from .families import Family, literal_logits, randomise
+from ..families import Family, literal_logits, randomise
 
-TABLE = Path(__file__).parents[1] / "docs" / "coverage.csv"
+TABLE = Path(__file__).parents[2] / "docs" / "coverage.csv"
 
 
 def cases() -> list[object]:

@@ -11,7 +11,7 @@ import timm
 from benchmarks import coverage
 from benchmarks.coverage import main, read_rows
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 TABLE = ROOT / "docs" / "coverage.csv"
 
 

@@ -15,7 +15,7 @@ import timm
 import torch
 from PIL import Image
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 class Hub(http.server.BaseHTTPRequestHandler):

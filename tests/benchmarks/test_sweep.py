@@ -19,7 +19,7 @@ from timm.data import create_loader, resolve_data_config
 import timm_csra
 from benchmarks.sweep import main
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
