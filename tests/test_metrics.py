@@ -7,9 +7,24 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from sklearn.metrics import average_precision_score, label_ranking_average_precision_score, top_k_accuracy_score
+from sklearn.metrics import (
+    average_precision_score,
+    f1_score,
+    label_ranking_average_precision_score,
+    log_loss,
+    precision_score,
+    recall_score,
+    top_k_accuracy_score,
+)
 
-from timm_csra.evaluation.metrics import evaluate, weighted_average_precision
+from timm_csra.evaluation.metrics import (
+    ANY_LABEL,
+    SIGMOID,
+    VOC2007,
+    calibration,
+    evaluate,
+    weighted_average_precision,
+)
 
 N, K = 60, 12
 
@@ -102,3 +117,87 @@ def test_weighted_average_precision_equals_sklearn(data: st.DataObject) -> None:
     else:
         repeated = np.repeat(np.arange(count), weights.astype(int))
         assert ours == pytest.approx(average_precision_score(targets[repeated], scores[repeated]))
+        eleven = weighted_average_precision(scores, targets, weights[None], points=11)[0]
+        assert eleven == pytest.approx(eleven_point_average_precision(targets[repeated], scores[repeated]))
+
+
+def eleven_point_average_precision(targets: np.ndarray, scores: np.ndarray) -> float:
+    """By the words of the VOC 2007 development kit: thresholds one by one, then the maximum at each recall."""
+    curve = []
+    for threshold in np.unique(scores):
+        chosen = scores >= threshold
+        curve.append((targets[chosen].sum() * 10 / targets.sum(), targets[chosen].mean()))
+    return float(np.mean([max(precision for recall, precision in curve if recall >= step) for step in range(11)]))
+
+
+def test_f1_equals_sklearn(logits: torch.Tensor, labels: torch.Tensor) -> None:
+    top = np.zeros((N, K), dtype=bool)
+    for row, values in enumerate(logits):
+        top[row, values.topk(3).indices] = True
+    above = (logits > 0).numpy()
+    occurring = labels.any(0).numpy()
+    for name, predicted in (("F1_top3", top), ("F1", above)):
+        evaluations = evaluate(logits, labels) | evaluate(logits, labels, SIGMOID)
+        truth = labels.numpy()[:, occurring]
+        precision, recall = (
+            score(truth, predicted[:, occurring], average="macro", zero_division=0)
+            for score in (precision_score, recall_score)
+        )
+        expected = 200 * precision * recall / (precision + recall)
+        assert evaluations[f"C{name}"].value(np.arange(N)) == pytest.approx(expected)
+        overall = 100 * f1_score(labels.numpy(), predicted, average="micro")
+        assert evaluations[f"O{name}"].value(np.arange(N)) == pytest.approx(overall)
+    assert "CF1_top3" not in evaluate(logits[:, :3], labels[:, :3])
+
+
+def test_what_is_not_judged_is_left_out(logits: torch.Tensor, labels: torch.Tensor) -> None:
+    """VOC 2007: difficult objects count neither for nor against, class by class."""
+    hidden = torch.rand(N, K, generator=torch.Generator().manual_seed(5)) < 0.2
+    targets = labels.to(torch.int8)
+    targets[hidden] = -1
+    rows = np.arange(N)
+    judged = ~hidden.numpy()
+    expected, eleven = [], []
+    for k in range(K):
+        truth, scores = labels[judged[:, k], k].numpy(), logits[judged[:, k], k].numpy()
+        if truth.any():
+            expected.append(100 * average_precision_score(truth, scores))
+            eleven.append(100 * eleven_point_average_precision(truth, scores))
+    assert evaluate(logits, targets)["mAP"].value(rows) == pytest.approx(np.mean(expected))
+    assert evaluate(logits, targets, VOC2007)["mAP"].value(rows) == pytest.approx(np.mean(eleven))
+    lrap = [
+        label_ranking_average_precision_score(labels[i : i + 1, judged[i]], logits[i : i + 1, judged[i]])
+        for i in range(N)
+        if (labels[i].numpy() & judged[i]).any()
+    ]
+    assert evaluate(logits, targets)["lrap"].value(rows) == pytest.approx(100 * np.mean(lrap), abs=1e-4)
+    top = np.zeros((N, K), dtype=bool)
+    top[np.arange(N)[:, None], logits.topk(3, dim=1).indices.numpy()] = True
+    micro = 100 * f1_score(labels.numpy()[judged], top[judged])
+    assert evaluate(logits, targets)["OF1_top3"].value(rows) == pytest.approx(micro)
+
+
+def test_any_of_several_right_names(labels: torch.Tensor) -> None:
+    logits = torch.randn(N, K, generator=torch.Generator().manual_seed(6))
+    evaluations = evaluate(logits, labels, ANY_LABEL)
+    hits = [bool(labels[i, logits[i].argmax()]) for i in range(N) if labels[i].any()]
+    assert evaluations["top1"].value(np.arange(N)) == pytest.approx(100 * np.mean(hits))
+    several = labels.sum(1) >= 2
+    assert 0 < several.sum() < N
+    expected = label_ranking_average_precision_score(labels[several], logits[several])
+    assert evaluations["lrap"].value(np.arange(N)) == pytest.approx(100 * expected, abs=1e-4)
+
+
+def test_calibration() -> None:
+    logits = 3 * torch.randn(N, K, generator=torch.Generator().manual_seed(7))
+    targets = torch.arange(N) % K
+    probabilities = logits.double().softmax(1).numpy()
+    confidence, hit = probabilities.max(1), probabilities.argmax(1) == targets.numpy()
+    error = 0.0
+    for low in np.arange(15) / 15:
+        inside = (confidence > low) & (confidence <= low + 1 / 15)
+        if inside.any():
+            error += inside.mean() * abs(hit[inside].mean() - confidence[inside].mean())
+    found = calibration(logits, targets)
+    assert found["ece"] == pytest.approx(100 * error, abs=1e-3)
+    assert found["nll"] == pytest.approx(log_loss(targets, probabilities, labels=range(K)), rel=1e-5)

@@ -2,11 +2,12 @@
 
 import numpy as np
 import pytest
+import torch
 from scipy import stats
 
-from timm_csra.evaluation.metrics import PerImage
+from timm_csra.evaluation.metrics import MeanAveragePrecision, PerImage
 from timm_csra.evaluation.scoring import DEFAULT, PLAIN, Setting
-from timm_csra.evaluation.statistics import best, crossfit, fixed, halves
+from timm_csra.evaluation.statistics import best, crossfit, curve, fixed, halves
 
 HIGH = Setting(0.5, (1.0,))
 
@@ -90,3 +91,65 @@ def test_among_equals_the_smallest_lam_is_chosen() -> None:
     comparison = crossfit("mAP", dict.fromkeys((PLAIN, DEFAULT), undefined), halves(8, 0), seed=0)
     assert comparison.settings == (PLAIN, PLAIN)
     assert comparison.interval is None
+
+
+def test_the_curve_holds_fixed_and_shares_its_resamples() -> None:
+    settings = grid() | {Setting(0.3, DEFAULT.temperature): grid()[HIGH]}
+    points = curve("lrap", settings, 400, seed=0)
+    assert [point.settings[0].lam for point in points] == [0.1, 0.3]  # HIGH has another temperature
+    one = fixed("lrap", settings, 400, seed=0)
+    assert (points[0].gain, points[0].interval) == (one.gain, one.interval)
+    assert points[0].p_value is None
+    assert one.p_value is not None
+    assert points[1].interval is not None
+    assert points[1].interval[0] < points[1].gain < points[1].interval[1]
+    assert curve("lrap", settings, 400, seed=None)[0].interval is None
+
+
+def test_p_values_of_means_over_images() -> None:
+    settings = grid()
+    plain, value = settings[PLAIN].values, settings[DEFAULT].values
+    comparison = fixed("lrap", settings, 400, seed=0)
+    assert comparison.test == "paired t"
+    assert comparison.p_value == pytest.approx(stats.ttest_rel(value, plain).pvalue)
+    same = fixed("lrap", {PLAIN: settings[PLAIN], DEFAULT: settings[PLAIN]}, 400, seed=0)
+    assert same.p_value == 1.0
+
+    split = halves(400, seed=0)
+    comparison = crossfit("lrap", settings, split, seed=0)
+    differences = np.concatenate(
+        [settings[setting].values[rows] - plain[rows] for setting, rows in zip(comparison.settings, split, strict=True)]
+    )
+    assert comparison.p_value == pytest.approx(stats.ttest_1samp(differences, 0).pvalue)
+    assert best("lrap", settings, 400).p_value is None
+
+
+def test_p_values_of_hits_are_mcnemars() -> None:
+    rng = np.random.default_rng(0)
+    before = rng.random(300) < 0.7
+    after = np.where(rng.random(300) < 0.1, ~before, before)
+    values = {PLAIN: PerImage(100.0 * before, binary=True), DEFAULT: PerImage(100.0 * after, binary=True)}
+    comparison = fixed("top1", values, 300, seed=0)
+    lost, won = int((before & ~after).sum()), int((~before & after).sum())
+    assert comparison.test == "McNemar exact"
+    assert comparison.p_value == pytest.approx(stats.binomtest(won, won + lost).pvalue)
+    assert fixed("top1", {PLAIN: values[PLAIN], DEFAULT: values[PLAIN]}, 300, seed=0).p_value == 1.0
+
+
+def test_p_values_of_map_reject_as_rarely_as_they_say() -> None:
+    """Two scores of the same quality: a test at 5 % calls them different about once in twenty times."""
+    rejected = 0
+    for seed in range(100):
+        generator = torch.Generator().manual_seed(seed)
+        targets = torch.rand(120, 3, generator=generator) < 0.3
+        signal = targets.float() + torch.randn(120, 3, generator=generator)
+        values = {
+            setting: MeanAveragePrecision(signal + 0.5 * torch.randn(120, 3, generator=generator), targets)
+            for setting in (PLAIN, DEFAULT)
+        }
+        comparison = fixed("mAP", values, 120, seed)
+        assert comparison.test == "bootstrap z"
+        rejected += comparison.p_value < 0.05
+    assert stats.binomtest(rejected, 100, 0.05).pvalue > 0.001
+    better = {PLAIN: values[PLAIN], DEFAULT: MeanAveragePrecision(targets.float(), targets)}
+    assert fixed("mAP", better, 120, 0).p_value < 1e-4

@@ -6,7 +6,7 @@ honestly. Data flows in that order, and no module here knows where images or che
 
 from importlib.util import find_spec
 
-for _name in ("torchmetrics", "scipy"):
+for _name in ("torchmetrics", "scipy", "statsmodels"):
     if find_spec(_name) is None:
         raise ModuleNotFoundError(
             f"timm_csra.evaluation needs {_name}, which is not installed: pip install 'timm-csra[tune]'", name=_name

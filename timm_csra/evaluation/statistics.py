@@ -2,18 +2,20 @@
 
 Three protocols, never mixed: `fixed` (lam 0.1, T inf, set before looking), `crossfit` (chosen on one half of the
 images, measured on the other, both ways) and `best` (chosen on the very images it is measured on: optimistic, without
-interval). Intervals are paired: each resample of the images is seen by both settings.
+interval or test). Intervals and tests are paired: each image is seen by both settings.
 """
 
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import DegenerateDataWarning, bootstrap
+from scipy.stats import DegenerateDataWarning, bootstrap, norm, ttest_1samp
+from statsmodels.stats.contingency_tables import mcnemar
 
-from .metrics import Evaluation, Rows
+from .metrics import Evaluation, PerImage, Rows
 from .scoring import DEFAULT, PLAIN, Setting
 
 CONFIDENCE = 0.95
@@ -27,11 +29,13 @@ class Comparison:
 
     Attributes:
         metric: `top1`, `mAP`, ...
-        protocol: `fixed`, `crossfit` or `best`.
+        protocol: `fixed`, `crossfit` or `best`; `curve` for one lam of the curve.
         settings: the setting that was measured; for `crossfit` the one chosen for each half.
         baseline: the metric at lam = 0 on the same images (for `crossfit`, mean of the halves).
         value: the metric with `settings`.
         interval: 95 % bounds of the gain, or None.
+        p_value: two-sided, of no gain at all, or None. It knows nothing of other comparisons.
+        test: what gave it: `McNemar exact`, `paired t` or `bootstrap z`.
     """
 
     metric: str
@@ -40,6 +44,8 @@ class Comparison:
     baseline: float
     value: float
     interval: tuple[float, float] | None = None
+    p_value: float | None = None
+    test: str | None = None
 
     @property
     def gain(self) -> float:
@@ -66,21 +72,35 @@ def halves(strata: NDArray[np.integer] | int, seed: int) -> tuple[Rows, Rows]:
 
 
 def fixed(metric: str, grid: Grid, count: int, seed: int | None) -> Comparison:
-    """`DEFAULT` against `PLAIN` on all images; `seed` of the bootstrap, None for no interval."""
-    return _compare(metric, "fixed", grid, [(DEFAULT, np.arange(count))], seed)
+    """`DEFAULT` against `PLAIN` on all images; `seed` of the bootstrap, None for neither interval nor test."""
+    (comparison,) = _compare(metric, "fixed", grid, [np.arange(count)], [(DEFAULT,)], seed)
+    return comparison
+
+
+def curve(metric: str, grid: Grid, count: int, seed: int | None) -> list[Comparison]:
+    """The gain at every lam of the grid with the temperature of `DEFAULT`, each with its interval: a band over lam.
+
+    The same resamples serve all of them. The band holds point by point, not for the whole curve at once, and there are
+    no tests: it shows, `fixed` and `crossfit` decide.
+    """
+    settings = [(setting,) for setting in sorted(grid) if setting.lam and setting.temperature == DEFAULT.temperature]
+    return _compare(metric, "curve", grid, [np.arange(count)], settings, seed)
 
 
 def crossfit(metric: str, grid: Grid, split: tuple[Rows, Rows], seed: int) -> Comparison:
     """Chosen on each half, measured on the other. The metric is computed within each half and averaged, never on
     scores pooled from two settings, whose logits have different scales."""
     first, second = split
-    return _compare(metric, "crossfit", grid, [(_best(grid, second), first), (_best(grid, first), second)], seed)
+    chosen = (_best(grid, second), _best(grid, first))
+    (comparison,) = _compare(metric, "crossfit", grid, [first, second], [chosen], seed)
+    return comparison
 
 
 def best(metric: str, grid: Grid, count: int) -> Comparison:
     """The setting that looks best on all images, measured on them: optimistic, so neither interval nor test."""
     rows = np.arange(count)
-    return _compare(metric, "best", grid, [(_best(grid, rows), rows)], None)
+    (comparison,) = _compare(metric, "best", grid, [rows], [(_best(grid, rows),)], None)
+    return comparison
 
 
 def _best(grid: Grid, rows: Rows) -> Setting:
@@ -91,32 +111,58 @@ def _best(grid: Grid, rows: Rows) -> Setting:
 
 
 def _compare(
-    metric: str, protocol: str, grid: Grid, parts: Sequence[tuple[Setting, Rows]], seed: int | None
-) -> Comparison:
-    baseline = np.mean([grid[PLAIN].value(rows) for _, rows in parts])
-    value = np.mean([grid[setting].value(rows) for setting, rows in parts])
-    interval = None if seed is None or np.isnan(value) else _interval(grid, parts, seed)
-    return Comparison(metric, protocol, tuple(setting for setting, _ in parts), float(baseline), float(value), interval)
+    metric: str,
+    protocol: str,
+    grid: Grid,
+    parts: Sequence[Rows],
+    choices: Sequence[tuple[Setting, ...]],
+    seed: int | None,
+) -> list[Comparison]:
+    """Each choice of one setting for each part of the images, against the plain model on the same parts."""
+    baseline = float(np.mean([grid[PLAIN].value(rows) for rows in parts]))
+    values = [
+        float(np.mean([grid[setting].value(rows) for setting, rows in zip(choice, parts, strict=True)]))
+        for choice in choices
+    ]
+    comparisons = [
+        Comparison(metric, protocol, choice, baseline, value) for choice, value in zip(choices, values, strict=True)
+    ]
+    if seed is None or np.isnan(baseline) or not choices or any(len(rows) < 2 for rows in parts):
+        return comparisons
+    return [
+        replace(
+            comparison,
+            interval=None if np.isnan(low) or np.isnan(high) else (float(low), float(high)),
+            **({} if protocol == "curve" else _tested(grid, parts, comparison, float(error))),
+        )
+        for comparison, low, high, error in zip(comparisons, *_bootstrap(grid, parts, choices, seed), strict=True)
+    ]
 
 
-def _interval(grid: Grid, parts: Sequence[tuple[Setting, Rows]], seed: int) -> tuple[float, float] | None:
-    """95 % percentile bootstrap of the gain: images are resampled within each part, for both settings alike."""
-    if any(len(rows) < 2 for _, rows in parts):
-        return None
+def _bootstrap(
+    grid: Grid, parts: Sequence[Rows], choices: Sequence[tuple[Setting, ...]], seed: int
+) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
+    """95 % percentile bootstrap of the gain of each choice: low, high and standard error. Images are resampled within
+    each part, for all settings alike."""
 
-    def gain(*samples: Rows, axis: int = -1) -> NDArray[np.float64]:
-        gains: list[NDArray[np.float64]] = [
-            grid[setting].resampled(rows) - grid[PLAIN].resampled(rows)
-            for (setting, _), rows in zip(parts, samples, strict=True)
-        ]
-        return np.asarray(np.mean(gains, axis=0))
+    def gains(*samples: Rows, axis: int = -1) -> NDArray[np.float64]:
+        plain = [grid[PLAIN].resampled(rows) for rows in samples]
+        return np.stack(
+            [
+                np.mean(
+                    [grid[s].resampled(rows) - base for s, rows, base in zip(choice, samples, plain, strict=True)],
+                    axis=0,
+                )
+                for choice in choices
+            ]
+        )
 
     with warnings.catch_warnings():
-        # With so few images that a resample leaves the metric undefined there is no interval: None says so below.
+        # With so few images that a resample leaves the metric undefined there is no interval: NaN says so.
         warnings.simplefilter("ignore", DegenerateDataWarning)
         result = bootstrap(
-            [rows for _, rows in parts],
-            gain,
+            list(parts),
+            gains,
             n_resamples=RESAMPLES,
             batch=BATCH,
             vectorized=True,
@@ -126,4 +172,28 @@ def _interval(grid: Grid, parts: Sequence[tuple[Setting, Rows]], seed: int) -> t
             rng=np.random.default_rng(seed),
         )
     low, high = result.confidence_interval
-    return None if np.isnan(low) or np.isnan(high) else (float(low), float(high))
+    return low, high, result.standard_error
+
+
+def _tested(grid: Grid, parts: Sequence[Rows], comparison: Comparison, error: float) -> dict[str, Any]:
+    """Two-sided p-value and its test: McNemar's exact one for hits and misses, the paired t-test for other means over
+    images, and for what is no mean over images (mAP, F1) z = gain / bootstrap standard error."""
+    used = [(grid[PLAIN], grid[setting], rows) for setting, rows in zip(comparison.settings, parts, strict=True)]
+    if not all(isinstance(evaluation, PerImage) for evaluation in (used[0][0], used[0][1])):
+        if np.isnan(error):
+            return {}
+        z = comparison.gain / error if error else np.copysign(np.inf, comparison.gain) if comparison.gain else 0.0
+        return {"p_value": float(2 * norm.sf(abs(z))), "test": "bootstrap z"}
+    plain = np.concatenate([evaluation.values[rows] for evaluation, _, rows in used])  # type: ignore[attr-defined]
+    value = np.concatenate([evaluation.values[rows] for _, evaluation, rows in used])  # type: ignore[attr-defined]
+    counted = ~np.isnan(plain)
+    plain, value = plain[counted], value[counted]
+    if used[0][0].binary:  # type: ignore[attr-defined]
+        hits = (True, False)
+        table = [[np.sum(((plain > 0) == a) & ((value > 0) == b)) for b in hits] for a in hits]
+        return {"p_value": float(mcnemar(table, exact=True).pvalue), "test": "McNemar exact"}
+    difference = value - plain
+    if len(difference) < 2:
+        return {}
+    p = float(ttest_1samp(difference, 0).pvalue) if np.ptp(difference) else float(not difference.any())
+    return {"p_value": p, "test": "paired t"}
