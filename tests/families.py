@@ -38,7 +38,7 @@ FAMILIES = [
     Family("xcit_nano_12_p16_224", "NLC", 1, "token", 224),
     Family("levit_128s", "NLC", 0, "exact", 224),
     # Families whose head needs an adapter.
-    Family("resnet50_clip", "NCHW", 0, "token", 224),
+    Family("resnet50_clip", "NCHW", 0, "token", 96),
     Family("coat_lite_tiny", "NLC", 1, "token", 224),
     Family("coat_tiny", "branches", 1, "token", 224),
     Family("crossvit_tiny_240", "branches", 1, "token", 240),

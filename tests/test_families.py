@@ -130,7 +130,7 @@ def test_copies_are_wrapped_and_independent(family: Family) -> None:
 
 
 @all_families
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow)], ids=str)
 @torch.no_grad()
 def test_autocast_keeps_dtype_and_precision(family: Family, dtype: torch.dtype) -> None:
     model = create(family.name)

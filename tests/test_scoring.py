@@ -21,7 +21,7 @@ def test_settings_grid_always_holds_the_plain_and_the_default_setting() -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
-@pytest.mark.parametrize("wrapped", [False, True], ids=["plain", "wrapped"])
+@pytest.mark.parametrize("wrapped", [pytest.param(False, marks=pytest.mark.slow), True], ids=["plain", "wrapped"])
 def test_scores_equal_the_wrapped_model(family: Family, wrapped: bool) -> None:
     model = create(family.name)
     if wrapped:

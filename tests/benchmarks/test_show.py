@@ -22,7 +22,7 @@ def test_the_picture_of_the_readme(tmp_path: Path, capsys: pytest.CaptureFixture
 def test_few_classes_and_what_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name, arguments in (("fine", {}), ("unpooled", {"global_pool": ""})):
         timm.models.save_for_hf(
-            timm.create_model("test_resnet", num_classes=3),
+            timm.create_model("test_resnet", num_classes=3, **arguments),
             str(tmp_path / name),
             model_args=arguments,
             safe_serialization=True,

@@ -97,7 +97,7 @@ def test_cells_that_cannot_be_answered_are_recorded(tmp_path: Path, photos: Path
     other = make_checkpoint(tmp_path / "other", ["dog", "fish"])
     unpooled = tmp_path / "unpooled"
     timm.models.save_for_hf(
-        timm.create_model("test_resnet", num_classes=3),
+        timm.create_model("test_resnet", num_classes=3, global_pool=""),
         str(unpooled),
         model_args={"global_pool": ""},
         model_config={"label_names": ["cat", "dog", "fish"]},
