@@ -1,11 +1,13 @@
 """One cell of a sweep: a checkpoint on one data set, task and image size. Scored once, measured for every setting."""
 
 import platform
+import re
 import subprocess
+import sys
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -16,16 +18,26 @@ from timm.data import create_loader, resolve_input_data_config
 from torch import Tensor, nn
 
 import timm_csra
+from timm_csra import UnsupportedModelError
 from timm_csra.evaluation import statistics
-from timm_csra.evaluation.metrics import evaluate
-from timm_csra.evaluation.scoring import Setting, score
+from timm_csra.evaluation.metrics import (
+    ANY_LABEL,
+    MULTI_LABEL,
+    SIGMOID,
+    VOC2007,
+    Evaluation,
+    Metric,
+    calibration,
+    evaluate,
+)
+from timm_csra.evaluation.scoring import DEFAULT, PLAIN, Scores, Setting, other_pools, score
 
 from .checkpoints import Checkpoint, weights_sha256
-from .classes import NotApplicableError, align
-from .datasets import ImageSet, Mosaics, Photographs, tilings
+from .classes import Alignment, ClassMap, NotApplicableError, align
+from .datasets import DataError, ImageSet, Mosaics, Photographs, real_labels, tilings
 from .records import Record
 
-TASKS = ("single", "multilabel", "mosaic")
+TASKS = ("single", "real", "multilabel", "mosaic")
 AMP = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -34,7 +46,6 @@ class Options:
     """How cells are run; everything here that can change a result is part of a record's key."""
 
     settings: tuple[Setting, ...]
-    grid: int = 2
     crop_mode: str | None = None
     crop_pct: float | None = None
     batch_size: int = 64
@@ -42,16 +53,29 @@ class Options:
     device: str = "cpu"
     amp: str = "none"
     seed: int = 0
+    activation: str = "softmax"
+    average_precision: str = "continuous"
+    class_map: ClassMap | None = None
+    skip_bad_images: bool = False
 
 
 @dataclass(frozen=True)
 class Cell:
-    """What is measured. `size` is `(H, W)` in pixels, or a multiple of the checkpoint's own that is not known yet."""
+    """What is measured.
+
+    Attributes:
+        size: `(H, W)` in pixels, or a multiple of the checkpoint's own that is not known yet.
+        requested: the size in the words of the request, `1x` or `320`: cells of one request are compared with each
+            other, and corrected for it, although the checkpoints' own sizes differ.
+        grid: of a mosaic, None for the other tasks.
+    """
 
     checkpoint: Checkpoint
     data: ImageSet
     task: str
     size: tuple[int, int] | str
+    requested: str = "1x"
+    grid: int | None = None
 
     def key(self, options: Options) -> Record:
         """Everything that determines the result, with plain JSON values."""
@@ -63,13 +87,17 @@ class Cell:
             "data_fingerprint": self.data.fingerprint,
             "task": self.task,
             "img_size": size,
-            "grid": options.grid if self.task == "mosaic" else None,
+            "grid": self.grid,
             "settings": [show_setting(setting) for setting in options.settings],
             "crop_mode": options.crop_mode,
             "crop_pct": options.crop_pct,
             "seed": options.seed,
             "device": torch.device(options.device).type,
             "amp": options.amp,
+            "activation": options.activation,
+            "average_precision": options.average_precision,
+            "class_map": options.class_map.fingerprint if options.class_map else None,
+            "skip_bad_images": options.skip_bad_images,
             "versions": {package: version(package) for package in ("timm", "torch")}
             | {"timm_csra": timm_csra.__version__},
         }
@@ -104,40 +132,75 @@ def run_cell(
         track: wraps the batches, to show progress.
     """
     started = time.perf_counter()
-    record: Record = {"status": "ok", "reason": None, "n": len(cell.data), "columns": None, "kind": None, "results": []}
-    try:
-        record |= _measure(cell, load(), options, track)
-    except NotApplicableError as reason:
-        record |= {"status": "not_applicable", "reason": str(reason)}
-    except Exception as error:
-        record |= {
-            "status": "failed",
-            "reason": f"{type(error).__name__}: {error}",
-            "traceback": traceback.format_exc(),
-        }
+    record: Record = {"batch_size": options.batch_size}
+    while True:
+        try:
+            record |= {"status": "ok", "reason": None} | _measure(cell, load(), options, track)
+        except NotApplicableError as reason:
+            record |= {"status": "not_applicable", "reason": str(reason)}
+        except Exception as error:
+            if _out_of_memory(error) and options.batch_size > 1:
+                print(f"out of memory at batch size {options.batch_size}: half of it is tried", file=sys.stderr)
+                options = replace(options, batch_size=options.batch_size // 2)
+                record |= {"batch_size": options.batch_size}
+                continue  # outside of `except` the traceback, and what it holds, is gone
+            traceback.print_exc()
+            record |= {
+                "status": "failed",
+                "reason": f"{type(error).__name__}: {error}",
+                "traceback": traceback.format_exc(),
+            }
+        return _complete(cell, options, record, time.perf_counter() - started)
+
+
+def failure(cell: Cell, options: Options, reason: str, seconds: float = 0.0) -> Record:
+    """The record of a cell that could not report itself."""
+    return _complete(cell, options, {"status": "failed", "reason": reason}, seconds)
+
+
+def _complete(cell: Cell, options: Options, record: Record, seconds: float) -> Record:
     key = cell.key(options)
-    return {**key, **record, "key": key, "seconds": time.perf_counter() - started, "environment": environment(options)}
+    nothing: Record = {"n": len(cell.data), "columns": None, "kind": None, "results": []}
+    about: Record = {"requested": cell.requested, "seconds": seconds, "environment": environment(options)}
+    return {**key, **nothing, **record, "key": key, **about}
+
+
+def _out_of_memory(error: Exception) -> bool:
+    told = isinstance(error, RuntimeError) and re.search("not enough memory|can't allocate memory", str(error))
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or bool(told)
 
 
 def _measure(cell: Cell, model: nn.Module, options: Options, track: Callable[[Iterable[Any]], Iterable[Any]]) -> Record:
     assert not isinstance(cell.size, str)
     if not model.num_classes:
         raise NotApplicableError("the checkpoint has no classifier (num_classes=0)")
-    loader, preprocessing, columns = _load(cell, model, options)
+    loader, preprocessing, alignment = _load(cell, model, options)
     if len(loader.dataset) == 0:
-        raise NotApplicableError(f"{len(cell.data)} images are too few for one mosaic of {options.grid}x{options.grid}")
+        raise NotApplicableError(f"{len(cell.data)} images are too few for one mosaic of {cell.grid}x{cell.grid}")
+    explanation = timm_csra.explain(model, cell.size)
+    if explanation.unsupported:
+        raise UnsupportedModelError(explanation.unsupported)
     clock = [time.perf_counter()]
+    bad: list[int] = []
     scores, targets = score(
         model,
-        track(loader),
+        _readable(track(loader), loader, bad),
         options.settings,
-        columns=columns,
+        columns=alignment.columns,
         device=options.device,
         amp_dtype=AMP[options.amp],
+        pools=other_pools(explanation),
     )
+    if bad and not options.skip_bad_images:
+        raise DataError(_bad_images(loader.dataset, bad))
     clock.append(time.perf_counter())
-    evaluations = {setting: evaluate(scores.logits(setting), targets) for setting in options.settings}
-    names = list(evaluations[options.settings[0]])
+    metrics = _metrics(cell, options, targets)
+
+    def measured(logits: Tensor) -> dict[str, Evaluation]:
+        return evaluate(alignment.classes(logits), targets, metrics)
+
+    evaluations = {setting: measured(scores.logits(setting)) for setting in options.settings}
+    names = list(evaluations[PLAIN])
     rows = np.arange(len(targets))
     grid = [
         {"lam": s.lam, "temperature": show_temperature(s)}
@@ -145,45 +208,101 @@ def _measure(cell: Cell, model: nn.Module, options: Options, track: Callable[[It
         for s in options.settings
     ]
     clock.append(time.perf_counter())
-    results = [
-        _result(comparison)
+    independent = cell.task != "mosaic" or cell.data.tilings is None
+    seed = options.seed if independent else None
+    comparisons = [
+        comparison
         for name in names
-        for comparison in _compare(
-            name, {s: evaluations[s][name] for s in options.settings}, cell, targets, options.seed
-        )
+        for comparison in _compare(name, {s: evaluations[s][name] for s in options.settings}, targets, seed)
     ]
+    for rival, logits in scores.pooled.items():
+        for name, evaluation in measured(logits).items():
+            pair = {PLAIN: evaluations[PLAIN][name], DEFAULT: evaluation}
+            comparison = statistics.fixed(name, pair, len(targets), seed)
+            comparisons.append(replace(comparison, protocol=rival, settings=()))
     clock.append(time.perf_counter())
     return {
         "n": len(targets),
-        "columns": len(columns),
-        "kind": timm_csra.explain(model, cell.size).kind,
+        "columns": alignment.count,
+        "classes_left_out": list(alignment.left_out),
+        "kind": explanation.kind,
+        "macs": explanation.macs,
+        "extra_macs": explanation.extra_macs,
         "weights_sha256": weights_sha256(model),
         "preprocessing": preprocessing,
-        "results": results,
+        "bad_images": [loader.dataset.name(index) for index in bad],
+        "results": [_result(comparison) for comparison in comparisons],
         "all_settings": grid,
+        "calibration": _calibration(scores, targets) if cell.task == "single" else None,
         "phases": dict(zip(("score", "metrics", "statistics"), np.diff(clock).tolist(), strict=True)),
     }
 
 
-def _load(cell: Cell, model: nn.Module, options: Options) -> tuple[Any, Record, tuple[int, ...]]:
-    """Loader, preprocessing and scored columns; how an image becomes a tensor is timm's and the checkpoint's affair."""
+def _readable(batches: Iterable[Any], loader: Any, bad: list[int]) -> Iterator[tuple[Tensor, Tensor]]:
+    """The images that could be read; the indices of the others go to `bad`."""
+    for images, targets, index in batches:
+        good = index >= 0
+        bad += (-1 - index[~good]).tolist()
+        if good.all():
+            yield images, targets
+        elif good.any():
+            yield images[good], targets[good]
+    if len(bad) == len(loader.dataset):
+        raise DataError(_bad_images(loader.dataset, bad))
+
+
+def _bad_images(dataset: Any, bad: list[int]) -> str:
+    shown = "; ".join(dataset.why_not(index) for index in bad[:3])
+    more = f"; and {len(bad) - 3} more" if len(bad) > 3 else ""
+    return (
+        f"{len(bad)} of {len(dataset)} images cannot be read: {shown}{more}. Mend or remove them, or leave them out "
+        "with --skip-bad-images."
+    )
+
+
+def _metrics(cell: Cell, options: Options, targets: Tensor) -> dict[str, Metric] | None:
+    if cell.task == "real":
+        return ANY_LABEL
+    if targets.ndim == 1:
+        return None
+    voc = VOC2007 if options.average_precision == "11-point" else {}
+    return MULTI_LABEL | voc | (SIGMOID if options.activation == "sigmoid" else {})
+
+
+def _calibration(scores: Scores, targets: Tensor) -> Record:
+    """Logits grow by about 1 + lam: what that does to probabilities, and what dividing by it mends."""
+    wrapped = scores.logits(DEFAULT)
+    return {
+        "plain": calibration(scores.base, targets),
+        "fixed": calibration(wrapped, targets),
+        "fixed, logits / (1 + lam)": calibration(wrapped / (1 + DEFAULT.lam), targets),
+    }
+
+
+def _load(cell: Cell, model: nn.Module, options: Options) -> tuple[Any, Record, Alignment]:
+    """Loader, preprocessing and alignment; how an image becomes a tensor is timm's and the checkpoint's affair."""
     assert not isinstance(cell.size, str)
     data, size = cell.data, cell.size
     if cell.task == "single" and data.multilabel:
         raise NotApplicableError("the task single needs exactly one label for each image")
     if cell.task == "multilabel" and not data.multilabel:
-        raise NotApplicableError("the task multilabel needs labels.csv with a column `labels`")
+        raise NotApplicableError(
+            "the task multilabel needs several labels for each image: labels.csv with a column "
+            "`labels`, COCO or VOC annotations"
+        )
     if cell.task == "mosaic" and data.multilabel and data.tilings is None:
         raise NotApplicableError("mosaics are built from images with exactly one label each")
-    alignment = align(data.classes, data.labels, model)
+    if cell.task == "real":
+        data = real_labels(data)
+    alignment = align(data.classes, data.labels, model, options.class_map if cell.task == "multilabel" else None)
     requested = {"input_size": (3, *size), "crop_mode": options.crop_mode, "crop_pct": options.crop_pct}
     if cell.task == "mosaic":
         requested |= {"crop_mode": "squash", "crop_pct": 1.0}  # the mosaic has the right size already
     config = resolve_input_data_config(model, args=requested)
     dataset: Mosaics | Photographs
-    if cell.task == "mosaic":
-        groups = tilings(data, options.grid, options.seed)
-        dataset = Mosaics(data, alignment, groups, options.grid, size, config["interpolation"])
+    if cell.grid:
+        groups = tilings(data, cell.grid, options.seed)
+        dataset = Mosaics(data, alignment, groups, cell.grid, size, config["interpolation"])
     else:
         dataset = Photographs(data, alignment)
     loader = create_loader(
@@ -195,19 +314,17 @@ def _load(cell: Cell, model: nn.Module, options: Options) -> tuple[Any, Record, 
         pin_memory=torch.device(options.device).type == "cuda",
         use_prefetcher=False,
     )
-    return loader, {name: value for name, value in config.items() if name != "input_size"}, alignment.columns
+    return loader, {name: value for name, value in config.items() if name != "input_size"}, alignment
 
 
-def _compare(
-    name: str, grid: statistics.Grid, cell: Cell, targets: Tensor, seed: int
-) -> Iterator[statistics.Comparison]:
+def _compare(name: str, grid: statistics.Grid, targets: Tensor, seed: int | None) -> Iterator[statistics.Comparison]:
     count = len(targets)
-    independent = cell.task != "mosaic" or cell.data.tilings is None
-    yield statistics.fixed(name, grid, count, seed if independent else None)
-    if independent and count >= 4:
+    yield statistics.fixed(name, grid, count, seed)
+    if seed is not None and count >= 4:
         split = statistics.halves(targets.numpy() if targets.ndim == 1 else count, seed)
         yield statistics.crossfit(name, grid, split, seed)
     yield statistics.best(name, grid, count)
+    yield from statistics.curve(name, grid, count, seed)
 
 
 def _result(comparison: statistics.Comparison) -> Record:
@@ -222,6 +339,8 @@ def _result(comparison: statistics.Comparison) -> Record:
         "gain": _json(comparison.gain),
         "ci_low": low,
         "ci_high": high,
+        "p_value": comparison.p_value,
+        "test": comparison.test,
     }
 
 
@@ -232,7 +351,16 @@ def _json(value: float) -> float | None:
 def environment(options: Options) -> Record:
     """Where and with what a record was made."""
     device = torch.device(options.device)
-    packages: Sequence[str] = ("torch", "torchvision", "timm", "torchmetrics", "numpy", "scipy", "pillow")
+    packages: Sequence[str] = (
+        "torch",
+        "torchvision",
+        "timm",
+        "torchmetrics",
+        "numpy",
+        "scipy",
+        "statsmodels",
+        "pillow",
+    )
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),

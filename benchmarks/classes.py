@@ -1,12 +1,17 @@
-"""How the classes of the data meet the classes of a head: by synset, else by an unambiguous name."""
+"""How the classes of the data meet the classes of a head: by synset, else by an unambiguous name, or by a class map."""
 
+import hashlib
+import json
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
 from typing import Any
 
+import torch
 from timm.data import ImageNetInfo, infer_imagenet_subset
-from torch import nn
+from torch import Tensor, nn
 
 
 class NotApplicableError(Exception):
@@ -45,26 +50,96 @@ def _names(text: str) -> set[str]:
     return {name for name in (synset, *map(_normal, (description, *description.split(",")))) if name}
 
 
+COMBINE = ("logits", "log-probabilities")
+
+
+@dataclass(frozen=True)
+class ClassMap:
+    """Which synsets of a head stand for each class of the data.
+
+    A class may have several synsets, which become one score: with `logits` the largest of their logits; with
+    `log-probabilities` the log of the sum of their softmax probabilities over all classes of the head. A class without
+    a synset cannot be expressed: it is named in the record and counts nowhere.
+    """
+
+    name: str
+    synsets: dict[str, tuple[str, ...]]
+    combine: str = COMBINE[0]
+
+    @cached_property
+    def fingerprint(self) -> str:
+        digest = hashlib.sha256(json.dumps(self.synsets, sort_keys=True).encode()).hexdigest()[:16]
+        return f"{self.name} {digest} {self.combine}"
+
+
+def load_class_map(name: str, combine: str = COMBINE[0]) -> ClassMap:
+    """A class map that ships with the project, by name, or a JSON file of the same form.
+
+    Raises:
+        ValueError: no such map, or a file that is none.
+    """
+    folder = Path(__file__).parent / "class_maps"
+    file = folder / f"{name}.json" if (folder / f"{name}.json").is_file() else Path(name)
+    if not file.is_file():
+        there = ", ".join(sorted(path.stem for path in folder.glob("*.json")))
+        raise ValueError(f"--class-map: found {name!r}; expected one of {there}, or a JSON file.")
+    try:
+        classes = json.loads(file.read_text(encoding="utf-8"))["classes"]
+        synsets = {str(key): tuple(value) for key, value in classes.items()}
+        if not all(_SYNSET.fullmatch(synset) for group in synsets.values() for synset in group):
+            raise ValueError("not all entries are synsets such as n02123045")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f'{file}: no class map: {error}; expected {{"classes": {{"cat": ["n02123045", ...], ...}}}}.'
+        ) from error
+    return ClassMap(file.stem, synsets, combine)
+
+
 @dataclass(frozen=True)
 class Alignment:
     """Which outputs of a head are scored.
 
     Attributes:
-        columns: indices into the head, one for each class that data and head share, `(columns,)`.
-        positions: class index of the data -> position among `columns`.
+        columns: indices into the head, `(columns,)`: one for each class that data and head share, or all of them
+            where a class map combines them.
+        positions: class index of the data -> position among the scored classes. What is not in it is not scored.
+        groups: with a class map, for each scored class its columns.
+        combine: how the scores of a group become one, see `ClassMap`.
+        left_out: classes of the data that the head cannot express.
     """
 
     columns: tuple[int, ...]
     positions: dict[int, int]
+    groups: tuple[tuple[int, ...], ...] | None = None
+    combine: str = COMBINE[0]
+    left_out: tuple[str, ...] = ()
+
+    @property
+    def count(self) -> int:
+        """Number of scored classes."""
+        return len(self.columns if self.groups is None else self.groups)
+
+    def classes(self, logits: Tensor) -> Tensor:
+        """Scores of the classes `(n, classes)` from logits `(n, columns)`."""
+        if self.groups is None:
+            return logits
+        scores = logits.log_softmax(dim=1) if self.combine == "log-probabilities" else logits
+        combine = torch.logsumexp if self.combine == "log-probabilities" else torch.amax
+        return torch.stack([combine(scores[:, list(group)], dim=1) for group in self.groups], dim=1)
 
 
-def align(classes: Sequence[str], labels: Iterable[Iterable[int]], model: nn.Module) -> Alignment:
+def align(
+    classes: Sequence[str], labels: Iterable[Iterable[int]], model: nn.Module, class_map: ClassMap | None = None
+) -> Alignment:
     """Match the data's classes with the head's by synset, else by a name that only one class of the head has.
+
+    Classes that are all called by numbers (ImageNet-V2) are the head's indices.
 
     Args:
         classes: names as the data declares them.
         labels: indices into `classes`, for each photograph.
         model: whose head is to be scored.
+        class_map: matches by it instead.
 
     Raises:
         NotApplicableError: the head's classes are unknown, or a class that occurs in the data is not among them.
@@ -79,6 +154,12 @@ def align(classes: Sequence[str], labels: Iterable[Iterable[int]], model: nn.Mod
     for index, names in enumerate(head):
         for name in names:
             owners.setdefault(name, set()).add(index)
+    if class_map is not None:
+        return _align_by_map(classes, owners, len(head), class_map)
+    numbers = all(name.isdigit() and name not in owners for name in classes)
+    if numbers and max(map(int, classes)) < len(head):
+        columns = tuple(sorted(map(int, classes)))
+        return Alignment(columns, {index: columns.index(int(name)) for index, name in enumerate(classes)})
     matches = {
         index: column for index, text in enumerate(classes) if (column := _match(text, head, owners)) is not None
     }
@@ -90,6 +171,23 @@ def align(classes: Sequence[str], labels: Iterable[Iterable[int]], model: nn.Mod
     columns = tuple(sorted(set(matches.values())))
     position = {column: place for place, column in enumerate(columns)}
     return Alignment(columns, {index: position[column] for index, column in matches.items()})
+
+
+def _align_by_map(classes: Sequence[str], owners: dict[str, set[int]], head: int, class_map: ClassMap) -> Alignment:
+    unknown = [name for name in classes if name not in class_map.synsets]
+    if unknown:
+        raise NotApplicableError(f"the class map {class_map.name} does not have the data's {', '.join(unknown[:5])}")
+    groups: list[tuple[int, ...]] = []
+    positions: dict[int, int] = {}
+    for index, name in enumerate(classes):
+        columns = {column for synset in class_map.synsets[name] for column in owners.get(synset, ())}
+        if columns:
+            positions[index] = len(groups)
+            groups.append(tuple(sorted(columns)))
+    if not groups:
+        raise NotApplicableError(f"no class of the class map {class_map.name} is among the head's")
+    left_out = tuple(name for index, name in enumerate(classes) if index not in positions)
+    return Alignment(tuple(range(head)), positions, tuple(groups), class_map.combine, left_out)
 
 
 def _match(text: str, head: list[set[str]], owners: dict[str, set[int]]) -> int | None:

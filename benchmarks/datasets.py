@@ -1,25 +1,33 @@
 """Which photographs with which labels, and what a model gets to see of them: single or in mosaics."""
 
-import csv
 import hashlib
+import json
+import pkgutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
-from timm.data import create_reader, str_to_pil_interp
+from timm.data import ImageNetInfo, str_to_pil_interp
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from .classes import Alignment
+from .classes import Alignment, NotApplicableError
 
 
 class DataError(ValueError):
     """The data cannot be read or used; the text names the file, what was found and what was expected."""
+
+
+class Store(Protocol):
+    """Photographs that are no files of their own: an archive, a dataset of another library."""
+
+    def open(self, index: int) -> Any:
+        """What PIL opens, or a PIL image."""
 
 
 @dataclass(frozen=True)
@@ -27,13 +35,15 @@ class ImageSet:
     """Photographs with their labels.
 
     Attributes:
-        name: the folder's name.
-        paths: files, `(n,)`.
+        name: what records and tables call it.
+        paths: files, `(n,)`; with a store, names in it.
         labels: class indices of each photograph; exactly one each unless `multilabel`.
         classes: names as the data declares them: synsets, label names, or `synset description`.
         multilabel: whether a photograph may have several labels, or none.
         tilings: which photographs form each mosaic, where the data prescribes it. A photograph may then come twice,
             mosaics are not independent, and nothing is inferred from them.
+        ignored: class indices of each photograph that are not judged (`difficult` in Pascal VOC).
+        store: where the photographs are, None for files.
     """
 
     name: str
@@ -42,6 +52,8 @@ class ImageSet:
     classes: tuple[str, ...]
     multilabel: bool = False
     tilings: tuple[tuple[int, ...], ...] | None = None
+    ignored: tuple[tuple[int, ...], ...] | None = None
+    store: Store | None = None
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -51,74 +63,50 @@ class ImageSet:
         """Changes with the files (name and size), the labels and the classes."""
         digest = hashlib.sha256()
         for path, labels in zip(self.paths, self.labels, strict=True):
-            digest.update(f"{path.name} {path.stat().st_size} {labels}\n".encode())
+            size = path.stat().st_size if self.store is None else ""
+            digest.update(f"{path.name} {size} {labels}\n".encode())
         digest.update("\n".join(self.classes).encode())
+        digest.update(repr(self.ignored).encode() if self.ignored else b"")
         return digest.hexdigest()[:16]
 
-
-def load_image_set(root: Path, limit: int | None = None) -> ImageSet:
-    """Read a folder with `labels.csv` and `classes.txt`, or an ImageFolder (one folder per class).
-
-    `limit` takes the first rows of `labels.csv`, or the first files in natural order.
-    """
-    if not root.is_dir():
-        raise DataError(f"{root}: no such folder; expected an ImageFolder, or images/ with labels.csv and classes.txt.")
-    data = _read_csv(root) if (root / "labels.csv").is_file() else _read_image_folder(root)
-    return data if limit is None else replace(data, paths=data.paths[:limit], labels=data.labels[:limit])
-
-
-def _read_image_folder(root: Path) -> ImageSet:
-    try:
-        reader = create_reader("", root=str(root))
-    except RuntimeError as error:
-        raise DataError(f"{root}: neither labels.csv nor an ImageFolder was found: {error}") from error
-    paths, labels = zip(*reader.samples, strict=True)
-    classes = tuple(sorted(reader.class_to_idx, key=reader.class_to_idx.get))
-    return ImageSet(root.resolve().name, tuple(map(Path, paths)), tuple((label,) for label in labels), classes)
-
-
-def _read_csv(root: Path) -> ImageSet:
-    classes = _read_classes(root / "classes.txt")
-    table = root / "labels.csv"
-    with table.open(newline="", encoding="utf-8") as file:
-        reader = csv.DictReader(file)
-        columns = reader.fieldnames or []
-        rows = list(reader)
-    column = next((name for name in ("label", "labels") if name in columns), None)
-    if column is None or "file" not in columns:
-        raise DataError(f"{table}: found the columns {', '.join(columns)}; expected file and one of label, labels.")
-    if not rows:
-        raise DataError(f"{table}: no row; expected one for each image.")
-    paths, labels = [], []
-    for line, row in enumerate(rows, start=2):
-        where = f"{table}, line {line}"
+    def open(self, index: int) -> Image.Image:
+        """The whole photograph in RGB; DataError, naming it, where it cannot be decoded."""
+        path = self.paths[index]
         try:
-            found = tuple(sorted({int(label) for label in (row[column] or "").split()}))
-        except ValueError:
-            raise DataError(f"{where}: found {column}={row[column]!r}; expected indices into classes.txt.") from None
-        if column == "label" and len(found) != 1:
-            raise DataError(f"{where}: found label={row[column]!r}; expected one index (several go into labels).")
-        if not all(0 <= label < len(classes) for label in found):
-            raise DataError(f"{where}: found {column}={row[column]!r}; classes.txt has {len(classes)} classes.")
-        path = root / (row["file"] or "")
-        if not path.is_file():
-            raise DataError(f"{where}: no such file: {path}")
-        paths.append(path)
-        labels.append(found)
-    return ImageSet(root.resolve().name, tuple(paths), tuple(labels), classes, multilabel=column == "labels")
+            image = Image.open(path) if self.store is None else self.store.open(index)
+            with image if isinstance(image, Image.Image) else Image.open(image) as opened:
+                return opened.convert("RGB")
+        except (OSError, UnidentifiedImageError, SyntaxError, ValueError) as error:
+            raise DataError(f"{path}: cannot be read as an image: {error}") from error
+
+    def first(self, count: int | None) -> "ImageSet":
+        """The first photographs, or all."""
+        if count is None or count >= len(self):
+            return self
+        ignored = self.ignored and self.ignored[:count]
+        return replace(self, paths=self.paths[:count], labels=self.labels[:count], ignored=ignored)
 
 
-def _read_classes(path: Path) -> tuple[str, ...]:
-    if not path.is_file():
-        raise DataError(f"{path}: no such file; expected one line for each class, `index name`, as labels.csv uses it.")
-    lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    numbered = [line.partition(" ") for line in lines]
-    if all(number.isdigit() for number, _, _ in numbered):
-        for expected, (number, _, _) in enumerate(numbered):
-            if int(number) != expected:
-                raise DataError(f"{path}, line {expected + 1}: found index {number}; expected {expected}.")
-        return tuple(name for _, _, name in numbered)
-    return tuple(lines)
+@cache
+def _real_labels() -> list[list[int]]:
+    return json.loads(pkgutil.get_data("timm.data", "_info/imagenet_real_labels.json") or b"")
+
+
+def real_labels(data: ImageSet) -> ImageSet:
+    """The same photographs with their ImageNet ReaL labels (Beyer et al., arXiv 2006.07159), found by file name.
+
+    Raises:
+        NotApplicableError: a photograph is not called as one of the 50,000 of the validation set.
+    """
+    labels = []
+    for path in data.paths:
+        stem, number = path.stem[:-8], path.stem[-8:]
+        if stem != "ILSVRC2012_val_" or not number.isdigit() or not 1 <= int(number) <= len(_real_labels()):
+            raise NotApplicableError(
+                f"no ReaL label for {path.name}: expected names such as ILSVRC2012_val_00000293.JPEG"
+            )
+        labels.append(tuple(_real_labels()[int(number) - 1]))
+    return replace(data, labels=tuple(labels), classes=tuple(ImageNetInfo().label_names()), multilabel=True)
 
 
 def tilings(data: ImageSet, grid: int, seed: int) -> tuple[tuple[int, ...], ...]:
@@ -132,35 +120,65 @@ def tilings(data: ImageSet, grid: int, seed: int) -> tuple[tuple[int, ...], ...]
 
 def open_image(path: Path) -> Image.Image:
     """The whole image in RGB; DataError, naming the file, where it cannot be decoded."""
-    try:
-        with Image.open(path) as image:
-            return image.convert("RGB")
-    except (OSError, UnidentifiedImageError, SyntaxError) as error:
-        raise DataError(f"{path}: cannot be read as an image: {error}") from error
+    return ImageSet(path.name, (path,), ((),), ()).open(0)
 
 
-class Photographs(Dataset):
-    """Single photographs. `targets`: `(n,)` positions among the scored columns, or `(n, columns)` bool."""
+class _Images(Dataset):
+    """Images with targets and their index; one that cannot be read is grey, and its index is -1 - index."""
 
-    def __init__(self, data: ImageSet, alignment: Alignment) -> None:
-        self.paths = data.paths
-        positions = [[alignment.positions[label] for label in labels] for labels in data.labels]
-        self.targets = (
-            multi_hot(positions, len(alignment.columns)) if data.multilabel else torch.tensor(positions)[:, 0]
-        )
-        self.transform: Any = None  # set by timm's create_loader
+    data: ImageSet
+    targets: Tensor
+    transform: Any = None  # set by timm's create_loader
 
     def __len__(self) -> int:
-        return len(self.paths)
+        return len(self.targets)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        return self.transform(open_image(self.paths[index])), self.targets[index]
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor, int]:
+        try:
+            return self.transform(self.image(index)), self.targets[index], index
+        except DataError:
+            return self.transform(Image.new("RGB", (64, 64))), self.targets[index], -1 - index
+
+    def image(self, index: int) -> Image.Image:
+        """The image before the checkpoint's preprocessing. Raises DataError."""
+        raise NotImplementedError
+
+    def name(self, index: int) -> str:
+        """Which photographs it consists of."""
+        raise NotImplementedError
+
+    def why_not(self, index: int) -> str:
+        """What is wrong with an image that cannot be read."""
+        try:
+            self.image(index)
+        except DataError as error:
+            return str(error)
+        return f"{self.name(index)}: could not be read at first"
 
 
-class Mosaics(Dataset):
+class Photographs(_Images):
+    """Single photographs. `targets`: `(n,)` positions among the scored classes, or `(n, classes)` int8."""
+
+    def __init__(self, data: ImageSet, alignment: Alignment) -> None:
+        self.data = data
+        if data.multilabel:
+            self.targets = multi_hot(data.labels, alignment)
+            if data.ignored is not None:
+                self.targets -= multi_hot(data.ignored, alignment)
+        else:
+            self.targets = torch.tensor([alignment.positions[label] for (label,) in data.labels])
+
+    def image(self, index: int) -> Image.Image:
+        return self.data.open(index)
+
+    def name(self, index: int) -> str:
+        return str(self.data.paths[index])
+
+
+class Mosaics(_Images):
     """grid x grid photographs in one image of `size` `(H, W)` pixels, each squashed whole into its tile.
 
-    `targets`: `(n, columns)` bool, the classes of the tiles.
+    `targets`: `(n, classes)` int8, the classes of the tiles.
     """
 
     def __init__(
@@ -174,20 +192,14 @@ class Mosaics(Dataset):
     ) -> None:
         self.data, self.groups, self.grid, self.size = data, groups, grid, size
         self.interpolation = str_to_pil_interp(interpolation)
-        positions = [[alignment.positions[label] for i in group for label in data.labels[i]] for group in groups]
-        self.targets = multi_hot(positions, len(alignment.columns))
-        self.transform: Any = None
-
-    def __len__(self) -> int:
-        return len(self.groups)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        return self.transform(self.image(index)), self.targets[index]
+        self.targets = multi_hot([[label for i in group for label in data.labels[i]] for group in groups], alignment)
 
     def image(self, index: int) -> Image.Image:
-        """The mosaic before the checkpoint's mean and std."""
-        tiles = [open_image(self.data.paths[i]) for i in self.groups[index]]
+        tiles = [self.data.open(i) for i in self.groups[index]]
         return mosaic(tiles, self.grid, self.size, self.interpolation)
+
+    def name(self, index: int) -> str:
+        return " + ".join(str(self.data.paths[i]) for i in self.groups[index])
 
 
 def mosaic(tiles: Sequence[Image.Image], grid: int, size: tuple[int, int], interpolation: Any) -> Image.Image:
@@ -203,9 +215,9 @@ def mosaic(tiles: Sequence[Image.Image], grid: int, size: tuple[int, int], inter
     return canvas
 
 
-def multi_hot(positions: Sequence[Sequence[int]], columns: int) -> Tensor:
-    """`(n, columns)` bool."""
-    targets = torch.zeros(len(positions), columns, dtype=torch.bool)
-    for row, places in enumerate(positions):
-        targets[row, list(places)] = True
+def multi_hot(labels: Sequence[Sequence[int]], alignment: Alignment) -> Tensor:
+    """`(n, classes)` int8, 1 where a photograph shows the class; labels that are not scored are left out."""
+    targets = torch.zeros(len(labels), alignment.count, dtype=torch.int8)
+    for row, found in enumerate(labels):
+        targets[row, [alignment.positions[label] for label in found if label in alignment.positions]] = 1
     return targets

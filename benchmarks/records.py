@@ -1,4 +1,4 @@
-"""One JSON file for each finished cell, written so that a crash cannot leave half of one; and their summary."""
+"""One JSON file for each finished cell, written so that a crash cannot leave half of one."""
 
 import csv
 import hashlib
@@ -11,11 +11,6 @@ from pathlib import Path
 from typing import Any
 
 Record = dict[str, Any]
-
-SUMMARY_COLUMNS = (
-    *("model", "data", "task", "img_size", "n", "columns", "metric", "protocol", "lam", "temperature"),
-    *("baseline", "value", "gain", "ci_low", "ci_high", "grid", "kind", "status", "reason"),
-)
 
 
 def record_path(folder: Path, key: Record) -> Path:
@@ -39,24 +34,20 @@ def write_record(path: Path, record: Record) -> None:
     _write_atomically(path, json.dumps(record, indent=1, allow_nan=False))
 
 
-def write_summary(folder: Path) -> Path:
-    """`summary.csv` of all records in the folder, of earlier sweeps too: one row for each metric and protocol, and one
-    without metric for a cell without result."""
+def read_records(folder: Path) -> list[Record]:
+    """All records in the folder, of earlier sweeps too."""
     files = sorted((folder / "records").glob("*.json"))
-    records = (json.loads(file.read_text(encoding="utf-8")) for file in files)
-    rows = ({**record, **result} for record in records for result in record["results"] or [{}])
-    path = folder / "summary.csv"
-    write_table(path, SUMMARY_COLUMNS, rows)
-    return path
+    return [json.loads(file.read_text(encoding="utf-8")) for file in files]
 
 
 def write_table(path: Path, columns: Sequence[str], rows: Iterable[dict[str, Any]]) -> None:
-    """Write these columns of the rows as CSV, atomically; floats with four decimals."""
+    """Write these columns of the rows as CSV, atomically; floats with four decimals, p-values with three digits."""
     text = io.StringIO()
     writer = csv.DictWriter(text, columns, extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
     for row in rows:
-        writer.writerow({name: f"{value:.4f}" if isinstance(value, float) else value for name, value in row.items()})
+        digits = {name: ".3g" if name.startswith("p_") else ".4f" for name in row}
+        writer.writerow({k: format(v, digits[k]) if isinstance(v, float) else v for k, v in row.items()})
     _write_atomically(path, text.getvalue())
 
 
@@ -65,6 +56,7 @@ def _write_atomically(path: Path, text: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name[:50]}.", suffix=".tmp")
     try:
+        os.chmod(temporary, 0o666 & ~_umask())  # a temporary file is private; a result is not
         with os.fdopen(handle, "w", encoding="utf-8", newline="") as file:
             file.write(text)
             file.flush()
@@ -73,3 +65,9 @@ def _write_atomically(path: Path, text: str) -> None:
     except BaseException:
         os.unlink(temporary)
         raise
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

@@ -6,36 +6,40 @@ arguments, a sweep does only what is missing or failed.
 """
 
 import argparse
+import hashlib
 import re
 import sys
 from collections.abc import Iterable, Iterator
-from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from torch import nn
 
 from timm_csra.evaluation.scoring import settings_grid
 
-from . import checkpoints, sample
-from .cells import AMP, TASKS, Cell, Options, run_cell
+from . import checkpoints, sample, sources
+from .cells import AMP, TASKS, Cell, Options, failure
 from .checkpoints import Checkpoint, CheckpointError, find_checkpoints, unreachable_hub
-from .datasets import DataError, ImageSet, load_image_set
-from .records import Record, read_record, record_path, write_record, write_summary
-from .tables import print_records
+from .classes import COMBINE, load_class_map
+from .datasets import DataError, ImageSet
+from .engines import run_cells
+from .records import Record, read_record, record_path, write_record
+from .sources import load_image_set
+from .summary import headline, kept, write_summary
+from .tables import print_headline, print_records
 
 EXAMPLES = """
 examples:
   python -m benchmarks.sweep --sample
   python -m benchmarks.sweep --models 'resnet50*' --data imagenet/val --task single,mosaic --img-size 1x,2x
   python -m benchmarks.sweep --models local-dir:my-checkpoint --data photos --task multilabel --device cuda --amp bf16
-
-data: an ImageFolder (one folder per class, named by synset or label), or a folder with images/, labels.csv (columns
-`file`, and `label` with one index or `labels` with several separated by spaces) and classes.txt (`index name`).
+  python -m benchmarks.sweep --models all --data coco/annotations/instances_val2017.json --task multilabel \\
+      --class-map coco80-to-imagenet1k
 """
+
+Task = tuple[str, int | None]  # a task, and the grid of a mosaic
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -56,35 +60,40 @@ def main(arguments: list[str] | None = None) -> int:
     if missing:
         log.print(f"{_offline(missing)} Their cells are recorded as failed.", markup=False, highlight=False)
 
-    cells = [
-        Cell(model, images, task, size)
-        for model in models
-        for size in _sizes(model, args.img_size, missing)
-        for images in data
-        for task in tasks
-    ]
-    records: list[Record] = []
+    cells = [cell for model in models for cell in _cells(model, args.img_size, data, tasks, missing)]
+    records: dict[int, Record] = {}
     interrupted = False
     try:
-        for record in _run(cells, options, out, missing, log):
-            records.append(record)
+        for cell, record in _run(cells, options, out, missing, args.retry_failed, log):
+            records[id(cell)] = record
     except KeyboardInterrupt:
         interrupted = True
         log.print(f"Stopped after {len(records)} of {len(cells)} cells; start again to do the rest.")
-    summary = write_summary(out)
-    print_records(records, screen)
+    in_order = [records[id(cell)] for cell in cells if id(cell) in records]
+    summary, rows = write_summary(out)
+    print_records(in_order, screen)
+    print_headline(headline(kept(rows, in_order)), screen)
     if args.sample:
         screen.print(sample.NOTE, style="bold", highlight=False)
     screen.print(f"{len(records)} records in {out / 'records'}, summary in {summary}", highlight=False, soft_wrap=True)
     if interrupted:
         return 130
-    return 1 if any(record["status"] == "failed" for record in records) else 0
+    return 1 if any(record["status"] == "failed" for record in in_order) else 0
 
 
 def _run(
-    cells: list[Cell], options: Options, out: Path, missing: dict[Checkpoint, str], log: Console
-) -> Iterator[Record]:
-    """One record for each cell, read where it is finished and measured where it is not."""
+    cells: list[Cell],
+    options: Options,
+    out: Path,
+    missing: dict[Checkpoint, str],
+    retry_failed: bool,
+    log: Console,
+) -> Iterator[tuple[Cell, Record]]:
+    """One record for each cell, read where it is finished and measured where it is not.
+
+    Another sweep may work in the same folder: each checkpoint is locked while its cells are computed. What is locked
+    comes last, and what the other has finished by then is read.
+    """
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -92,66 +101,102 @@ def _run(
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
+    groups: dict[Checkpoint, list[Cell]] = {}
+    for cell in cells:
+        groups.setdefault(cell.checkpoint, []).append(cell)
+    waiting = list(groups)
     with Progress(*columns, console=log, transient=True) as progress:
         overall = progress.add_task("cells", total=len(cells))
-        loaded = _Loaded(options.device)
-        for cell in cells:
-            path = record_path(out, cell.key(options))
-            record = read_record(path)
-            if record is None or record["status"] == "failed":
-                images = progress.add_task(f"{cell.checkpoint.name} {cell.data.name} {cell.task}", total=None)
-                track = partial(_track, progress, images)
-                record = run_cell(cell, partial(loaded.get, cell, missing), options, track)
-                progress.remove_task(images)
-                write_record(path, record)
-                if not log.is_terminal:  # a log file has no progress bar
-                    log.print(
-                        f"{path.stem}: {record['status']}, {record['seconds']:.1f} s", highlight=False, soft_wrap=True
-                    )
-            progress.advance(overall)
-            yield record
+        patience = 0.0
+        while waiting:
+            busy = []
+            for checkpoint in waiting:
+                lock = FileLock(_lock_file(out, checkpoint))
+                try:
+                    lock.acquire(timeout=patience)
+                except Timeout:
+                    busy.append(checkpoint)
+                    continue
+                try:
+                    for cell, record in _group(groups[checkpoint], options, out, missing, retry_failed, progress, log):
+                        progress.advance(overall)
+                        yield cell, record
+                finally:
+                    lock.release()
+            if busy and len(busy) == len(waiting) and not patience:
+                log.print(f"Another sweep works on {', '.join(c.name for c in busy[:3])} in {out}: waiting for it.")
+            patience = 1.0 if len(busy) == len(waiting) else 0.0
+            waiting = busy
 
 
-class _Loaded:
-    """The one model in memory: neighbouring cells of a checkpoint and size share it."""
+def _group(
+    cells: list[Cell],
+    options: Options,
+    out: Path,
+    missing: dict[Checkpoint, str],
+    retry_failed: bool,
+    progress: Progress,
+    log: Console,
+) -> Iterator[tuple[Cell, Record]]:
+    """The cells of one checkpoint: those that are finished first, then the others in a process."""
+    to_do = []
+    for cell in cells:
+        record = read_record(record_path(out, cell.key(options)))
+        if record is None or (retry_failed and record["status"] == "failed"):
+            to_do.append(cell)
+        else:
+            yield cell, record
+    if not to_do:
+        return
+    checkpoint = to_do[0].checkpoint
+    if checkpoint in missing:
+        reason = f"CheckpointError: not cached, and the Hub cannot be reached: {missing[checkpoint]}"
+        new: Iterable[Record] = (failure(cell, options, reason) for cell in to_do)
+    else:
+        images = progress.add_task(checkpoint.name, total=None)
 
-    def __init__(self, device: str) -> None:
-        self.device = device
-        self._for: tuple[Checkpoint, Any] | None = None
-        self._model: nn.Module | None = None
+        def show(cell: Cell, done: int, total: int) -> None:
+            progress.update(images, description=_title(cell), completed=done, total=total)
 
-    def get(self, cell: Cell, missing: dict[Checkpoint, str]) -> nn.Module:
-        if cell.checkpoint in missing:
-            raise CheckpointError(f"not cached, and the Hub cannot be reached: {missing[cell.checkpoint]}")
-        if isinstance(cell.size, str):  # it could not be asked for its size; now the reason comes out
-            cell.checkpoint.input_size()
-            raise CheckpointError(f"could not tell the input size at first; run again for {cell.size}")
-        if self._model is None or self._for != (cell.checkpoint, cell.size):
-            self._model, self._for = None, None  # free the last one first
-            self._model = cell.checkpoint.create(cell.size).to(self.device)
-            self._for = (cell.checkpoint, cell.size)
-        return self._model
+        new = run_cells(to_do, options, lambda cell: _log_file(out, cell, options), show)
+    for cell, record in zip(to_do, new, strict=True):
+        path = record_path(out, cell.key(options))
+        write_record(path, record)
+        if not log.is_terminal:  # a log file has no progress bar
+            log.print(f"{path.stem}: {record['status']}, {record['seconds']:.1f} s", highlight=False, soft_wrap=True)
+        yield cell, record
+    if checkpoint not in missing:
+        progress.remove_task(images)
 
 
-def _track(progress: Progress, task: Any, batches: Any) -> Iterable[Any]:
-    progress.update(task, total=len(batches))
-    for batch in batches:
-        yield batch
-        progress.advance(task)
+def _title(cell: Cell) -> str:
+    return f"{cell.checkpoint.name} {cell.data.name} {cell.task}{f' {cell.grid}x{cell.grid}' if cell.grid else ''}"
 
 
-def _what(args: argparse.Namespace) -> tuple[list[Checkpoint], list[ImageSet], list[str]]:
+def _lock_file(out: Path, checkpoint: Checkpoint) -> Path:
+    folder = out / "locks"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder / f"{hashlib.sha256(checkpoint.name.encode()).hexdigest()[:16]}.lock"
+
+
+def _log_file(out: Path, cell: Cell, options: Options) -> Path:
+    return out / "logs" / f"{record_path(out, cell.key(options)).stem}.log"
+
+
+def _what(args: argparse.Namespace) -> tuple[list[Checkpoint], list[ImageSet], list[Task]]:
     """Checkpoints, data and tasks that the arguments name."""
     if args.sample:
         if args.data or args.task or args.limit:
             raise ValueError("--sample brings its own data and task; leave out --data, --task and --limit.")
-        return find_checkpoints(args.models or "pypi:*"), [sample.load_sample()], ["mosaic"]
+        return find_checkpoints(args.models or "pypi:*"), [sample.load_sample()], [("mosaic", 2)]
     if not args.models or not args.data:
         raise ValueError("expected --models and --data, or --sample (which needs no data and no network).")
     tasks = (args.task or "single").split(",")
     if unknown := [task for task in tasks if task not in TASKS]:
         raise ValueError(f"--task: found {', '.join(unknown)}; expected some of {','.join(TASKS)}.")
-    return find_checkpoints(args.models), [load_image_set(Path(root), args.limit) for root in args.data], tasks
+    data = [load_image_set(spec, args.limit, args.split, args.data_dir) for spec in args.data]
+    grids = [int(part) for part in args.grid.split(",")]
+    return find_checkpoints(args.models), data, [(t, g) for t in tasks for g in (grids if t == "mosaic" else [None])]
 
 
 def _not_to_be_had(models: list[Checkpoint]) -> dict[Checkpoint, str]:
@@ -169,20 +214,31 @@ def _offline(missing: dict[Checkpoint, str]) -> str:
     )
 
 
-def _sizes(model: Checkpoint, requests: str, missing: dict[Checkpoint, str]) -> list[tuple[int, int] | str]:
-    """`1x,320` -> sizes in pixels; the request itself where the checkpoint cannot be asked."""
+def _cells(
+    model: Checkpoint, requests: str, data: list[ImageSet], tasks: list[Task], missing: dict[Checkpoint, str]
+) -> Iterator[Cell]:
+    """What is measured on one checkpoint, sizes outermost: neighbours share the loaded model."""
+    for size, requested in _sizes(model, requests, missing).items():
+        for images in data:
+            for task, grid in tasks:
+                yield Cell(model, images, task, size, requested, grid)
+
+
+def _sizes(model: Checkpoint, requests: str, missing: dict[Checkpoint, str]) -> dict[tuple[int, int] | str, str]:
+    """`1x,320` -> sizes in pixels with their requests; the request itself where the checkpoint cannot be asked."""
     parts = [part.strip() for part in requests.split(",")]
     if model in missing and model.source == "hf-hub":
-        return list(parts)
+        return {part: part for part in parts}
     try:
         height, width = model.input_size()
     except Exception:  # run_cell asks again and records the reason
-        return list(parts)
-    sizes: dict[tuple[int, int] | str, None] = {}
+        return {part: part for part in parts}
+    sizes: dict[tuple[int, int] | str, str] = {}
     for part in parts:
         factor = float(part[:-1]) if part.endswith("x") else None
-        sizes[(round(factor * height), round(factor * width)) if factor else (int(part), int(part))] = None
-    return list(sizes)
+        size = (round(factor * height), round(factor * width)) if factor else (int(part), int(part))
+        sizes.setdefault(size, part)
+    return sizes
 
 
 def _options(args: argparse.Namespace) -> Options:
@@ -190,10 +246,11 @@ def _options(args: argparse.Namespace) -> Options:
     lams = _numbers("--lams", args.lams, ",")
     if any(not re.fullmatch(r"\d+|\d*\.?\d+x", part.strip()) for part in args.img_size.split(",")):
         raise ValueError(f"--img-size: found {args.img_size!r}; expected pixels or multiples such as 224 or 1x,2x.")
+    if any(not re.fullmatch(r"[1-9]\d*", part) for part in args.grid.split(",")):
+        raise ValueError(f"--grid: found {args.grid!r}; expected whole numbers such as 2 or 2,3.")
     device = _device(args.device)
     return Options(
         settings=tuple(settings_grid(lams, temperatures)),
-        grid=args.grid,
         crop_mode=args.crop_mode,
         crop_pct=args.crop_pct,
         batch_size=args.batch_size or (16 if device == "cpu" else 64),
@@ -201,6 +258,10 @@ def _options(args: argparse.Namespace) -> Options:
         device=device,
         amp=args.amp,
         seed=args.seed,
+        activation=args.activation,
+        average_precision=args.average_precision,
+        class_map=load_class_map(args.class_map, args.class_scores) if args.class_map else None,
+        skip_bad_images=args.skip_bad_images,
     )
 
 
@@ -238,7 +299,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.sweep",
         description=__doc__,
-        epilog=EXAMPLES,
+        epilog=EXAMPLES + sources.HELP,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     what = parser.add_argument_group("what is measured")
@@ -246,12 +307,39 @@ def _parser() -> argparse.ArgumentParser:
         "--sample", action="store_true", help="the embedded default: three checkpoints and seven photographs"
     )
     what.add_argument("--models", metavar="SPEC", help=checkpoints.HELP)
-    what.add_argument("--data", nargs="+", metavar="DIR", help="one or several sets of photographs, see below")
+    what.add_argument("--data", nargs="+", metavar="DATA", help="one or several sets of photographs, see below")
+    what.add_argument("--split", help="of torch/, hfds/ (default: validation) and VOC (default: test)")
+    what.add_argument("--data-dir", metavar="DIR", help="where torch/ and hfds/ keep their files")
     what.add_argument("--task", metavar="TASKS", help=f"some of {','.join(TASKS)} (default: single)")
     what.add_argument("--limit", type=_positive, metavar="N", help="only the first N rows of the data")
     what.add_argument("--lams", default="0,0.02,0.05,0.1,0.2,0.3,0.5,1", help="default: %(default)s; 0 and 0.1 always")
     what.add_argument(
         "--temperatures", default="1,5,inf", help="1+inf is one setting of two heads (default: %(default)s)"
+    )
+    what.add_argument(
+        "--class-map",
+        metavar="MAP",
+        help="for multilabel: which synsets of the head stand for each class of the data, coco80-to-imagenet1k or a "
+        "JSON file of its form",
+    )
+    what.add_argument(
+        "--class-scores",
+        choices=COMBINE,
+        default=COMBINE[0],
+        help="how several synsets become one score: the largest logit, or the log of the summed probabilities "
+        "(default: %(default)s)",
+    )
+    what.add_argument(
+        "--activation",
+        choices=("softmax", "sigmoid"),
+        default="softmax",
+        help="sigmoid, for a head trained so, adds CF1 and OF1 at probability 0.5 (default: %(default)s)",
+    )
+    what.add_argument(
+        "--average-precision",
+        choices=("continuous", "11-point"),
+        default="continuous",
+        help="11-point is that of VOC 2007 (default: %(default)s)",
     )
     images = parser.add_argument_group("images", "from the checkpoint, unless given")
     images.add_argument(
@@ -259,11 +347,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     images.add_argument("--crop-mode", choices=("center", "squash", "border"))
     images.add_argument("--crop-pct", type=float, metavar="SHARE")
+    images.add_argument("--grid", default="2", metavar="G", help="mosaics of G x G, e.g. 2,3 (default: %(default)s)")
     images.add_argument(
-        "--grid", type=_positive, default=2, metavar="G", help="mosaics of G x G (default: %(default)s)"
+        "--skip-bad-images", action="store_true", help="leave out what cannot be read, and say how many"
     )
     how = parser.add_argument_group("how")
     how.add_argument("--out", type=Path, help="folder of records and summary (default: results, or results/sample)")
+    how.add_argument("--retry-failed", action="store_true", help="measure again what has failed before")
     how.add_argument("--batch-size", type=_positive, help="default: 64, on a CPU 16")
     how.add_argument("--workers", type=int, default=2, help="processes that read images (default: %(default)s)")
     how.add_argument("--device", default="auto", metavar="auto|cpu|cuda[:i]|mps|xpu", help="default: %(default)s")

@@ -1,17 +1,22 @@
 """What a sweep prints: one line for each cell and metric, gains and losses alike."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
 from .records import Record
+from .summary import VERDICTS
 
 LEGEND = (
     "Percent, and points of gain over lam=0 with 95 % paired bootstrap intervals over images. "
     "fixed: lam 0.1, T inf. crossfit: chosen on one half, measured on the other, both ways. "
     "best: chosen on the test data itself, optimistic."
+)
+HEADLINE = (
+    "Checkpoints by verdict: two-sided tests at 5 % after Holm's correction over the checkpoints of a line, in all "
+    "records of the folder."
 )
 
 
@@ -51,13 +56,31 @@ def _table(records: list[Record]) -> Table:
         model = (
             record["model"].removeprefix("pypi:") if record["model"].startswith("pypi:") else _short(record["model"])
         )
-        lead = [model, record["data"], record["task"], str(record["img_size"])]
+        task = f"{record['task']} {record['grid']}x{record['grid']}" if record.get("grid") else record["task"]
+        lead = [model, record["data"], task, str(record["img_size"])]
         for metric, protocols in by_metric.items():
             baseline = protocols["fixed"]["baseline"]
             gains = (_gain(protocols.get(name)) for name in ("fixed", "crossfit", "best"))
             table.add_row(*lead, metric, str(record["n"]), _number(baseline), *gains)
             lead = [""] * 4
     return table
+
+
+def print_headline(counts: Mapping[tuple[str, ...], Mapping[str, int]], console: Console) -> None:
+    """n better, n worse, n no evidence, for each group of checkpoints that was corrected together."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for name in ("data", "task", "size", "metric", "protocol"):
+        table.add_column(name, overflow="fold")
+    for name in (*VERDICTS, "flagged"):
+        table.add_column(name, justify="right")
+    for (data, task, grid, size, metric, protocol), verdicts in counts.items():
+        if protocol in ("fixed", "crossfit"):
+            named = task if grid in ("None", "2") else f"{task} {grid}x{grid}"
+            numbers = (str(verdicts.get(name, 0)) for name in (*VERDICTS, "flagged"))
+            table.add_row(data, named, size, metric, protocol, *numbers)
+    if table.row_count:
+        console.print(HEADLINE, style="dim", highlight=False, soft_wrap=True)
+        console.print(table)
 
 
 def _short(model: str) -> str:

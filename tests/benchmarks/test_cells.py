@@ -32,10 +32,10 @@ def model() -> torch.nn.Module:
 
 
 def load(data: ImageSet, model: torch.nn.Module, task: str, **options: object) -> torch.Tensor:
-    cell = Cell(Checkpoint("timm", "test_resnet"), data, task, (96, 96))
-    loader, _, columns = _load(cell, model, Options((PLAIN, DEFAULT), workers=0, batch_size=3, **options))  # type: ignore
-    assert columns == (0, 1)
-    return torch.cat([images for images, _ in loader])
+    cell = Cell(Checkpoint("timm", "test_resnet"), data, task, (96, 96), grid=2 if task == "mosaic" else None)
+    loader, _, alignment = _load(cell, model, Options((PLAIN, DEFAULT), workers=0, batch_size=3, **options))  # type: ignore
+    assert alignment.columns == (0, 1)
+    return torch.cat([images for images, _, _ in loader])
 
 
 def test_single_photographs_are_prepared_as_timm_does(data: ImageSet, model: torch.nn.Module) -> None:

@@ -14,9 +14,9 @@ from benchmarks.datasets import (
     ImageSet,
     Mosaics,
     Photographs,
-    load_image_set,
     tilings,
 )
+from benchmarks.sources import load_image_set
 
 
 def write_images(folder: Path, count: int, size: tuple[int, int] = (40, 30)) -> list[Path]:
@@ -80,7 +80,9 @@ def test_refused_tables(tmp_path: Path, rows: list[str], classes: str, text: str
 
 
 def test_refused_folders(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="gone: no such folder; expected an ImageFolder, or images/ with labels.csv"):
+    with pytest.raises(
+        DataError, match="gone: no such folder, archive or annotations; expected an ImageFolder, images/ with lab"
+    ):
         load_image_set(tmp_path / "gone")
     with pytest.raises(DataError, match="neither labels.csv nor an ImageFolder was found"):
         load_image_set(tmp_path)
@@ -96,7 +98,9 @@ def test_a_broken_image_is_named(tmp_path: Path) -> None:
     photographs = Photographs(data, Alignment((0,), {0: 0}))
     photographs.transform = lambda image: image
     with pytest.raises(DataError, match=r"0.png: cannot be read as an image"):
-        photographs[0]
+        photographs.image(0)
+    assert photographs[0][2] == -1
+    assert photographs.why_not(0).startswith(f"{path}: cannot be read as an image")
 
 
 def test_mosaics_use_each_image_at_most_once() -> None:

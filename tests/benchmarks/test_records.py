@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.records import read_record, record_path, write_record, write_summary
+from benchmarks.records import read_record, record_path, write_record
+from benchmarks.summary import write_summary
 
 KEY = {"model": "local-dir:/a/b", "data": "d", "task": "single", "img_size": 224, "seed": 0}
 RESULT = {"metric": "top1", "protocol": "fixed", "lam": "0.1", "temperature": "inf", "baseline": 50.0, "value": 51.0}
@@ -44,7 +45,7 @@ def test_summary_has_a_row_for_each_result_and_for_each_cell_without(tmp_path: P
     failed = {**KEY, "status": "failed", "reason": "boom, twice", "results": []}
     write_record(record_path(tmp_path, KEY), finished)
     write_record(record_path(tmp_path, KEY | {"seed": 1}), failed)
-    path = write_summary(tmp_path)
+    path, _ = write_summary(tmp_path)
     with path.open(newline="") as file:
         first, second = sorted(csv.DictReader(file), key=lambda row: row["status"], reverse=True)
     assert first["gain"] == "0.3333"

@@ -109,7 +109,7 @@ def test_cells_that_cannot_be_answered_are_recorded(tmp_path: Path, photos: Path
     outcomes = {(r["model"], r["task"]): (r["status"], r["reason"]) for r in records}
     assert outcomes[other, "single"] == ("not_applicable", "1 classes of the data are not among the head's: cat")
     assert outcomes[other, "multilabel"][0] == "not_applicable"
-    assert "needs labels.csv with a column `labels`" in outcomes[other, "multilabel"][1]
+    assert "needs several labels for each image: labels.csv with a column `labels`" in outcomes[other, "multilabel"][1]
     assert outcomes[checkpoint, "single"][0] == "ok"
     kind, reason = outcomes[f"local-dir:{unpooled}", "single"]
     assert kind == "failed"

@@ -1,20 +1,26 @@
 """Score once: base and attention logits do not depend on lam, so one forward pass serves every setting."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
+from types import MappingProxyType
 from typing import NamedTuple, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..attention import add_attention, class_attention
 from ..config import CSRAConfig
 from ..errors import describe
+from ..inspection import Explanation
 from ..layouts import spatial_features
 from ..locations import location_scores
 from ..patching import check_supported, is_wrapped, plain_head
+
+Pool = Callable[[Tensor], Tensor]
 
 
 class Setting(NamedTuple):
@@ -48,6 +54,7 @@ class Scores:
     Attributes:
         base: `(n, K)`, the plain model's logits.
         attention: for each temperature T the attention term att, `(n, K)`.
+        pooled: logits of other ways to pool the same location scores, `(n, K)` each, where asked for.
         dtype: of the model's logits. Those of a setting are rounded to it, as a wrapped model's are: otherwise bf16
             would tie the plain logits alone, and ranks would differ for no other reason.
     """
@@ -55,6 +62,7 @@ class Scores:
     base: Tensor
     attention: dict[float, Tensor]
     dtype: torch.dtype = torch.float32
+    pooled: dict[str, Tensor] = field(default_factory=dict)
 
     def logits(self, setting: Setting) -> Tensor:
         """What a model wrapped with `setting` says: base + lam * mean over heads of att, `(n, K)`."""
@@ -73,6 +81,7 @@ def score(
     columns: Sequence[int] | None = None,
     device: torch.device | str = "cpu",
     amp_dtype: torch.dtype | None = None,
+    pools: Mapping[str, Pool] = MappingProxyType({}),
 ) -> tuple[Scores, Tensor]:
     """Run every image once and keep what all `settings` need.
 
@@ -83,6 +92,7 @@ def score(
         columns: classes of the head to keep, in order; None for all K.
         device: where `model` is.
         amp_dtype: autocast to this dtype, or None.
+        pools: other ways to pool the location scores, `(N, L, K)` to `(N, K)`, by name.
 
     Returns:
         The scores and the targets of all images, in order, on the CPU.
@@ -105,6 +115,7 @@ def score(
             base = cast(Tensor, head(features))  # a tuple only in distilled training
             (locations,) = location_scores(model, head, features)
             terms = [base, *(class_attention(locations, temperature) for temperature in temperatures)]
+            terms += [pool(locations) for pool in pools.values()]
             if not kept:
                 _check_forward(model, model(images), base, locations)
         logits = torch.stack([term.float() for term in terms])
@@ -115,8 +126,32 @@ def score(
         targets.append(target)
     if not kept:
         raise ValueError(f"{describe(model)}: no image to score.")
-    plain, *attention = (torch.cat(parts) for parts in zip(*kept, strict=True))
-    return Scores(plain, dict(zip(temperatures, attention, strict=True)), base.dtype), torch.cat(targets)
+    plain, *rest = (torch.cat(parts) for parts in zip(*kept, strict=True))
+    attention = dict(zip(temperatures, rest[: len(temperatures)], strict=True))
+    pooled = dict(zip(pools, rest[len(temperatures) :], strict=True))
+    return Scores(plain, attention, base.dtype, pooled), torch.cat(targets)
+
+
+WINDOW = 7  # locations, what timm's TestTimePoolHead takes
+
+
+def other_pools(explanation: Explanation) -> dict[str, Pool]:
+    """Other ways to pool the same location scores, those that a model allows.
+
+    `max_pool`: the maximum alone. `test_time_pool`: timm's `TestTimePoolHead`: features are averaged in windows of
+    7 x 7 locations, and the mean and the maximum over the windows' scores are averaged; for linear heads whose grid
+    holds such a window.
+    """
+    pools: dict[str, Pool] = {"max_pool": lambda scores: scores.amax(dim=1)}
+    if explanation.kind == "exact" and explanation.grid and min(explanation.grid) >= WINDOW:
+        pools["test_time_pool"] = partial(_test_time_pool, grid=explanation.grid)
+    return pools
+
+
+def _test_time_pool(scores: Tensor, grid: tuple[int, int]) -> Tensor:
+    """For a linear head the score of a window's mean is the mean of its scores."""
+    windows = F.avg_pool2d(scores.transpose(1, 2).unflatten(2, grid), WINDOW, stride=1).flatten(2)
+    return (windows.mean(dim=2) + windows.amax(dim=2)) / 2
 
 
 def _check_forward(model: nn.Module, logits: Tensor, base: Tensor, locations: Tensor) -> None:

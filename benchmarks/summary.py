@@ -1,0 +1,79 @@
+"""What all records of a folder say together: one row for each result, corrected for their number."""
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+from statsmodels.stats.multitest import multipletests
+
+from .records import Record, read_records, write_table
+
+COLUMNS = (
+    *("model", "data", "task", "img_size", "n", "columns", "metric", "protocol", "lam", "temperature"),
+    *("baseline", "value", "gain", "ci_low", "ci_high", "p_value", "p_holm", "verdict", "test"),
+    *("requested", "grid", "kind", "macs", "extra_macs", "baseline_check", "status", "reason"),
+)
+ALPHA = 0.05
+VERDICTS = ("better", "worse", "no evidence")
+
+Row = dict[str, Any]
+
+
+def rows_of(records: Iterable[Record]) -> list[Row]:
+    """One row for each metric and protocol, and one without metric for a cell without result.
+
+    `p_holm` is the p-value after Holm's correction over all checkpoints within one data set, task, requested size,
+    metric and protocol, and whatever else makes cells incomparable. `verdict` is what it says at 5 %.
+    """
+    rows = [
+        {**record, **result, "_family": _family(record, result)}
+        for record in records
+        for result in record["results"] or [{}]
+        if result.get("protocol") != "curve"
+    ]
+    families: dict[Any, list[Row]] = {}
+    for row in rows:
+        if row.get("p_value") is not None:
+            families.setdefault(row["_family"], []).append(row)
+    for family in families.values():
+        corrected = multipletests([row["p_value"] for row in family], alpha=ALPHA, method="holm")[1]
+        for row, p in zip(family, corrected.tolist(), strict=True):
+            better = "better" if row["gain"] > 0 else "worse"
+            row |= {"p_holm": p, "verdict": better if p < ALPHA else "no evidence"}
+    return rows
+
+
+def _family(record: Record, result: Record) -> tuple[Any, ...]:
+    key = record.get("key", {})
+    alike = {name: value for name, value in key.items() if name not in ("model", "weights", "img_size", "versions")}
+    return (repr(sorted(alike.items())), record.get("requested"), result.get("metric"), result.get("protocol"))
+
+
+def headline(rows: Iterable[Row]) -> dict[tuple[str, ...], Counter[str]]:
+    """For each data set, task, requested size, metric and protocol: how many checkpoints got which verdict. Those whose
+    baseline disagrees with the published one are left out, and counted as `flagged`."""
+    counts: dict[tuple[str, ...], Counter[str]] = {}
+    for row in rows:
+        if row.get("verdict"):
+            name = tuple(str(row.get(key)) for key in ("data", "task", "grid", "requested", "metric", "protocol"))
+            flagged = row.get("baseline_check") == "flagged"
+            counts.setdefault(name, Counter())["flagged" if flagged else row["verdict"]] += 1
+    return counts
+
+
+def write_summary(folder: Path) -> tuple[Path, list[Row]]:
+    """`summary.csv` of all records in the folder; safe beside another sweep that writes it too."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "summary.csv"
+    with FileLock(folder / ".summary.lock"):
+        rows = rows_of(read_records(folder))
+        write_table(path, COLUMNS, rows)
+    return path, rows
+
+
+def kept(rows: Sequence[Row], records: Iterable[Record]) -> list[Row]:
+    """The rows of these records."""
+    keys = {repr(record["key"]) for record in records}
+    return [row for row in rows if repr(row.get("key")) in keys]
