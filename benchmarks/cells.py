@@ -1,5 +1,7 @@
 """One cell of a sweep: a checkpoint on one data set, task and image size. Scored once, measured for every setting."""
 
+import json
+import os
 import platform
 import re
 import subprocess
@@ -14,6 +16,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from timm.data import create_loader, resolve_input_data_config
 from torch import Tensor, nn
 
@@ -33,9 +37,9 @@ from timm_csra.evaluation.metrics import (
 from timm_csra.evaluation.scoring import DEFAULT, PLAIN, Scores, Setting, other_pools, score
 
 from .checkpoints import Checkpoint, weights_sha256
-from .classes import Alignment, ClassMap, NotApplicableError, align
+from .classes import COMBINE, Alignment, ClassMap, NotApplicableError, align, combined
 from .datasets import DataError, ImageSet, Mosaics, Photographs, real_labels, tilings
-from .records import Record
+from .records import Record, record_path
 
 TASKS = ("single", "real", "multilabel", "mosaic")
 AMP = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -43,7 +47,10 @@ AMP = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 @dataclass(frozen=True)
 class Options:
-    """How cells are run; everything here that can change a result is part of a record's key."""
+    """How cells are run; everything here that can change a result is part of a record's key.
+
+    `scores` is the folder where scores are kept, if they are; with `rescore` they are read from there.
+    """
 
     settings: tuple[Setting, ...]
     crop_mode: str | None = None
@@ -57,6 +64,8 @@ class Options:
     average_precision: str = "continuous"
     class_map: ClassMap | None = None
     skip_bad_images: bool = False
+    scores: str | None = None
+    rescore: bool = False
 
 
 @dataclass(frozen=True)
@@ -98,6 +107,7 @@ class Cell:
             "average_precision": options.average_precision,
             "class_map": options.class_map.fingerprint if options.class_map else None,
             "skip_bad_images": options.skip_bad_images,
+            "scores": "float16" if options.rescore else None,
             "versions": {package: version(package) for package in ("timm", "torch")}
             | {"timm_csra": timm_csra.__version__},
         }
@@ -135,7 +145,7 @@ def run_cell(
     record: Record = {"batch_size": options.batch_size}
     while True:
         try:
-            record |= {"status": "ok", "reason": None} | _measure(cell, load(), options, track)
+            record |= {"status": "ok", "reason": None} | _measure(cell, load, options, track)
         except NotApplicableError as reason:
             record |= {"status": "not_applicable", "reason": str(reason)}
         except Exception as error:
@@ -170,7 +180,36 @@ def _out_of_memory(error: Exception) -> bool:
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or bool(told)
 
 
-def _measure(cell: Cell, model: nn.Module, options: Options, track: Callable[[Iterable[Any]], Iterable[Any]]) -> Record:
+@dataclass(frozen=True)
+class Scored:
+    """All that a cell's forward passes gave: what results are computed from, for any settings of the same T.
+
+    Attributes:
+        scores: of the scored classes, in the data's images.
+        targets: see `timm_csra.evaluation.metrics`.
+        facts: fields of the record that do not depend on the settings.
+    """
+
+    scores: Scores
+    targets: Tensor
+    facts: Record
+
+
+def _measure(
+    cell: Cell, load: Callable[[], nn.Module], options: Options, track: Callable[[Iterable[Any]], Iterable[Any]]
+) -> Record:
+    started = time.perf_counter()
+    file = scores_file(cell, options)
+    if options.rescore:
+        scored = read_scores(file, options.settings)
+    else:
+        scored = _score(cell, load(), options, track)
+        if file is not None:
+            write_scores(file, scored)
+    return _results(cell, scored, options, time.perf_counter() - started)
+
+
+def _score(cell: Cell, model: nn.Module, options: Options, track: Callable[[Iterable[Any]], Iterable[Any]]) -> Scored:
     assert not isinstance(cell.size, str)
     if not model.num_classes:
         raise NotApplicableError("the checkpoint has no classifier (num_classes=0)")
@@ -180,7 +219,6 @@ def _measure(cell: Cell, model: nn.Module, options: Options, track: Callable[[It
     explanation = timm_csra.explain(model, cell.size)
     if explanation.unsupported:
         raise UnsupportedModelError(explanation.unsupported)
-    clock = [time.perf_counter()]
     bad: list[int] = []
     scores, targets = score(
         model,
@@ -193,11 +231,31 @@ def _measure(cell: Cell, model: nn.Module, options: Options, track: Callable[[It
     )
     if bad and not options.skip_bad_images:
         raise DataError(_bad_images(loader.dataset, bad))
-    clock.append(time.perf_counter())
+    facts: Record = {
+        "n": len(targets),
+        "columns": alignment.count,
+        "classes_left_out": list(alignment.left_out),
+        "groups": alignment.groups,
+        "kind": explanation.kind,
+        "macs": explanation.macs,
+        "extra_macs": explanation.extra_macs,
+        "weights_sha256": weights_sha256(model),
+        "preprocessing": preprocessing,
+        "bad_images": [loader.dataset.name(index) for index in bad],
+    }
+    return Scored(scores, targets, facts)
+
+
+def _results(cell: Cell, scored: Scored, options: Options, seconds: float) -> Record:
+    """What the scores say for every setting of `options`."""
+    scores, targets, facts = scored.scores, scored.targets, dict(scored.facts)
+    groups = facts.pop("groups")
+    combine = options.class_map.combine if options.class_map else COMBINE[0]
     metrics = _metrics(cell, options, targets)
+    clock = [time.perf_counter()]
 
     def measured(logits: Tensor) -> dict[str, Evaluation]:
-        return evaluate(alignment.classes(logits), targets, metrics)
+        return evaluate(logits if groups is None else combined(logits, groups, combine), targets, metrics)
 
     evaluations = {setting: measured(scores.logits(setting)) for setting in options.settings}
     names = list(evaluations[PLAIN])
@@ -221,21 +279,64 @@ def _measure(cell: Cell, model: nn.Module, options: Options, track: Callable[[It
             comparison = statistics.fixed(name, pair, len(targets), seed)
             comparisons.append(replace(comparison, protocol=rival, settings=()))
     clock.append(time.perf_counter())
-    return {
-        "n": len(targets),
-        "columns": alignment.count,
-        "classes_left_out": list(alignment.left_out),
-        "kind": explanation.kind,
-        "macs": explanation.macs,
-        "extra_macs": explanation.extra_macs,
-        "weights_sha256": weights_sha256(model),
-        "preprocessing": preprocessing,
-        "bad_images": [loader.dataset.name(index) for index in bad],
+    metric_seconds, statistics_seconds = np.diff(clock).tolist()
+    return facts | {
         "results": [_result(comparison) for comparison in comparisons],
         "all_settings": grid,
         "calibration": _calibration(scores, targets) if cell.task == "single" else None,
-        "phases": dict(zip(("score", "metrics", "statistics"), np.diff(clock).tolist(), strict=True)),
+        "phases": {"score": seconds, "metrics": metric_seconds, "statistics": statistics_seconds},
     }
+
+
+def scores_file(cell: Cell, options: Options) -> Path | None:
+    """Where the scores of a cell are kept, whatever the settings: by everything else that determines them."""
+    if options.scores is None:
+        return None
+    every = ("settings", "scores", "activation", "average_precision")
+    key = {name: value for name, value in cell.key(options).items() if name not in every}
+    return Path(options.scores) / record_path(Path(), key).with_suffix(".safetensors").name
+
+
+def write_scores(file: Path, scored: Scored) -> None:
+    """In half precision, which rounds logits to three digits; DataError where they do not fit into it."""
+    tensors = {"base": scored.scores.base}
+    tensors |= {f"attention.{temperature:g}": t for temperature, t in scored.scores.attention.items()}
+    tensors |= {f"pooled.{name}": t for name, t in scored.scores.pooled.items()}
+    halves = {name: tensor.half().contiguous() for name, tensor in tensors.items()}
+    if not all(tensor.isfinite().all() for tensor in halves.values()):
+        raise DataError(f"{file.name}: logits beyond 65504 do not fit into half precision; leave out --keep-scores.")
+    metadata = {"facts": json.dumps(scored.facts), "dtype": str(scored.scores.dtype).removeprefix("torch.")}
+    file.parent.mkdir(parents=True, exist_ok=True)
+    temporary = file.with_suffix(".tmp")
+    save_file(halves | {"targets": scored.targets.contiguous()}, temporary, metadata)
+    os.replace(temporary, file)
+
+
+def read_scores(file: Path | None, settings: Sequence[Setting]) -> Scored:
+    """The scores that `--keep-scores` kept.
+
+    Raises:
+        DataError: there are none, or not of every temperature that the settings need.
+    """
+    if file is None or not file.is_file():
+        raise DataError(f"no scores are kept at {file}: run the cell with --keep-scores first, on the same data.")
+    with safe_open(file, "pt") as stored:
+        tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
+        metadata = stored.metadata()
+    targets = tensors.pop("targets")
+    parts: dict[str, dict[str, Tensor]] = {"attention": {}, "pooled": {}}
+    for name, tensor in tensors.items():
+        part, _, rest = name.partition(".")
+        if rest:
+            parts[part][rest] = tensor.float()
+    attention = {float(name): tensor for name, tensor in parts["attention"].items()}
+    wanted = {temperature for setting in settings for temperature in setting.temperature}
+    if not wanted <= attention.keys():
+        there = ", ".join(f"{temperature:g}" for temperature in sorted(attention))
+        raise DataError(f"{file}: scores are kept for T {there}; expected --temperatures among them.")
+    dtype = getattr(torch, metadata["dtype"])
+    scores = Scores(tensors["base"].float(), attention, dtype, parts["pooled"])
+    return Scored(scores, targets, json.loads(metadata["facts"]))
 
 
 def _readable(batches: Iterable[Any], loader: Any, bad: list[int]) -> Iterator[tuple[Tensor, Tensor]]:

@@ -6,14 +6,22 @@ import hashlib
 import importlib.metadata
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
-from huggingface_hub import constants, get_session, try_to_load_from_cache
-from huggingface_hub.errors import HTTPError, OfflineModeIsEnabled
+from huggingface_hub import (
+    constants,
+    get_hf_file_metadata,
+    get_session,
+    hf_hub_download,
+    hf_hub_url,
+    scan_cache_dir,
+    try_to_load_from_cache,
+)
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HTTPError, OfflineModeIsEnabled
 from timm.models import resolve_model_input_args
 from torch import Tensor, nn
 
@@ -58,9 +66,14 @@ class Checkpoint:
         model.load_state_dict(_wheel_weights(self.id, model))
         return model.eval()
 
+    def architecture(self) -> nn.Module:
+        """The model without its weights."""
+        return timm.create_model(**self._model_args(), pretrained=False)
+
     @cached_property
     def fingerprint(self) -> str | None:
-        """Hash of the files of a local checkpoint, known before it is loaded; None for one from the Hub."""
+        """Hash of the weights, known before they are loaded: of the files of a local checkpoint; for one from the Hub
+        the ETag of its weights, asked from the Hub, or read from the cache where it does not answer."""
         if self.source == "local-dir":
             folder = Path(self.id)
             files = [
@@ -69,7 +82,7 @@ class Checkpoint:
         elif self.source == "pypi":
             files = [_wheel_file(self.id)]
         else:
-            return None
+            return _etag(self._repository(), self._weight_files())
         digest = hashlib.sha256()
         for file in files:
             with file.open("rb") as stream:
@@ -83,6 +96,28 @@ class Checkpoint:
         config_first = self.source == "timm" or _in_cache(self.id, "config.json")
         return config_first and any(_in_cache(self._repository(), name) for name in self._weight_files())
 
+    def download(self) -> None:
+        """Into the cache, what `create` loads; nothing where that is local."""
+        if self.source not in ("timm", "hf-hub"):
+            return
+        repo, _, revision = self._repository().partition("@")
+        if self.source == "hf-hub":
+            hf_hub_download(repo, "config.json", revision=revision or None)
+        for name in self._weight_files():
+            try:
+                hf_hub_download(repo, name, revision=revision or None)
+                return
+            except EntryNotFoundError:
+                continue
+
+    def forget(self) -> None:
+        """Remove it from the cache."""
+        repo = self._repository().partition("@")[0]
+        cache = scan_cache_dir()
+        revisions = [r.commit_hash for found in cache.repos if found.repo_id == repo for r in found.revisions]
+        if revisions:
+            cache.delete_revisions(*revisions).execute()
+
     def _repository(self) -> str:
         return self.id if self.source == "hf-hub" else timm.get_pretrained_cfg(self.id).hf_hub_id or f"timm/{self.id}"
 
@@ -93,6 +128,30 @@ class Checkpoint:
     def _model_args(self, size: tuple[int, int] | None = None) -> dict[str, Any]:
         name = self.name if self.source in ("hf-hub", "local-dir") else self.id
         return resolve_model_input_args(name, {"img_size": size})  # type: ignore[no-any-return]
+
+
+def _etag(repo: str, names: list[str]) -> str | None:
+    """Of the first of these files that a repository has; None where neither the Hub nor the cache knows."""
+    repo, _, revision = repo.partition("@")
+    for name in names:
+        url = hf_hub_url(repo, name, revision=revision or None)
+        try:
+            return get_hf_file_metadata(url, timeout=10).etag if _hub_answers() else _cached_etag(repo, name, revision)
+        except EntryNotFoundError:
+            continue
+        except (HTTPError, HfHubHTTPError, OfflineModeIsEnabled):  # gone, private, or cut off: loading it will say so
+            return _cached_etag(repo, name, revision)
+    return None
+
+
+def _cached_etag(repo: str, name: str, revision: str) -> str | None:
+    file = try_to_load_from_cache(repo, name, revision=revision or None)
+    return Path(file).resolve().name if isinstance(file, str) else None  # the cache calls blobs by their ETag
+
+
+@cache
+def _hub_answers() -> bool:
+    return unreachable_hub() is None
 
 
 def _in_cache(repo: str, filename: str) -> bool:

@@ -104,14 +104,12 @@ class Alignment:
             where a class map combines them.
         positions: class index of the data -> position among the scored classes. What is not in it is not scored.
         groups: with a class map, for each scored class its columns.
-        combine: how the scores of a group become one, see `ClassMap`.
         left_out: classes of the data that the head cannot express.
     """
 
     columns: tuple[int, ...]
     positions: dict[int, int]
     groups: tuple[tuple[int, ...], ...] | None = None
-    combine: str = COMBINE[0]
     left_out: tuple[str, ...] = ()
 
     @property
@@ -119,13 +117,12 @@ class Alignment:
         """Number of scored classes."""
         return len(self.columns if self.groups is None else self.groups)
 
-    def classes(self, logits: Tensor) -> Tensor:
-        """Scores of the classes `(n, classes)` from logits `(n, columns)`."""
-        if self.groups is None:
-            return logits
-        scores = logits.log_softmax(dim=1) if self.combine == "log-probabilities" else logits
-        combine = torch.logsumexp if self.combine == "log-probabilities" else torch.amax
-        return torch.stack([combine(scores[:, list(group)], dim=1) for group in self.groups], dim=1)
+
+def combined(logits: Tensor, groups: Sequence[Sequence[int]], combine: str) -> Tensor:
+    """Scores of classes `(n, classes)` from logits `(n, K)` of the columns that stand for each, see `ClassMap`."""
+    scores = logits.log_softmax(dim=1) if combine == "log-probabilities" else logits
+    merge = torch.logsumexp if combine == "log-probabilities" else torch.amax
+    return torch.stack([merge(scores[:, list(group)], dim=1) for group in groups], dim=1)
 
 
 def align(
@@ -187,7 +184,7 @@ def _align_by_map(classes: Sequence[str], owners: dict[str, set[int]], head: int
     if not groups:
         raise NotApplicableError(f"no class of the class map {class_map.name} is among the head's")
     left_out = tuple(name for index, name in enumerate(classes) if index not in positions)
-    return Alignment(tuple(range(head)), positions, tuple(groups), class_map.combine, left_out)
+    return Alignment(tuple(range(head)), positions, tuple(groups), left_out)
 
 
 def _match(text: str, head: list[set[str]], owners: dict[str, set[int]]) -> int | None:

@@ -31,7 +31,7 @@ def read_record(path: Path) -> Record | None:
 
 def write_record(path: Path, record: Record) -> None:
     """Write atomically; refuses NaN and infinity, which are not JSON."""
-    _write_atomically(path, json.dumps(record, indent=1, allow_nan=False))
+    write_text(path, json.dumps(record, indent=1, allow_nan=False))
 
 
 def read_records(folder: Path) -> list[Record]:
@@ -48,10 +48,10 @@ def write_table(path: Path, columns: Sequence[str], rows: Iterable[dict[str, Any
     for row in rows:
         digits = {name: ".3g" if name.startswith("p_") else ".4f" for name in row}
         writer.writerow({k: format(v, digits[k]) if isinstance(v, float) else v for k, v in row.items()})
-    _write_atomically(path, text.getvalue())
+    write_text(path, text.getvalue())
 
 
-def _write_atomically(path: Path, text: str) -> None:
+def write_text(path: Path, text: str) -> None:
     """To a temporary file beside `path`, flushed to the disk, then renamed."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name[:50]}.", suffix=".tmp")

@@ -8,6 +8,7 @@ from typing import Any
 from filelock import FileLock
 from statsmodels.stats.multitest import multipletests
 
+from .expected import Expected, check, read_expected
 from .records import Record, read_records, write_table
 
 COLUMNS = (
@@ -21,14 +22,14 @@ VERDICTS = ("better", "worse", "no evidence")
 Row = dict[str, Any]
 
 
-def rows_of(records: Iterable[Record]) -> list[Row]:
+def rows_of(records: Iterable[Record], expected: Expected | None = None) -> list[Row]:
     """One row for each metric and protocol, and one without metric for a cell without result.
 
     `p_holm` is the p-value after Holm's correction over all checkpoints within one data set, task, requested size,
     metric and protocol, and whatever else makes cells incomparable. `verdict` is what it says at 5 %.
     """
     rows = [
-        {**record, **result, "_family": _family(record, result)}
+        {**record, **result, "_family": _family(record, result), "baseline_check": _check(record, expected)}
         for record in records
         for result in record["results"] or [{}]
         if result.get("protocol") != "curve"
@@ -43,6 +44,10 @@ def rows_of(records: Iterable[Record]) -> list[Row]:
             better = "better" if row["gain"] > 0 else "worse"
             row |= {"p_holm": p, "verdict": better if p < ALPHA else "no evidence"}
     return rows
+
+
+def _check(record: Record, expected: Expected | None) -> str | None:
+    return None if expected is None or record["status"] != "ok" else check(record, expected)
 
 
 def _family(record: Record, result: Record) -> tuple[Any, ...]:
@@ -64,11 +69,14 @@ def headline(rows: Iterable[Row]) -> dict[tuple[str, ...], Counter[str]]:
 
 
 def write_summary(folder: Path) -> tuple[Path, list[Row]]:
-    """`summary.csv` of all records in the folder; safe beside another sweep that writes it too."""
+    """`summary.csv` of all records in the folder; safe beside another sweep that writes it too. Baselines are compared
+    with `expected.csv` in the folder, where a sweep with `--expected` has put it."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "summary.csv"
     with FileLock(folder / ".summary.lock"):
-        rows = rows_of(read_records(folder))
+        published = folder / "expected.csv"
+        expected = read_expected(str(published)) if published.is_file() else None
+        rows = rows_of(read_records(folder), expected)
         write_table(path, COLUMNS, rows)
     return path, rows
 

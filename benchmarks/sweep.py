@@ -10,25 +10,30 @@ import hashlib
 import re
 import sys
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
 from filelock import FileLock, Timeout
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.prompt import Confirm
 
 from timm_csra.evaluation.scoring import settings_grid
 
 from . import checkpoints, sample, sources
-from .cells import AMP, TASKS, Cell, Options, failure
+from .cells import AMP, TASKS, Cell, Options, failure, scores_file, show_size
 from .checkpoints import Checkpoint, CheckpointError, find_checkpoints, unreachable_hub
 from .classes import COMBINE, load_class_map
 from .datasets import DataError, ImageSet
+from .downloads import Downloads
 from .engines import run_cells
+from .estimate import estimate
+from .expected import keep_expected
 from .records import Record, read_record, record_path, write_record
 from .sources import load_image_set
 from .summary import headline, kept, write_summary
-from .tables import print_headline, print_records
+from .tables import print_headline, print_plan, print_records
 
 EXAMPLES = """
 examples:
@@ -48,9 +53,11 @@ def main(arguments: list[str] | None = None) -> int:
     out = args.out or Path("results") / ("sample" if args.sample else "")
     screen, log = _console(), Console(stderr=True)
     try:
-        options = _options(args)
+        options = _options(args, out)
         models, data, tasks = _what(args)
-        missing = _not_to_be_had(models)
+        missing = {} if args.rescore else _not_to_be_had(models)
+        if args.expected:
+            keep_expected(args.expected, out)
     except (CheckpointError, DataError, ValueError, TypeError) as error:
         log.print(f"benchmarks.sweep: {error}", markup=False, highlight=False, soft_wrap=True)
         return 2
@@ -61,11 +68,19 @@ def main(arguments: list[str] | None = None) -> int:
         log.print(f"{_offline(missing)} Their cells are recorded as failed.", markup=False, highlight=False)
 
     cells = [cell for model in models for cell in _cells(model, args.img_size, data, tasks, missing)]
+    with ThreadPoolExecutor(16) as pool:  # the Hub is asked for the hashes of many checkpoints at once
+        list(pool.map(lambda model: model.fingerprint, models))
+    ask = args.models == "all" and options.device == "cpu" and not args.yes
+    if args.dry_run or ask:
+        to_do = _announce(cells, options, out, missing, args.retry_failed, screen if args.dry_run else log)
+        if args.dry_run or (to_do and ask and not _confirmed(log)):
+            return 0 if args.dry_run else 2
     records: dict[int, Record] = {}
     interrupted = False
     try:
-        for cell, record in _run(cells, options, out, missing, args.retry_failed, log):
-            records[id(cell)] = record
+        with Downloads(args.prefetch, args.free_cache) as downloads:
+            for cell, record in _run(cells, options, out, missing, args.retry_failed, downloads, log):
+                records[id(cell)] = record
     except KeyboardInterrupt:
         interrupted = True
         log.print(f"Stopped after {len(records)} of {len(cells)} cells; start again to do the rest.")
@@ -81,12 +96,51 @@ def main(arguments: list[str] | None = None) -> int:
     return 1 if any(record["status"] == "failed" for record in in_order) else 0
 
 
+def _announce(
+    cells: list[Cell],
+    options: Options,
+    out: Path,
+    missing: dict[Checkpoint, str],
+    retry_failed: bool,
+    console: Console,
+) -> list[Cell]:
+    """Say what would run and how long it may take; returns the cells to do."""
+    states = [_state(cell, options, out, missing, retry_failed) for cell in cells]
+    to_do = [cell for cell, state in zip(cells, states, strict=True) if state == "to do"]
+    print_plan(
+        [(cell.checkpoint.name, *_describe(cell), state) for cell, state in zip(cells, states, strict=True)], console
+    )
+    console.print(str(estimate(to_do, options)), highlight=False, soft_wrap=True)
+    return to_do
+
+
+def _state(cell: Cell, options: Options, out: Path, missing: dict[Checkpoint, str], retry_failed: bool) -> str:
+    record = _finished(cell, options, out, retry_failed)
+    if record is None:
+        return "not to be had" if cell.checkpoint in missing else "to do"
+    return "done" if record["status"] == "ok" else str(record["status"])
+
+
+def _describe(cell: Cell) -> tuple[str, str, str, str]:
+    size = cell.size if isinstance(cell.size, str) else show_size(cell.size)
+    images = len(cell.data) // (cell.grid**2 if cell.grid else 1)
+    return cell.data.name, f"{cell.task}{f' {cell.grid}x{cell.grid}' if cell.grid else ''}", str(size), str(images)
+
+
+def _confirmed(log: Console) -> bool:
+    if not sys.stdin.isatty():
+        log.print("No accelerator was found, and nobody can be asked: say --yes to run all checkpoints on the CPU.")
+        return False
+    return Confirm.ask("No accelerator was found. Run all of this on the CPU?", console=log, default=False)
+
+
 def _run(
     cells: list[Cell],
     options: Options,
     out: Path,
     missing: dict[Checkpoint, str],
     retry_failed: bool,
+    downloads: Downloads,
     log: Console,
 ) -> Iterator[tuple[Cell, Record]]:
     """One record for each cell, read where it is finished and measured where it is not.
@@ -110,7 +164,7 @@ def _run(
         patience = 0.0
         while waiting:
             busy = []
-            for checkpoint in waiting:
+            for place, checkpoint in enumerate(waiting):
                 lock = FileLock(_lock_file(out, checkpoint))
                 try:
                     lock.acquire(timeout=patience)
@@ -118,9 +172,19 @@ def _run(
                     busy.append(checkpoint)
                     continue
                 try:
-                    for cell, record in _group(groups[checkpoint], options, out, missing, retry_failed, progress, log):
+                    to_do = []
+                    for cell in groups[checkpoint]:
+                        if (record := _finished(cell, options, out, retry_failed)) is None:
+                            to_do.append(cell)
+                        else:
+                            progress.advance(overall)
+                            yield cell, record
+                    if to_do and checkpoint not in missing:
+                        downloads.start(checkpoint, [c for c in waiting[place + 1 :] if c not in missing])
+                    for cell, record in _measured(to_do, options, out, missing, progress, log):
                         progress.advance(overall)
                         yield cell, record
+                    downloads.finish(checkpoint)
                 finally:
                     lock.release()
             if busy and len(busy) == len(waiting) and not patience:
@@ -129,23 +193,20 @@ def _run(
             waiting = busy
 
 
-def _group(
-    cells: list[Cell],
-    options: Options,
-    out: Path,
-    missing: dict[Checkpoint, str],
-    retry_failed: bool,
-    progress: Progress,
-    log: Console,
+def _finished(cell: Cell, options: Options, out: Path, retry_failed: bool) -> Record | None:
+    """The record of a cell for which nothing is left to do."""
+    record = read_record(record_path(out, cell.key(options)))
+    if record is None or (retry_failed and record["status"] == "failed"):
+        return None
+    file = scores_file(cell, options)
+    scores_missing = record["status"] == "ok" and file is not None and not options.rescore and not file.is_file()
+    return None if scores_missing else record
+
+
+def _measured(
+    to_do: list[Cell], options: Options, out: Path, missing: dict[Checkpoint, str], progress: Progress, log: Console
 ) -> Iterator[tuple[Cell, Record]]:
-    """The cells of one checkpoint: those that are finished first, then the others in a process."""
-    to_do = []
-    for cell in cells:
-        record = read_record(record_path(out, cell.key(options)))
-        if record is None or (retry_failed and record["status"] == "failed"):
-            to_do.append(cell)
-        else:
-            yield cell, record
+    """Cells of one checkpoint, measured in a process, and written."""
     if not to_do:
         return
     checkpoint = to_do[0].checkpoint
@@ -241,7 +302,7 @@ def _sizes(model: Checkpoint, requests: str, missing: dict[Checkpoint, str]) -> 
     return sizes
 
 
-def _options(args: argparse.Namespace) -> Options:
+def _options(args: argparse.Namespace, out: Path) -> Options:
     temperatures = [tuple(_numbers("--temperatures", part, "+")) for part in args.temperatures.split(",")]
     lams = _numbers("--lams", args.lams, ",")
     if any(not re.fullmatch(r"\d+|\d*\.?\d+x", part.strip()) for part in args.img_size.split(",")):
@@ -262,6 +323,8 @@ def _options(args: argparse.Namespace) -> Options:
         average_precision=args.average_precision,
         class_map=load_class_map(args.class_map, args.class_scores) if args.class_map else None,
         skip_bad_images=args.skip_bad_images,
+        scores=str(out / "scores") if args.keep_scores or args.rescore else None,
+        rescore=args.rescore,
     )
 
 
@@ -353,7 +416,21 @@ def _parser() -> argparse.ArgumentParser:
     )
     how = parser.add_argument_group("how")
     how.add_argument("--out", type=Path, help="folder of records and summary (default: results, or results/sample)")
+    how.add_argument("--dry-run", action="store_true", help="say what would run, with sizes and an estimate, and stop")
+    how.add_argument("--yes", action="store_true", help="do not ask before --models all without accelerator")
     how.add_argument("--retry-failed", action="store_true", help="measure again what has failed before")
+    how.add_argument("--keep-scores", action="store_true", help="keep the logits of every T in OUT/scores (float16)")
+    how.add_argument(
+        "--rescore", action="store_true", help="new settings from kept scores, with no forward pass; same temperatures"
+    )
+    how.add_argument(
+        "--expected",
+        metavar="FILE_OR_URL",
+        help="timm's results-imagenet.csv: lam = 0 on all 50,000 images must agree with it within 0.1 points of top-1, "
+        "else the checkpoint is flagged and kept out of the counts",
+    )
+    how.add_argument("--prefetch", action="store_true", help="download the next checkpoint while one computes")
+    how.add_argument("--free-cache", action="store_true", help="after its cells remove what this run has downloaded")
     how.add_argument("--batch-size", type=_positive, help="default: 64, on a CPU 16")
     how.add_argument("--workers", type=int, default=2, help="processes that read images (default: %(default)s)")
     how.add_argument("--device", default="auto", metavar="auto|cpu|cuda[:i]|mps|xpu", help="default: %(default)s")

@@ -83,6 +83,16 @@ def print_headline(counts: Mapping[tuple[str, ...], Mapping[str, int]], console:
         console.print(table)
 
 
+def print_plan(cells: Iterable[tuple[str, ...]], console: Console) -> None:
+    """What a sweep would do: one line for each cell."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for name in ("model", "data", "task", "px", "images", "state"):
+        table.add_column(name, justify="right" if name in ("px", "images") else "left", overflow="fold")
+    for cell in cells:
+        table.add_row(*cell)
+    console.print(table)
+
+
 def _short(model: str) -> str:
     return model.rsplit("/", 1)[-1] if model.startswith("local-dir:") else model.removeprefix("pypi:")
 

@@ -202,6 +202,7 @@ def test_ctrl_c_keeps_what_is_done(tmp_path: Path, photos: Path, checkpoint: str
         [sys.executable, "-m", "benchmarks.sweep", "--models", checkpoint, "--data", str(photos)]
         + ["--img-size", sizes, "--out", str(tmp_path), "--workers", "0"],
         cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a job in the background ignores it
     )  # fmt: skip
     deadline = time.monotonic() + 120
     while len(list((tmp_path / "records").glob("[!.]*"))) < 2:

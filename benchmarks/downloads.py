@@ -1,0 +1,46 @@
+"""Weights from the Hub just in time: the next checkpoint is fetched while one computes, and removed afterwards."""
+
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+
+from .checkpoints import Checkpoint
+
+
+class Downloads:
+    """The cache of weights during a sweep.
+
+    Args:
+        prefetch: download the checkpoint that comes next.
+        free: after its cells, remove a checkpoint that was not in the cache before this run.
+    """
+
+    def __init__(self, prefetch: bool, free: bool) -> None:
+        self.prefetch, self.free = prefetch, free
+        self._thread = ThreadPoolExecutor(1)
+        self._coming: dict[Checkpoint, Future[None]] = {}
+        self._ours: set[Checkpoint] = set()
+
+    def __enter__(self) -> "Downloads":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._thread.shutdown(wait=False, cancel_futures=True)
+
+    def start(self, checkpoint: Checkpoint, following: Sequence[Checkpoint]) -> None:
+        """`checkpoint` is computed now: wait until it is there, and begin to fetch the first that follows. A download
+        that fails is tried again, and recorded, by the cell itself."""
+        self._claim(checkpoint)
+        if checkpoint in self._coming:
+            self._coming.pop(checkpoint).exception()  # waits
+        if self.prefetch and following and following[0] not in self._coming:
+            self._claim(following[0])
+            self._coming[following[0]] = self._thread.submit(following[0].download)
+
+    def finish(self, checkpoint: Checkpoint) -> None:
+        """All cells of `checkpoint` are done."""
+        if self.free and checkpoint in self._ours:
+            checkpoint.forget()
+
+    def _claim(self, checkpoint: Checkpoint) -> None:
+        if checkpoint not in self._coming and not checkpoint.is_cached():
+            self._ours.add(checkpoint)

@@ -1,0 +1,95 @@
+"""How long a sweep will take, before it starts: multiply-accumulates of its cells against the speed of the device."""
+
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import timm
+import torch
+from timm.models import split_model_name_tag
+
+import timm_csra
+
+from .cells import Cell, Options
+from .coverage import read_rows
+
+TABLE = Path(__file__).parents[1] / "docs" / "coverage.csv"
+START = 5.0  # seconds for loading a checkpoint and starting its process, seen on small ones
+PROBE = ("resnet50", 4)  # architecture and images of one timed batch
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """`seconds` of forward passes and starting; reading images and downloading come on top where they are slower."""
+
+    cells: int
+    images: int
+    macs: float
+    seconds: float
+
+    def __str__(self) -> str:
+        hours, minutes = divmod(round(self.seconds / 60), 60)
+        return (
+            f"{self.cells} cells, {self.images} images, {self.macs / 1e12:.1f} T multiply-accumulates: about "
+            f"{f'{hours} h {minutes} min' if hours else f'{minutes} min' if minutes else f'{self.seconds:.0f} s'} of "
+            "forward passes, with reading and downloading on top where they are slower."
+        )
+
+
+def estimate(cells: Iterable[Cell], options: Options) -> Estimate:
+    """From `docs/coverage.csv` where it has the architecture, else from the model on the meta device."""
+    cells = list(cells)
+    if not cells:
+        return Estimate(0, 0, 0.0, 0.0)
+    images = [len(cell.data) // (cell.grid**2 if cell.grid else 1) for cell in cells]
+    macs = sum(count * macs_of(cell) for cell, count in zip(cells, images, strict=True))
+    speed = _macs_per_second(options.device)
+    return Estimate(len(cells), sum(images), macs, macs / speed + START * len({cell.checkpoint for cell in cells}))
+
+
+def macs_of(cell: Cell) -> float:
+    """Multiply-accumulates of one image, those of wrapping included; they grow with the number of pixels, or faster
+    where tokens attend to each other."""
+    name = split_model_name_tag(cell.checkpoint.id)[0]
+    row = _table().get(name)
+    if row is None or isinstance(cell.size, str):
+        return _measured(cell)
+    height, width = map(int, row["input_size"].split("x")[-2:])
+    pixels = cell.size[0] * cell.size[1] / (height * width)
+    return pixels * (float(row["macs"] or 0) + float(row["extra_macs"] or 0))
+
+
+@cache
+def _table() -> dict[str, dict[str, str]]:
+    return read_rows(TABLE) if TABLE.is_file() else {}
+
+
+def _measured(cell: Cell) -> float:
+    """A checkpoint that says nothing about itself yet is counted as a ResNet-50 of 224 pixels."""
+    default = 4.1e9
+    if isinstance(cell.size, str):
+        return default
+    try:
+        with torch.device("meta"):
+            explanation = timm_csra.explain(cell.checkpoint.architecture(), cell.size)
+    except Exception:  # whatever is wrong with it, the cell's record will say
+        return default
+    return float(explanation.macs + explanation.extra_macs) or default
+
+
+@cache
+def _macs_per_second(device: str) -> float:
+    """Of a convolutional network in float32, after one batch to warm up."""
+    name, images = PROBE
+    model = timm.create_model(name).eval().to(device)
+    x = torch.randn(images, 3, 224, 224, device=device)
+    macs = timm_csra.explain(model, 224).macs
+    seconds = []
+    with torch.inference_mode():
+        for _ in range(3):
+            started = time.perf_counter()
+            model(x).sum().item()  # waits for the device
+            seconds.append(time.perf_counter() - started)
+    return macs * images / min(seconds[1:])

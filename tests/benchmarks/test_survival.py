@@ -1,0 +1,290 @@
+"""What ends one cell, and not the sweep: crashes, kills, too little memory, broken images, another sweep beside it."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+from torch import nn
+
+from benchmarks.cells import Cell, Options
+from benchmarks.checkpoints import Checkpoint
+from benchmarks.engines import run_cells
+from benchmarks.sources import load_image_set
+from benchmarks.sweep import main
+from timm_csra.evaluation.scoring import DEFAULT, PLAIN
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    rng = np.random.default_rng(0)
+    for index in range(12):
+        folder = tmp_path / "photos" / ("cat", "dog")[index % 2]
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (40, 60, 3), dtype=np.uint8)).save(folder / f"{index}.png")
+    return tmp_path / "photos"
+
+
+def save(folder: Path, seed: int = 0, **arguments: object) -> str:
+    torch.manual_seed(seed)
+    model = timm.create_model("test_resnet", num_classes=2, **arguments)
+    timm.models.save_for_hf(model, str(folder), model_config={"label_names": ["cat", "dog"]}, safe_serialization=True)
+    return f"local-dir:{folder}"
+
+
+def folder(path: Path) -> str:
+    path.mkdir()
+    return str(path)
+
+
+class Dies(Checkpoint):
+    """Its process is killed while it loads."""
+
+    def create(self, size: tuple[int, int]) -> nn.Module:
+        print("last words", file=sys.stderr, flush=True)
+        os.kill(os.getpid(), getattr(signal, self.id.split("/")[-1]))
+        raise AssertionError("unreachable")
+
+
+class Exits(Checkpoint):
+    def create(self, size: tuple[int, int]) -> nn.Module:
+        os._exit(7)
+
+
+class Greedy(nn.Module):
+    """The allocator gives up at more than four images."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if len(x) > 4:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3.00 TiB")
+        return x
+
+
+class NeedsMemory(Checkpoint):
+    def create(self, size: tuple[int, int]) -> nn.Module:
+        model = super().create(size)
+        model.conv1 = nn.Sequential(Greedy(), model.conv1)
+        return model
+
+
+class Silent(Checkpoint):
+    """Logits that are not a number."""
+
+    def create(self, size: tuple[int, int]) -> nn.Module:
+        model = super().create(size)
+        model.get_classifier().weight.data.fill_(float("nan"))
+        return model
+
+
+def run(tmp_path: Path, photos: Path, checkpoint: Checkpoint, count: int = 2) -> list[dict]:
+    data = load_image_set(photos)
+    cells = [Cell(checkpoint, data, "single", (64 + 32 * i,) * 2) for i in range(count)]
+    options = Options((PLAIN, DEFAULT), workers=0, batch_size=12)
+    log: Callable[[Cell], Path] = lambda cell: tmp_path / "logs" / f"{cell.size}.log"  # noqa: E731
+    return list(run_cells(cells, options, log, lambda *_: None))
+
+
+@pytest.mark.parametrize("name", ["SIGSEGV", "SIGKILL"])
+def test_a_dead_process_is_a_failed_record_each(tmp_path: Path, photos: Path, name: str) -> None:
+    records = run(tmp_path, photos, Dies("local-dir", folder(tmp_path / name)))
+    assert [record["status"] for record in records] == ["failed", "failed"]
+    assert all(f"the process of this checkpoint died of {name}" in record["reason"] for record in records)
+    assert "last words" in (tmp_path / "logs" / "(64, 64).log").read_text()
+    assert [record["img_size"] for record in records] == [64, 96]
+
+
+def test_an_exit_code_is_told(tmp_path: Path, photos: Path) -> None:
+    (record,) = run(tmp_path, photos, Exits("local-dir", folder(tmp_path / "x")), count=1)
+    assert "ended with exit code 7" in record["reason"]
+
+
+def test_the_batch_halves_when_memory_is_short(tmp_path: Path, photos: Path) -> None:
+    path = save(tmp_path / "model").removeprefix("local-dir:")
+    (record,) = run(tmp_path, photos, NeedsMemory("local-dir", path), count=1)
+    assert (record["status"], record["batch_size"]) == ("ok", 3)
+    (plain,) = run(tmp_path, photos, Checkpoint("local-dir", path), count=1)
+    assert plain["batch_size"] == 12
+    assert plain["all_settings"] == record["all_settings"]
+    assert plain["key"] == record["key"]
+
+
+def test_logits_that_are_no_numbers_fail(tmp_path: Path, photos: Path) -> None:
+    path = save(tmp_path / "model").removeprefix("local-dir:")
+    (record,) = run(tmp_path, photos, Silent("local-dir", path), count=1)
+    assert record["status"] == "failed"
+    assert "found NaN or infinite logits" in record["reason"]
+    assert "Traceback" in (tmp_path / "logs" / "(64, 64).log").read_text()
+
+
+def sweep(out: Path, models: str, data: Path, *more: str) -> tuple[int, list[dict]]:
+    arguments = ["--models", models, "--data", str(data), "--out", str(out), "--workers", "0", "--device", "cpu"]
+    status = main([*arguments, "--img-size", "64", *more])
+    return status, [json.loads(path.read_text()) for path in sorted((out / "records").glob("*.json"))]
+
+
+def test_broken_images_are_named_or_left_out(tmp_path: Path, photos: Path) -> None:
+    model = save(tmp_path / "model")
+    whole = (photos / "cat" / "0.png").read_bytes()
+    (photos / "cat" / "0.png").write_bytes(whole[: len(whole) // 2])
+    (photos / "dog" / "1.png").write_bytes(b"no image")
+    status, (record,) = sweep(tmp_path / "out", model, photos)
+    assert (status, record["status"]) == (1, "failed")
+    assert "2 of 12 images cannot be read: " in record["reason"]
+    assert "cat/0.png: cannot be read as an image" in record["reason"]
+    assert "dog/1.png: cannot be read as an image" in record["reason"]
+    assert "leave them out with --skip-bad-images" in record["reason"]
+
+    status, (record,) = sweep(tmp_path / "skipped", model, photos, "--skip-bad-images")
+    assert (status, record["status"], record["n"]) == (0, "ok", 10)
+    assert [Path(name).name for name in record["bad_images"]] == ["0.png", "1.png"]
+    for path in (photos / "cat" / "0.png", photos / "dog" / "1.png"):
+        path.unlink()
+    _, (without,) = sweep(tmp_path / "without", model, photos)
+    assert without["all_settings"] == record["all_settings"]
+
+
+def test_what_has_failed_is_done_again_only_when_asked(tmp_path: Path, photos: Path) -> None:
+    model = save(tmp_path / "model")
+    broken = photos / "cat" / "0.png"
+    whole = broken.read_bytes()
+    broken.write_bytes(whole[:-40] + bytes(40))  # of the same size: nothing tells that it is mended later
+    assert sweep(tmp_path / "out", model, photos)[0] == 1
+    broken.write_bytes(whole)
+    assert sweep(tmp_path / "out", model, photos)[0] == 1
+    status, (record,) = sweep(tmp_path / "out", model, photos, "--retry-failed")
+    assert (status, record["status"]) == (0, "ok")
+
+
+def start(out: Path, models: str, photos: Path, *more: str) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-m", "benchmarks.sweep", "--models", models, "--data", str(photos), "--out", str(out)]
+    return subprocess.Popen(
+        [*command, "--workers", "0", "--device", "cpu", "--task", "single,mosaic", *more],
+        cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+    )  # fmt: skip
+
+
+def done(out: Path) -> dict[str, int]:
+    return {path.name: path.stat().st_mtime_ns for path in (out / "records").glob("[!.]*.json")}
+
+
+@pytest.mark.slow
+def test_killed_at_random_moments_the_table_is_the_same(tmp_path: Path, photos: Path) -> None:
+    models = ",".join(save(tmp_path / f"model{seed}", seed) for seed in range(2))
+    sizes = ("--img-size", "64,96,128,160")
+    uninterrupted, killed = tmp_path / "uninterrupted", tmp_path / "killed"
+    assert start(uninterrupted, models, photos, *sizes).wait() == 0
+    rng = random.Random(0)
+    before: dict[str, int] = {}
+    for _ in range(3):
+        process = start(killed, models, photos, *sizes)
+        deadline = time.monotonic() + 120
+        wanted = len(before) + rng.randint(1, 4)
+        while len(done(killed)) < wanted:
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.01)
+        time.sleep(0.3 * rng.random())
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        after = done(killed)
+        assert before.items() <= after.items(), "a finished cell was done again"
+        assert all(json.loads((killed / "records" / name).read_text())["status"] == "ok" for name in after)
+        before = after
+    assert 0 < len(before) < 16
+    assert start(killed, models, photos, *sizes).wait() == 0
+    assert before.items() <= done(killed).items()
+    assert len(done(killed)) == 16
+    assert (killed / "summary.csv").read_text() == (uninterrupted / "summary.csv").read_text()
+
+
+@pytest.mark.slow
+def test_two_sweeps_share_a_folder(tmp_path: Path, photos: Path) -> None:
+    models = ",".join(save(tmp_path / f"model{seed}", seed) for seed in range(2))
+    alone, shared = tmp_path / "alone", tmp_path / "shared"
+    assert start(alone, models, photos, "--img-size", "64,96").wait() == 0
+    both = [start(shared, models, photos, "--img-size", "64,96") for _ in range(2)]
+    told = [process.communicate(timeout=300)[1].decode() for process in both]
+    assert [process.returncode for process in both] == [0, 0], told
+    measured = sum(text.count(": ok, ") for text in told)
+    assert measured == 8, "each cell is measured once, by one of them"
+    assert (shared / "summary.csv").read_text() == (alone / "summary.csv").read_text()
+
+
+def test_kept_scores_answer_new_settings_without_a_forward_pass(tmp_path: Path, photos: Path) -> None:
+    model = save(tmp_path / "model")
+    out = tmp_path / "out"
+    assert sweep(out, model, photos, "--task", "mosaic,single", "--keep-scores")[0] == 0
+    weights = tmp_path / "model" / "model.safetensors"
+    whole = weights.read_bytes()
+    fresh_status, fresh = sweep(tmp_path / "fresh", model, photos, "--task", "mosaic,single", "--lams", "0,0.1,0.7")
+    assert fresh_status == 0
+
+    image = photos / "cat" / "0.png"
+    image.write_bytes(bytes(len(image.read_bytes())))  # a forward pass would fail
+    arguments = ("--task", "mosaic,single", "--lams", "0,0.1,0.7", "--rescore")
+    status, records = sweep(out, model, photos, *arguments)
+    assert status == 0
+    rescored = {record["task"]: record for record in records if record["key"]["scores"] == "float16"}
+    assert weights.read_bytes() == whole
+    for expected in fresh:
+        found = rescored[expected["task"]]
+        assert len(found["all_settings"]) == len(expected["all_settings"]) == 1 + 2 * 3
+        for a, b in zip(found["all_settings"], expected["all_settings"], strict=True):
+            assert a == pytest.approx(b, abs=100 / 12 + 1e-6)  # half precision may turn one near-tie of 12 images
+        assert found["preprocessing"] == expected["preprocessing"]
+    status, records = sweep(out, model, photos, "--temperatures", "2", "--rescore")
+    assert status == 1
+    (failed,) = (record for record in records if record["status"] == "failed")
+    assert "scores are kept for T 1, 5, inf; expected --temperatures among them" in failed["reason"]
+    status, (record,) = sweep(tmp_path / "none", model, photos, "--rescore")
+    assert "run the cell with --keep-scores first" in record["reason"]
+
+
+def test_dry_run_says_what_would_run(tmp_path: Path, photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = save(tmp_path / "model")
+    arguments = [
+        "--models",
+        f"{model},pypi:tf_efficientnet_lite0",
+        "--data",
+        str(photos),
+        "--out",
+        str(tmp_path / "out"),
+    ]
+    arguments += ["--task", "single,mosaic", "--img-size", "64", "--device", "cpu", "--workers", "0"]
+    assert main([*arguments, "--dry-run"]) == 0
+    printed = capsys.readouterr().out
+    assert printed.count("to do") == 4
+    assert "mosaic 2x2" in printed
+    assert "4 cells, 30 images" in printed
+    assert "T multiply-accumulates: about" in printed
+    assert not (tmp_path / "out").exists()
+    sweep(tmp_path / "out", model, photos)
+    capsys.readouterr()
+    main([*arguments, "--dry-run"])
+    printed = capsys.readouterr().out
+    assert (printed.count("to do"), printed.count("done")) == (3, 1)
+
+
+def test_all_models_on_a_cpu_are_asked_for(
+    tmp_path: Path, photos: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("timm.list_models", lambda *_, **__: ["test_resnet.r160_in1k"])
+    monkeypatch.setattr("benchmarks.sweep._not_to_be_had", lambda _: {})
+    monkeypatch.setattr("benchmarks.checkpoints.unreachable_hub", lambda: "no network here")
+    arguments = ["--models", "all", "--data", str(photos), "--out", str(tmp_path / "out"), "--device", "cpu"]
+    assert main(arguments) == 2
+    told = " ".join(capsys.readouterr().err.split())
+    assert "1 cells, 12 images" in told
+    assert "say --yes to run all checkpoints on the CPU" in told
+    assert not (tmp_path / "out").exists()
