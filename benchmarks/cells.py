@@ -9,6 +9,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -18,8 +19,9 @@ import numpy as np
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from timm.data import create_loader, resolve_input_data_config
+from timm.data import create_loader, create_transform, resolve_input_data_config
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 import timm_csra
 from timm_csra import UnsupportedModelError
@@ -38,7 +40,7 @@ from timm_csra.evaluation.scoring import DEFAULT, PLAIN, Scores, Setting, other_
 
 from .checkpoints import Checkpoint, weights_sha256
 from .classes import COMBINE, Alignment, ClassMap, NotApplicableError, align, combined
-from .datasets import DataError, ImageSet, Mosaics, Photographs, real_labels, tilings
+from .datasets import DataError, FiveCrops, ImageSet, Mosaics, Photographs, real_labels, tilings
 from .records import Record, record_path
 
 TASKS = ("single", "real", "multilabel", "mosaic")
@@ -66,6 +68,7 @@ class Options:
     skip_bad_images: bool = False
     scores: str | None = None
     rescore: bool = False
+    rivals: bool = False
 
 
 @dataclass(frozen=True)
@@ -108,6 +111,7 @@ class Cell:
             "class_map": options.class_map.fingerprint if options.class_map else None,
             "skip_bad_images": options.skip_bad_images,
             "scores": "float16" if options.rescore else None,
+            "rivals": options.rivals,
             "versions": {package: version(package) for package in ("timm", "torch")}
             | {"timm_csra": timm_csra.__version__},
         }
@@ -231,6 +235,8 @@ def _score(cell: Cell, model: nn.Module, options: Options, track: Callable[[Iter
     )
     if bad and not options.skip_bad_images:
         raise DataError(_bad_images(loader.dataset, bad))
+    if options.rivals and cell.grid is None:
+        scores.pooled.update(_five_crops(cell, model, loader.dataset, preprocessing, alignment, options))
     facts: Record = {
         "n": len(targets),
         "columns": alignment.count,
@@ -239,11 +245,33 @@ def _score(cell: Cell, model: nn.Module, options: Options, track: Callable[[Iter
         "kind": explanation.kind,
         "macs": explanation.macs,
         "extra_macs": explanation.extra_macs,
+        "rival_macs": {name: 5 * explanation.macs for name in scores.pooled if name.startswith("five_crops")},
         "weights_sha256": weights_sha256(model),
         "preprocessing": preprocessing,
         "bad_images": [loader.dataset.name(index) for index in bad],
     }
     return Scored(scores, targets, facts)
+
+
+@torch.inference_mode()
+def _five_crops(
+    cell: Cell, model: nn.Module, images: Any, preprocessing: Record, alignment: Alignment, options: Options
+) -> dict[str, Tensor]:
+    """What a user may do instead for pictures with several objects, at five times the cost: the plain model's logits
+    on five crops, their mean and their maximum for each class."""
+    assert not isinstance(cell.size, str)
+    larger = tuple(round(FiveCrops.SCALE * side) for side in cell.size)
+    dataset = FiveCrops(images, create_transform((3, *larger), **preprocessing), cell.size)
+    size = max(1, options.batch_size // 5)
+    columns = torch.as_tensor(alignment.columns)
+    amp = AMP[options.amp]
+    kept: list[Tensor] = []
+    for crops, index in DataLoader(dataset, batch_size=size, num_workers=options.workers):
+        with torch.autocast(torch.device(options.device).type, amp) if amp else nullcontext():
+            logits = model(crops.flatten(0, 1).to(options.device))
+        kept.append(logits.float().cpu()[:, columns].unflatten(0, (-1, 5))[index >= 0])
+    every = torch.cat(kept)
+    return {"five_crops_mean": every.mean(dim=1), "five_crops_max": every.amax(dim=1)}
 
 
 def _results(cell: Cell, scored: Scored, options: Options, seconds: float) -> Record:

@@ -15,6 +15,7 @@ from PIL import Image, UnidentifiedImageError
 from timm.data import ImageNetInfo, str_to_pil_interp
 from torch import Tensor
 from torch.utils.data import Dataset
+from torchvision.transforms import FiveCrop
 
 from .classes import Alignment, NotApplicableError
 
@@ -200,6 +201,26 @@ class Mosaics(_Images):
 
     def name(self, index: int) -> str:
         return " + ".join(str(self.data.paths[i]) for i in self.groups[index])
+
+
+class FiveCrops(Dataset):
+    """The four corners and the centre, of the size the model takes, of an image prepared for `SCALE` times that size.
+    Items are `(5, C, H, W)` with the index, negative as in the others where the image cannot be read."""
+
+    SCALE = 1.25
+
+    def __init__(self, images: _Images, transform: Any, size: tuple[int, int]) -> None:
+        self.images, self.transform, self.crop = images, transform, FiveCrop(size)
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        try:
+            image = self.images.image(index)
+        except DataError:
+            image, index = Image.new("RGB", (64, 64)), -1 - index
+        return torch.stack(self.crop(self.transform(image))), index
 
 
 def mosaic(tiles: Sequence[Image.Image], grid: int, size: tuple[int, int], interpolation: Any) -> Image.Image:

@@ -67,7 +67,9 @@ def main(arguments: list[str] | None = None) -> int:
     if missing:
         log.print(f"{_offline(missing)} Their cells are recorded as failed.", markup=False, highlight=False)
 
-    cells = [cell for model in models for cell in _cells(model, args.img_size, data, tasks, missing)]
+    # A larger image is a rival at its own cost; its records hold the plain model's figures beside the wrapped one's.
+    sizes = f"{args.img_size},2x" if args.rivals else args.img_size
+    cells = [cell for model in models for cell in _cells(model, sizes, data, tasks, missing)]
     with ThreadPoolExecutor(16) as pool:  # the Hub is asked for the hashes of many checkpoints at once
         list(pool.map(lambda model: model.fingerprint, models))
     ask = args.models == "all" and options.device == "cpu" and not args.yes
@@ -325,6 +327,7 @@ def _options(args: argparse.Namespace, out: Path) -> Options:
         skip_bad_images=args.skip_bad_images,
         scores=str(out / "scores") if args.keep_scores or args.rescore else None,
         rescore=args.rescore,
+        rivals=args.rivals,
     )
 
 
@@ -403,6 +406,11 @@ def _parser() -> argparse.ArgumentParser:
         choices=("continuous", "11-point"),
         default="continuous",
         help="11-point is that of VOC 2007 (default: %(default)s)",
+    )
+    what.add_argument(
+        "--rivals",
+        action="store_true",
+        help="also the plain model on five crops of a picture (mean, max), and at 2x, with what they cost",
     )
     images = parser.add_argument_group("images", "from the checkpoint, unless given")
     images.add_argument(

@@ -1,10 +1,14 @@
 """Matching the classes of the data with those of a head, and the text of what cannot be matched."""
 
+import pkgutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
+from timm.data import ImageNetInfo
 
-from benchmarks.classes import NotApplicableError, align
+from benchmarks.classes import NotApplicableError, align, combined, load_class_map
 
 
 def head(names: list[str] | None, count: int | None = None, descriptions: dict | None = None) -> object:
@@ -54,3 +58,66 @@ def test_every_label_meets_the_column_of_its_class() -> None:
 def test_what_cannot_be_aligned(classes: list[str], model: object, text: str) -> None:
     with pytest.raises(NotApplicableError, match=text):
         align(classes, [range(len(classes))], model)  # type: ignore[arg-type]
+
+
+def test_numbers_are_indices_of_the_head() -> None:
+    """The folders of ImageNet-V2 are called 0 to 999, and come in the order 0, 1, 10, 100, ..."""
+    alignment = align(["7", "10", "999"], [[0], [1], [2]], IMAGENET)  # type: ignore[arg-type]
+    assert alignment.columns == (7, 10, 999)
+    assert alignment.positions == {0: 0, 1: 1, 2: 2}
+    assert align(["10", "9"], [[0], [1]], IMAGENET).positions == {0: 1, 1: 0}  # type: ignore[arg-type]
+    with pytest.raises(NotApplicableError, match="classes of the data are not among the head's: 1000"):
+        align(["1000"], [[0]], IMAGENET)  # type: ignore[arg-type]
+
+
+def test_a_subset_of_imagenet_is_scored_as_timm_scores_it() -> None:
+    """timm keeps the logits of ImageNet-A's 200 classes, by `imagenet_a_indices.txt`."""
+    synsets = pkgutil.get_data("timm.data", "_info/imagenet_a_synsets.txt").decode().split()
+    indices = pkgutil.get_data("timm.data", "_info/imagenet_a_indices.txt").decode().split()
+    alignment = align(synsets, [range(200)], IMAGENET)  # type: ignore[arg-type]
+    assert alignment.columns == tuple(sorted(map(int, indices)))
+
+
+def test_the_coco_class_map() -> None:
+    class_map = load_class_map("coco80-to-imagenet1k")
+    imagenet = set(ImageNetInfo().label_names())
+    every = [synset for group in class_map.synsets.values() for synset in group]
+    assert len(class_map.synsets) == 80
+    assert len(every) == len(set(every)), "a synset stands for one class alone"
+    assert set(every) <= imagenet
+    assert class_map.synsets["zebra"] == ("n02391049",)
+    assert not class_map.synsets["person"]
+    alignment = align(list(class_map.synsets), [], IMAGENET, class_map)  # type: ignore[arg-type]
+    assert alignment.count == 62
+    assert len(alignment.columns) == 1000
+    assert alignment.left_out[:3] == ("person", "fire hydrant", "stop sign")
+    assert alignment.groups is not None
+    names = ImageNetInfo().label_names()
+    dogs = alignment.groups[alignment.positions[list(class_map.synsets).index("dog")]]
+    assert (len(dogs), names[dogs[0]], names[dogs[-1]]) == (118, "n02085620", "n02113978")
+    assert class_map.fingerprint != load_class_map("coco80-to-imagenet1k", "log-probabilities").fingerprint
+
+
+def test_several_synsets_become_one_score() -> None:
+    logits = torch.randn(4, 6, generator=torch.Generator().manual_seed(0)).double()
+    groups = [[0, 2, 5], [3]]
+    expected = torch.stack([logits[:, [0, 2, 5]].max(1).values, logits[:, 3]], dim=1)
+    assert torch.equal(combined(logits, groups, "logits"), expected)
+    p = logits.softmax(1)
+    expected = torch.stack([p[:, 0] + p[:, 2] + p[:, 5], p[:, 3]], dim=1).log()
+    torch.testing.assert_close(combined(logits, groups, "log-probabilities"), expected)
+
+
+def test_class_maps_that_cannot_be_used(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="--class-map: found 'gone'; expected one of coco80-to-imagenet1k, or a JSON"):
+        load_class_map("gone")
+    for text in ("[]", "{", '{"classes": {"cat": ["tabby"]}}', '{"classes": {"cat": 3}}'):
+        (tmp_path / "map.json").write_text(text)
+        with pytest.raises(ValueError, match="map.json: no class map: "):
+            load_class_map(str(tmp_path / "map.json"))
+    (tmp_path / "map.json").write_text('{"classes": {"cat": ["n02123045"], "wolf": []}}')
+    class_map = load_class_map(str(tmp_path / "map.json"))
+    with pytest.raises(NotApplicableError, match="the class map map does not have the data's dog"):
+        align(["cat", "dog"], [], IMAGENET, class_map)  # type: ignore[arg-type]
+    with pytest.raises(NotApplicableError, match="no class of the class map map is among the head's"):
+        align(["cat", "wolf"], [], head(["a", "b"]), class_map)  # type: ignore[arg-type]

@@ -56,7 +56,7 @@ class Hub(http.server.BaseHTTPRequestHandler):
 @pytest.fixture
 def hub(tmp_path: Path) -> Iterator[http.server.ThreadingHTTPServer]:
     torch.manual_seed(0)
-    for repo, classes in (("timm/test_resnet.r160_in1k", 1000), ("user/animals", 2)):
+    for repo, classes in (("timm/test_resnet.r160_in1k", 1000), ("user/animals", 2), ("user/more", 2)):
         labels = {"label_names": ["cat", "dog"]} if classes == 2 else {}
         model = timm.create_model("test_resnet", num_classes=classes)
         folder = tmp_path / "hub" / repo
@@ -71,6 +71,7 @@ def hub(tmp_path: Path) -> Iterator[http.server.ThreadingHTTPServer]:
     thread.join()
 
 
+@pytest.mark.slow
 def test_sweep_from_a_hub_and_then_from_the_cache(hub: http.server.ThreadingHTTPServer, tmp_path: Path) -> None:
     for index, name in enumerate(["n02123045", "n02099601"] * 4):  # tabby, golden retriever
         folder = tmp_path / "photos" / name
@@ -80,11 +81,11 @@ def test_sweep_from_a_hub_and_then_from_the_cache(hub: http.server.ThreadingHTTP
     (tmp_path / "animals" / "cat").symlink_to(tmp_path / "photos" / "n02123045")
     (tmp_path / "animals" / "dog").symlink_to(tmp_path / "photos" / "n02099601")
 
-    def sweep(models: str, data: str, out: str) -> tuple[subprocess.CompletedProcess[str], dict[str, dict]]:
+    def sweep(models: str, data: str, out: str, *more: str) -> tuple[subprocess.CompletedProcess[str], dict[str, dict]]:
         settings = {"HF_ENDPOINT": f"http://127.0.0.1:{hub.server_port}", "HF_HOME": str(tmp_path / "cache")}
         command = [sys.executable, "-m", "benchmarks.sweep", "--models", models, "--data", str(tmp_path / data)]
         result = subprocess.run(
-            [*command, "--out", str(tmp_path / out), "--workers", "0", "--device", "cpu"],
+            [*command, "--out", str(tmp_path / out), "--workers", "0", "--device", "cpu", *more],
             cwd=ROOT, env={**os.environ, **settings}, capture_output=True, text=True,
         )  # fmt: skip
         records = [json.loads(file.read_text()) for file in (tmp_path / out / "records").glob("*.json")]
@@ -101,6 +102,17 @@ def test_sweep_from_a_hub_and_then_from_the_cache(hub: http.server.ThreadingHTTP
     result, records = sweep("hf-hub:user/animals", "animals", "second")
     assert result.returncode == 0, result.stderr
     assert (records["hf-hub:user/animals"]["columns"], records["hf-hub:user/animals"]["n"]) == (2, 8)
+
+    etag = hashlib.sha256((tmp_path / "hub/user/animals/model.safetensors").read_bytes()).hexdigest()
+    assert records["hf-hub:user/animals"]["weights"] == etag
+
+    # What this run downloads is removed after its cells; what was there before stays.
+    cached = tmp_path / "cache" / "hub"
+    result, fetched = sweep("hf-hub:user/animals,hf-hub:user/more", "animals", "fourth", "--prefetch", "--free-cache")
+    assert result.returncode == 0, result.stderr
+    assert {record["status"] for record in fetched.values()} == {"ok"}
+    assert (cached / "models--user--animals" / "snapshots").is_dir()
+    assert not list((cached / "models--user--more").rglob("*.safetensors"))
 
     hub.shutdown()
     hub.server_close()

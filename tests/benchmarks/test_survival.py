@@ -15,6 +15,7 @@ import pytest
 import timm
 import torch
 from PIL import Image
+from timm.data import create_transform, resolve_data_config
 from torch import nn
 
 from benchmarks.cells import Cell, Options
@@ -288,3 +289,29 @@ def test_all_models_on_a_cpu_are_asked_for(
     assert "1 cells, 12 images" in told
     assert "say --yes to run all checkpoints on the CPU" in told
     assert not (tmp_path / "out").exists()
+
+
+def test_rivals_are_measured_at_their_cost(tmp_path: Path, photos: Path) -> None:
+    model = save(tmp_path / "model")
+    status, records = sweep(tmp_path / "out", model, photos, "--rivals")
+    assert status == 0
+    assert sorted(record["img_size"] for record in records) == [64, 320]  # 2x of the checkpoint's own 160
+    record = next(record for record in records if record["img_size"] == 64)
+    assert record["rival_macs"] == dict.fromkeys(("five_crops_mean", "five_crops_max"), 5 * record["macs"])
+    found = {r["protocol"]: r["value"] for r in record["results"] if r["metric"] == "top1"}
+    # By hand: prepared for 1.25 times the size, four corners and the centre, plain model.
+    plain = timm.create_model(model, pretrained=True).eval()
+    config = resolve_data_config(model=plain) | {"input_size": (3, 80, 80)}
+    transform = create_transform(**config)
+    hits = {"five_crops_mean": [], "five_crops_max": []}
+    for index, path in enumerate(sorted(photos.rglob("*.png"))):
+        x = transform(Image.open(path).convert("RGB"))
+        corners = [(0, 0), (0, 16), (16, 0), (16, 16), (8, 8)]
+        with torch.no_grad():
+            logits = plain(torch.stack([x[:, top : top + 64, left : left + 64] for top, left in corners]))
+        truth = int(path.parent.name == "dog")
+        hits["five_crops_mean"].append(logits.mean(0).argmax().item() == truth)
+        hits["five_crops_max"].append(logits.max(0).values.argmax().item() == truth)
+        assert index < 12
+    for name, values in hits.items():
+        assert found[name] == pytest.approx(100 * np.mean(values))

@@ -1,0 +1,97 @@
+"""Correction for many checkpoints, and baselines against published figures."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from benchmarks.expected import check, keep_expected
+from benchmarks.records import record_path, write_record
+from benchmarks.summary import headline, rows_of, write_summary
+
+PUBLISHED = """model,top1,top1_err,top5,top5_err,param_count,img_size,crop_pct,interpolation
+one,80.000,20.000,95.000,5.000,25.0,224,0.875,bicubic
+two,75.000,25.000,93.000,7.000,25.0,288,1.000,bicubic
+"""
+
+
+def record(model: str, gain: float, p: float | None, **more: object) -> dict:
+    key = {"model": model, "data": "d", "task": "single", "img_size": 224, "grid": None, "seed": 0, "weights": model}
+    key |= {name: more.pop(name) for name in ("task", "img_size", "seed") if name in more}
+    result = {"metric": "top1", "protocol": "fixed", "baseline": 80.0, "value": 80 + gain, "gain": gain, "p_value": p}
+    curve = result | {"protocol": "curve", "p_value": None}
+    preprocessing = {"crop_pct": 0.875, "interpolation": "bicubic"}
+    about = {"status": "ok", "n": 50_000, "requested": "1x", "preprocessing": preprocessing, **more}
+    return {**key, **about, "key": key, "results": [result, curve]}
+
+
+def holm(p: list[float]) -> list[float]:
+    """Holm (1979): the k-th smallest of m is multiplied by m - k + 1, and never smaller than the one before."""
+    order = np.argsort(p)
+    corrected, highest = np.empty(len(p)), 0.0
+    for k, index in enumerate(order):
+        highest = max(highest, min(1.0, (len(p) - k) * p[index]))
+        corrected[index] = highest
+    return corrected.tolist()
+
+
+def test_holm_over_the_checkpoints_of_one_request() -> None:
+    values = [0.004, 0.03, 0.0001, 0.04, 0.013]
+    gains = [1.0, 2.0, -3.0, 1.0, -1.0]
+    records = [
+        record(f"m{i}", gain, p, img_size=224 + i) for i, (gain, p) in enumerate(zip(gains, values, strict=True))
+    ]
+    alone = [record("m0", 1.0, 0.03, seed=1), record("m0", 1.0, 0.03, requested="2x")]
+    alone.append(record("m0", 1.0, None, task="mosaic"))
+    rows = rows_of([*records, *alone])
+    assert len(rows) == 8  # the curve is no row
+    assert [row["p_holm"] for row in rows[:5]] == pytest.approx(holm(values))
+    assert [row["verdict"] for row in rows[:5]] == ["better", "no evidence", "worse", "no evidence", "worse"]
+    assert [row.get("p_holm") for row in rows[5:]] == [0.03, 0.03, None]
+    assert "verdict" not in rows[7]
+    counts = headline(rows[:5])
+    assert counts == {("d", "single", "None", "1x", "top1", "fixed"): {"better": 1, "worse": 2, "no evidence": 2}}
+
+
+def test_baselines_against_published_ones(tmp_path: Path) -> None:
+    (tmp_path / "published.csv").write_text(PUBLISHED)
+    out = tmp_path / "out"
+    keep_expected(str(tmp_path / "published.csv"), out)
+    records = [
+        record("one", 1.0, 1e-9),
+        record("one", 1.0, 1e-9, seed=1, results=None) | {"results": []},
+        record("two", 1.0, 1e-9),
+        record("three", 1.0, 1e-9),
+        record("one", 1.0, 1e-9, seed=2, n=500),
+    ]
+    records[1]["results"] = [records[0]["results"][0] | {"baseline": 79.8}]
+    for one in records:
+        write_record(record_path(out, one["key"]), one)
+    _, rows = write_summary(out)
+    found = {(row["model"], row["seed"]): row["baseline_check"] for row in rows}
+    assert found == {
+        ("one", 0): "agrees",
+        ("one", 1): "flagged",
+        ("two", 0): "not compared: img_size 224, published for 288",
+        ("three", 0): "not compared: no published figure",
+        ("one", 2): "not compared: 500 images of task single, not all 50000 of the validation set",
+    }
+    verdicts = sum(headline(rows).values(), start=type(next(iter(headline(rows).values())))())
+    assert verdicts == {"better": 4, "flagged": 1}
+    table = {"one": {"top1": "80.1", "img_size": "224", "crop_pct": "0.875", "interpolation": "bicubic"}}
+    assert check(records[0], table) == "agrees"
+    table["one"]["top1"] = "80.101"
+    assert check(records[0], table) == "flagged"
+    table["one"]["interpolation"] = "bilinear"
+    assert check(records[0], table) == "not compared: interpolation bicubic, published for bilinear"
+
+
+def test_refused_tables(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="--expected .*gone.csv: cannot be read"):
+        keep_expected(str(tmp_path / "gone.csv"), tmp_path)
+    (tmp_path / "other.csv").write_text("model,acc\na,1\n")
+    with pytest.raises(
+        ValueError, match="found no column top1, img_size, crop_pct, interpolation; expected timm's results"
+    ):
+        keep_expected(str(tmp_path / "other.csv"), tmp_path)
+    assert not (tmp_path / "expected.csv").exists()
