@@ -69,6 +69,7 @@ class Options:
     scores: str | None = None
     rescore: bool = False
     rivals: bool = False
+    time_plain: bool = False
 
 
 @dataclass(frozen=True)
@@ -207,10 +208,25 @@ def _measure(
     if options.rescore:
         scored = read_scores(file, options.settings)
     else:
-        scored = _score(cell, load(), options, track)
+        assert not isinstance(cell.size, str)
+        if reason := cell.checkpoint.why_not_at(cell.size):
+            raise NotApplicableError(f"the model cannot be built for {show_size(cell.size)} pixels: {reason}")
+        scored = _score(cell, _loaded(cell, load), options, track)
         if file is not None:
             write_scores(file, scored)
     return _results(cell, scored, options, time.perf_counter() - started)
+
+
+def _loaded(cell: Cell, load: Callable[[], nn.Module]) -> nn.Module:
+    try:
+        return load()
+    except RuntimeError as error:
+        if "size mismatch" in str(error) and cell.size != cell.checkpoint.input_size():
+            lines = [line.strip() for line in str(error).splitlines() if "size mismatch" in line]
+            raise NotApplicableError(
+                f"{len(lines)} weights do not fit the model built for another size than its own: {lines[0]}"
+            ) from error
+        raise
 
 
 def _score(cell: Cell, model: nn.Module, options: Options, track: Callable[[Iterable[Any]], Iterable[Any]]) -> Scored:
@@ -224,6 +240,8 @@ def _score(cell: Cell, model: nn.Module, options: Options, track: Callable[[Iter
     if explanation.unsupported:
         raise UnsupportedModelError(explanation.unsupported)
     bad: list[int] = []
+    before = _plain_seconds(model, loader, options) if options.time_plain else None
+    started = time.perf_counter()
     scores, targets = score(
         model,
         _readable(track(loader), loader, bad),
@@ -233,6 +251,11 @@ def _score(cell: Cell, model: nn.Module, options: Options, track: Callable[[Iter
         amp_dtype=AMP[options.amp],
         pools=other_pools(explanation),
     )
+    seconds = time.perf_counter() - started
+    cost = None
+    if before is not None:
+        plain = (before + _plain_seconds(model, loader, options)) / 2
+        cost = {"plain_seconds": plain, "score_seconds": seconds, "ratio": seconds / plain}
     if bad and not options.skip_bad_images:
         raise DataError(_bad_images(loader.dataset, bad))
     if options.rivals and cell.grid is None:
@@ -249,8 +272,20 @@ def _score(cell: Cell, model: nn.Module, options: Options, track: Callable[[Iter
         "weights_sha256": weights_sha256(model),
         "preprocessing": preprocessing,
         "bad_images": [loader.dataset.name(index) for index in bad],
+        "cost": cost,
     }
     return Scored(scores, targets, facts)
+
+
+@torch.inference_mode()
+def _plain_seconds(model: nn.Module, loader: Any, options: Options) -> float:
+    """One evaluation pass of the plain model over the same loader."""
+    amp = AMP[options.amp]
+    started = time.perf_counter()
+    for images, *_ in loader:
+        with torch.autocast(torch.device(options.device).type, amp) if amp else nullcontext():
+            model(images.to(options.device, non_blocking=True)).float().cpu()
+    return time.perf_counter() - started
 
 
 @torch.inference_mode()

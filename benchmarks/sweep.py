@@ -328,6 +328,7 @@ def _options(args: argparse.Namespace, out: Path) -> Options:
         scores=str(out / "scores") if args.keep_scores or args.rescore else None,
         rescore=args.rescore,
         rivals=args.rivals,
+        time_plain=args.time_plain,
     )
 
 
@@ -426,6 +427,11 @@ def _parser() -> argparse.ArgumentParser:
     how.add_argument("--out", type=Path, help="folder of records and summary (default: results, or results/sample)")
     how.add_argument("--dry-run", action="store_true", help="say what would run, with sizes and an estimate, and stop")
     how.add_argument("--yes", action="store_true", help="do not ask before --models all without accelerator")
+    how.add_argument(
+        "--time-plain",
+        action="store_true",
+        help="also time a plain evaluation pass before and after each cell: the record's `cost` has the ratio",
+    )
     how.add_argument("--retry-failed", action="store_true", help="measure again what has failed before")
     how.add_argument("--keep-scores", action="store_true", help="keep the logits of every T in OUT/scores (float16)")
     how.add_argument(

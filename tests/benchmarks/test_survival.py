@@ -315,3 +315,25 @@ def test_rivals_are_measured_at_their_cost(tmp_path: Path, photos: Path) -> None
         assert index < 12
     for name, values in hits.items():
         assert found[name] == pytest.approx(100 * np.mean(values))
+
+
+def test_sizes_that_a_model_cannot_take(tmp_path: Path, photos: Path) -> None:
+    """DeiT is rebuilt and its positions resized; CrossViT's two grids do not fit, nor LeViT's attention biases."""
+    names = {"crossvit_tiny_240": "not_applicable", "levit_128s": "not_applicable", "deit_tiny_patch16_224": "ok"}
+    for name in names:
+        timm.models.save_for_hf(
+            timm.create_model(name, num_classes=2),
+            str(tmp_path / name),
+            model_config={"label_names": ["cat", "dog"]},
+            safe_serialization=True,
+        )
+    models = ",".join(f"local-dir:{tmp_path / name}" for name in names)
+    arguments = ["--models", models, "--data", str(photos), "--out", str(tmp_path / "out"), "--workers", "0"]
+    assert main([*arguments, "--device", "cpu", "--img-size", "288", "--limit", "4", "--time-plain"]) == 0
+    records = [json.loads(path.read_text()) for path in (tmp_path / "out" / "records").glob("*.json")]
+    assert {record["model"].rsplit("/")[-1]: record["status"] for record in records} == names
+    reasons = {record["model"].rsplit("/")[-1]: record["reason"] for record in records}
+    assert reasons["crossvit_tiny_240"].startswith("the model cannot be built for 288 pixels: ")
+    assert "weights do not fit the model built for another size than its own: size mis" in reasons["levit_128s"]
+    cost = next(record["cost"] for record in records if record["status"] == "ok")
+    assert cost["ratio"] == pytest.approx(cost["score_seconds"] / cost["plain_seconds"])
