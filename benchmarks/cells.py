@@ -436,10 +436,10 @@ def _metrics(cell: Cell, options: Options, targets: Tensor) -> dict[str, Metric]
 def _calibration(scores: Scores, targets: Tensor) -> Record:
     """Logits grow by about 1 + lam: what that does to probabilities, and what dividing by it mends."""
     wrapped = scores.logits(DEFAULT)
+    logits = {"plain": scores.base, "fixed": wrapped, "fixed, logits / (1 + lam)": wrapped / (1 + DEFAULT.lam)}
     return {
-        "plain": calibration(scores.base, targets),
-        "fixed": calibration(wrapped, targets),
-        "fixed, logits / (1 + lam)": calibration(wrapped / (1 + DEFAULT.lam), targets),
+        name: {metric: _json(value) for metric, value in calibration(values, targets).items()}
+        for name, values in logits.items()
     }
 
 
@@ -503,7 +503,7 @@ def _result(comparison: statistics.Comparison) -> Record:
         "gain": _json(comparison.gain),
         "ci_low": low,
         "ci_high": high,
-        "p_value": comparison.p_value,
+        "p_value": None if comparison.p_value is None else _json(comparison.p_value),
         "test": comparison.test,
     }
 

@@ -56,8 +56,8 @@ def main(arguments: list[str] | None = None) -> int:
         options = _options(args, out)
         models, data, tasks = _what(args)
         missing = {} if args.rescore else _not_to_be_had(models)
-        if args.expected:
-            keep_expected(args.expected, out)
+        with ThreadPoolExecutor(16) as pool:  # the Hub is asked for the hashes of many checkpoints at once
+            list(pool.map(lambda model: model.fingerprint, models))
     except (CheckpointError, DataError, ValueError, TypeError) as error:
         log.print(f"benchmarks.sweep: {error}", markup=False, highlight=False, soft_wrap=True)
         return 2
@@ -70,13 +70,21 @@ def main(arguments: list[str] | None = None) -> int:
     # A larger image is a rival at its own cost; its records hold the plain model's figures beside the wrapped one's.
     sizes = f"{args.img_size},2x" if args.rivals else args.img_size
     cells = [cell for model in models for cell in _cells(model, sizes, data, tasks, missing)]
-    with ThreadPoolExecutor(16) as pool:  # the Hub is asked for the hashes of many checkpoints at once
-        list(pool.map(lambda model: model.fingerprint, models))
     ask = args.models == "all" and options.device == "cpu" and not args.yes
     if args.dry_run or ask:
-        to_do = _announce(cells, options, out, missing, args.retry_failed, screen if args.dry_run else log)
-        if args.dry_run or (to_do and ask and not _confirmed(log)):
+        states = [_state(cell, options, out, missing, args.retry_failed) for cell in cells]
+        to_do = [cell for cell, state in zip(cells, states, strict=True) if state == "to do"]
+        if args.dry_run:
+            print_plan([(*_describe(cell), state) for cell, state in zip(cells, states, strict=True)], screen)
+        (screen if args.dry_run else log).print(str(estimate(to_do, options)), highlight=False, soft_wrap=True)
+        if args.dry_run or (to_do and not _confirmed(log)):
             return 0 if args.dry_run else 2
+    if args.expected:
+        try:
+            keep_expected(args.expected, out)
+        except ValueError as error:
+            log.print(f"benchmarks.sweep: {error}", markup=False, highlight=False, soft_wrap=True)
+            return 2
     records: dict[int, Record] = {}
     interrupted = False
     try:
@@ -98,24 +106,6 @@ def main(arguments: list[str] | None = None) -> int:
     return 1 if any(record["status"] == "failed" for record in in_order) else 0
 
 
-def _announce(
-    cells: list[Cell],
-    options: Options,
-    out: Path,
-    missing: dict[Checkpoint, str],
-    retry_failed: bool,
-    console: Console,
-) -> list[Cell]:
-    """Say what would run and how long it may take; returns the cells to do."""
-    states = [_state(cell, options, out, missing, retry_failed) for cell in cells]
-    to_do = [cell for cell, state in zip(cells, states, strict=True) if state == "to do"]
-    print_plan(
-        [(cell.checkpoint.name, *_describe(cell), state) for cell, state in zip(cells, states, strict=True)], console
-    )
-    console.print(str(estimate(to_do, options)), highlight=False, soft_wrap=True)
-    return to_do
-
-
 def _state(cell: Cell, options: Options, out: Path, missing: dict[Checkpoint, str], retry_failed: bool) -> str:
     record = _finished(cell, options, out, retry_failed)
     if record is None:
@@ -123,10 +113,11 @@ def _state(cell: Cell, options: Options, out: Path, missing: dict[Checkpoint, st
     return "done" if record["status"] == "ok" else str(record["status"])
 
 
-def _describe(cell: Cell) -> tuple[str, str, str, str]:
+def _describe(cell: Cell) -> tuple[str, str, str, str, str]:
     size = cell.size if isinstance(cell.size, str) else show_size(cell.size)
     images = len(cell.data) // (cell.grid**2 if cell.grid else 1)
-    return cell.data.name, f"{cell.task}{f' {cell.grid}x{cell.grid}' if cell.grid else ''}", str(size), str(images)
+    task = f"{cell.task}{f' {cell.grid}x{cell.grid}' if cell.grid else ''}"
+    return cell.checkpoint.name, cell.data.name, task, str(size), str(images)
 
 
 def _confirmed(log: Console) -> bool:
