@@ -90,6 +90,10 @@ def _why(exitcode: int | None) -> str:
 def _serve(sender: Connection, cells: list[Cell], options: Options, logs: list[Path]) -> None:
     """Compute cells and send their records: what runs in the process of a checkpoint."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's, which ends this process
+    if "fork" in multiprocessing.get_all_start_methods():
+        # Loader workers are forked, as torch does by default: a second server would import everything again, and its
+        # workers would not notice that this process has died.
+        multiprocessing.set_start_method("fork", force=True)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     models = _Models(options.device)
     for cell, log in zip(cells, logs, strict=True):

@@ -1,5 +1,6 @@
 """What all records of a folder say together: one row for each result, corrected for their number."""
 
+import gc
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -38,11 +39,13 @@ def rows_of(records: Iterable[Record], expected: Expected | None = None) -> list
     for row in rows:
         if row.get("p_value") is not None:
             families.setdefault(row["_family"], []).append(row)
+    gc.freeze()  # statsmodels collects garbage at every call, which takes 60 ms beside all that torch holds
     for family in families.values():
         corrected = multipletests([row["p_value"] for row in family], alpha=ALPHA, method="holm")[1]
         for row, p in zip(family, corrected.tolist(), strict=True):
             better = "better" if row["gain"] > 0 else "worse"
             row |= {"p_holm": p, "verdict": better if p < ALPHA else "no evidence"}
+    gc.unfreeze()
     return rows
 
 
