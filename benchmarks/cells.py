@@ -40,7 +40,7 @@ from timm_csra.evaluation.scoring import DEFAULT, PLAIN, Scores, Setting, other_
 
 from .checkpoints import Checkpoint, weights_sha256
 from .classes import COMBINE, Alignment, ClassMap, NotApplicableError, align, combined
-from .datasets import DataError, FiveCrops, ImageSet, Mosaics, Photographs, real_labels, tilings
+from .datasets import DataError, FiveCrops, ImageSet, Mosaics, Photographs, Streamed, real_labels, tilings
 from .records import Record, record_path
 
 TASKS = ("single", "real", "multilabel", "mosaic")
@@ -234,7 +234,7 @@ def _score(cell: Cell, model: nn.Module, options: Options, track: Callable[[Iter
     if not model.num_classes:
         raise NotApplicableError("the checkpoint has no classifier (num_classes=0)")
     loader, preprocessing, alignment = _load(cell, model, options)
-    if len(loader.dataset) == 0:
+    if len(loader.dataset) == 0 and cell.data.stream is None:
         raise NotApplicableError(f"{len(cell.data)} images are too few for one mosaic of {cell.grid}x{cell.grid}")
     explanation = timm_csra.explain(model, cell.size)
     if explanation.unsupported:
@@ -258,7 +258,14 @@ def _score(cell: Cell, model: nn.Module, options: Options, track: Callable[[Iter
         cost = {"plain_seconds": plain, "score_seconds": seconds, "ratio": seconds / plain}
     if bad and not options.skip_bad_images:
         raise DataError(_bad_images(loader.dataset, bad))
-    if options.rivals and cell.grid is None:
+    if (missing := len(cell.data) - len(targets)) and cell.data.stream and len(cell.data):
+        if not options.skip_bad_images:
+            raise DataError(
+                f"{cell.data.name}: found {len(targets)} images, expected {len(cell.data)}: timm's reader passes over "
+                "those that it cannot read (see the log). Mend them, or accept that with --skip-bad-images."
+            )
+        print(f"{missing} images of the stream could not be read", file=sys.stderr)
+    if options.rivals and cell.grid is None and cell.data.stream is None:
         scores.pooled.update(_five_crops(cell, model, loader.dataset, preprocessing, alignment, options))
     facts: Record = {
         "n": len(targets),
@@ -272,6 +279,7 @@ def _score(cell: Cell, model: nn.Module, options: Options, track: Callable[[Iter
         "weights_sha256": weights_sha256(model),
         "preprocessing": preprocessing,
         "bad_images": [loader.dataset.name(index) for index in bad],
+        "missing_images": missing if cell.data.stream and len(cell.data) else 0,
         "cost": cost,
     }
     return Scored(scores, targets, facts)
@@ -447,6 +455,8 @@ def _load(cell: Cell, model: nn.Module, options: Options) -> tuple[Any, Record, 
     """Loader, preprocessing and alignment; how an image becomes a tensor is timm's and the checkpoint's affair."""
     assert not isinstance(cell.size, str)
     data, size = cell.data, cell.size
+    if cell.task != "single" and data.stream:
+        raise NotApplicableError("a stream has no list of its images: it is scored by the task single alone")
     if cell.task == "single" and data.multilabel:
         raise NotApplicableError("the task single needs exactly one label for each image")
     if cell.task == "multilabel" and not data.multilabel:
@@ -458,13 +468,18 @@ def _load(cell: Cell, model: nn.Module, options: Options) -> tuple[Any, Record, 
         raise NotApplicableError("mosaics are built from images with exactly one label each")
     if cell.task == "real":
         data = real_labels(data)
-    alignment = align(data.classes, data.labels, model, options.class_map if cell.task == "multilabel" else None)
+    labels = [range(len(data.classes))] if data.stream else data.labels
+    if data.stream and not data.classes:  # labels without names are the head's own
+        data = replace(data, classes=tuple(map(str, range(model.num_classes))))  # type: ignore[arg-type]
+    alignment = align(data.classes, labels, model, options.class_map if cell.task == "multilabel" else None)
     requested = {"input_size": (3, *size), "crop_mode": options.crop_mode, "crop_pct": options.crop_pct}
     if cell.task == "mosaic":
         requested |= {"crop_mode": "squash", "crop_pct": 1.0}  # the mosaic has the right size already
     config = resolve_input_data_config(model, args=requested)
-    dataset: Mosaics | Photographs
-    if cell.grid:
+    dataset: Mosaics | Photographs | Streamed
+    if data.stream:
+        dataset = Streamed(data.stream, alignment)
+    elif cell.grid:
         groups = tilings(data, cell.grid, options.seed)
         dataset = Mosaics(data, alignment, groups, cell.grid, size, config["interpolation"])
     else:

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import pkgutil
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from pathlib import Path
@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
-from timm.data import ImageNetInfo, str_to_pil_interp
+from timm.data import ImageNetInfo, IterableImageDataset, str_to_pil_interp
 from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.transforms import FiveCrop
@@ -32,6 +32,19 @@ class Store(Protocol):
 
 
 @dataclass(frozen=True)
+class Source:
+    """A stream of images and labels, opened anew for each pass.
+
+    Attributes:
+        open: gives timm's dataset.
+        count: number of images that it declares; 0 where it does not say.
+    """
+
+    open: Callable[[], IterableImageDataset]
+    count: int
+
+
+@dataclass(frozen=True)
 class ImageSet:
     """Photographs with their labels.
 
@@ -45,6 +58,7 @@ class ImageSet:
             mosaics are not independent, and nothing is inferred from them.
         ignored: class indices of each photograph that are not judged (`difficult` in Pascal VOC).
         store: where the photographs are, None for files.
+        stream: of images with one label each, which have no list: paths and labels are empty.
     """
 
     name: str
@@ -55,14 +69,15 @@ class ImageSet:
     tilings: tuple[tuple[int, ...], ...] | None = None
     ignored: tuple[tuple[int, ...], ...] | None = None
     store: Store | None = None
+    stream: Source | None = None
 
     def __len__(self) -> int:
-        return len(self.paths)
+        return len(self.paths) if self.stream is None else self.stream.count
 
     @cached_property
     def fingerprint(self) -> str:
         """Changes with the files (name and size), the labels and the classes."""
-        digest = hashlib.sha256()
+        digest = hashlib.sha256(repr(self.name).encode() if self.stream else b"")
         for path, labels in zip(self.paths, self.labels, strict=True):
             size = path.stat().st_size if self.store is None else ""
             digest.update(f"{path.name} {size} {labels}\n".encode())
@@ -82,8 +97,10 @@ class ImageSet:
 
     def first(self, count: int | None) -> "ImageSet":
         """The first photographs, or all."""
-        if count is None or count >= len(self):
+        if count is None or (count >= len(self) and not self.stream):
             return self
+        if self.stream:
+            raise DataError(f"{self.name}: --limit needs a list of the images, which a stream does not have.")
         ignored = self.ignored and self.ignored[:count]
         return replace(self, paths=self.paths[:count], labels=self.labels[:count], ignored=ignored)
 
@@ -174,6 +191,23 @@ class Photographs(_Images):
 
     def name(self, index: int) -> str:
         return str(self.data.paths[index])
+
+
+class Streamed(IterableImageDataset):
+    """The images of a stream with the positions of their labels among the scored classes; none has an index."""
+
+    def __init__(self, source: Source, alignment: Alignment) -> None:
+        super().__init__(root=None, reader=source.open().reader)
+        self.count, self.positions = source.count, alignment.positions
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __iter__(self) -> Iterator[tuple[Tensor, int, int]]:
+        for image, target in super().__iter__():
+            if int(target) not in self.positions:
+                raise DataError(f"found the label {int(target)}, expected one of {len(self.positions)} classes.")
+            yield image, self.positions[int(target)], 0
 
 
 class Mosaics(_Images):

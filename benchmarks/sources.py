@@ -5,6 +5,7 @@ import csv
 import io
 import tarfile
 import zipfile
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 from xml.etree import ElementTree
@@ -15,7 +16,7 @@ from timm.data.readers.img_extensions import is_img_extension
 from timm.data.readers.reader_image_in_tar import ReaderImageInTar
 from timm.utils import natural_key
 
-from .datasets import DataError, ImageSet
+from .datasets import DataError, ImageSet, Source
 
 PREFIXES = ("torch/", "hfds/")
 STREAMS = ("hfids/", "wds/", "tfds/")
@@ -30,6 +31,8 @@ data:
   VOCdevkit/VOC2007 a Pascal VOC year; --split is a file of ImageSets/Main (default: test)
   torch/NAME, hfds/NAME
                     a dataset of torchvision or the Hub, as timm.data.create_dataset takes it; see --data-dir, --split
+  hfids/, wds/, tfds/
+                    a stream, likewise; for the task single
 """
 
 
@@ -47,10 +50,7 @@ def load_image_set(
 def _read(spec: str, split: str | None, data_dir: str | None) -> ImageSet:
     path = Path(spec)
     if spec.lower().startswith(STREAMS):
-        raise DataError(
-            f"{spec}: a stream has no list of its images, which mosaics, halves and resuming need; expected hfds/ for "
-            "a dataset of the Hub, or the images in a folder or a .tar."
-        )
+        return _read_stream(spec, split, data_dir)
     if spec.lower().startswith(PREFIXES):
         return _read_timm(spec, split, data_dir)
     if path.suffix == ".json" and path.is_file():
@@ -114,18 +114,33 @@ def _read_archive(path: Path) -> ImageSet:
     return ImageSet(path.stem, names, tuple((int(t),) for t in reader.targets), classes, store=_Reader(reader))
 
 
-def _read_timm(spec: str, split: str | None, data_dir: str | None) -> ImageSet:
-    """torchvision's and the Hub's datasets, by timm's own factory."""
+def _read_stream(spec: str, split: str | None, data_dir: str | None) -> ImageSet:
+    """timm's iterable datasets; classes without names are indices of the head."""
+    dataset = _create(spec, split, data_dir)
+    names = getattr(dataset.reader, "class_to_idx", None) or {}
+    by_index = {index: name for name, index in names.items()}
+    classes = tuple(str(by_index.get(index, index)) for index in range(len(by_index)))
+    source = Source(partial(_create, spec, split, data_dir), len(dataset))
+    return ImageSet(f"{spec}:{split or 'validation'}", (), (), classes, stream=source)
+
+
+def _create(spec: str, split: str | None, data_dir: str | None) -> Any:
+    """timm's own factory; what it cannot do is a DataError."""
     try:
-        dataset = create_dataset(spec, root=data_dir, split=split or "validation")
+        return create_dataset(spec, root=data_dir, split=split or "validation")
     except (ImportError, OSError, RuntimeError, ValueError, AssertionError, TypeError, NameError) as error:
-        hint = (
-            "pip install datasets. " if "datasets" in str(error) and isinstance(error, (ImportError, NameError)) else ""
-        )
+        package = {"hfds": "datasets", "hfids": "datasets", "wds": "webdataset", "tfds": "tensorflow-datasets"}
+        name = package.get(spec.partition("/")[0].lower())
+        hint = f"pip install {name}. " if name and isinstance(error, (ImportError, NameError)) else ""
         raise DataError(
             f"{spec}: timm.data.create_dataset with split={split or 'validation'!r} and root={data_dir!r}: "
             f"{type(error).__name__}: {error}. {hint}See --split and --data-dir."
         ) from error
+
+
+def _read_timm(spec: str, split: str | None, data_dir: str | None) -> ImageSet:
+    """torchvision's and the Hub's datasets, by timm's own factory."""
+    dataset = _create(spec, split, data_dir)
     reader = getattr(dataset, "reader", None)
     if reader is not None:
         targets, names = list(reader.iter_targets()), reader.class_to_idx

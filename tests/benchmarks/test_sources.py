@@ -8,10 +8,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
+import torch
 from PIL import Image
 
 from benchmarks.datasets import DataError, NotApplicableError, real_labels
 from benchmarks.sources import VOC, load_image_set
+from benchmarks.sweep import main
 
 
 def picture(path: Path, seed: int) -> Path:
@@ -183,9 +186,79 @@ def test_hub_datasets_by_timm(folder: Path, tmp_path: Path) -> None:
     assert shown == {np.asarray(Image.open(path)).tobytes() for path in folder.rglob("*.png")}
 
 
-def test_streams_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="wds/x: a stream has no list of its images"):
-        load_image_set("wds/x")
+def shards(root: Path, folder: Path, classes: list[str], broken: int | None = None) -> Path:
+    """A web dataset of two tar files, as its library writes them."""
+    webdataset = pytest.importorskip("webdataset", reason="webdataset is not installed (extra `dev`): wds/ did NOT run")
+    root.mkdir()
+    files = sorted(folder.rglob("*.png"))
+    for shard in range(2):
+        with webdataset.TarWriter(str(root / f"val-{shard:04}.tar")) as writer:
+            for index in range(shard, len(files), 2):
+                content = b"no image" if index == broken else files[index].read_bytes()
+                label = classes.index(files[index].parent.name)
+                writer.write({"__key__": f"{index:04}", "png": content, "cls": str(label).encode()})
+    splits = {"validation": {"name": "validation", "filenames": ["val-0000.tar", "val-0001.tar"]}}
+    splits["validation"] |= {"shard_lengths": [(len(files) + 1) // 2, len(files) // 2], "num_samples": len(files)}
+    (root / "_info.json").write_text(json.dumps({"splits": splits}))
+    return root
+
+
+def test_a_stream_is_scored_as_its_folder(tmp_path: Path, folder: Path) -> None:
+    torch.manual_seed(0)
+    names = [f"class {index}" for index in range(8)] + ["n02123045", "n01440764"]
+    model = timm.create_model("test_resnet", num_classes=10)
+    timm.models.save_for_hf(
+        model, str(tmp_path / "model"), model_config={"label_names": names}, safe_serialization=True
+    )
+
+    def sweep(out: str, *arguments: str) -> dict:
+        main(
+            [
+                "--models",
+                f"local-dir:{tmp_path / 'model'}",
+                "--out",
+                str(tmp_path / out),
+                "--device",
+                "cpu",
+                "--img-size",
+                "64",
+            ]
+            + ["--batch-size", "2", *arguments]
+        )
+        (path,) = (tmp_path / out / "records").glob("*.json")
+        return json.loads(path.read_text())
+
+    root = shards(tmp_path / "shards", folder, names)
+    stream = sweep("stream", "--data", "wds/x", "--data-dir", str(root), "--workers", "0")
+    assert (stream["status"], stream["n"], stream["columns"]) == ("ok", 5, 10), stream["reason"]
+    files = sweep("files", "--data", str(folder), "--workers", "0")
+    assert (files["n"], files["columns"]) == (5, 2)
+    model.eval()
+    config = timm.data.resolve_data_config(model=model) | {"input_size": (3, 64, 64)}
+    transform = timm.data.create_transform(**config)
+    with torch.no_grad():
+        hits = [
+            names[model(transform(Image.open(path).convert("RGB"))[None]).argmax()] == path.parent.name
+            for path in folder.rglob("*.png")
+        ]
+    plain = next(r for r in stream["results"] if (r["metric"], r["protocol"]) == ("top1", "fixed"))
+    assert plain["baseline"] == pytest.approx(100 * np.mean(hits))
+    mosaic = sweep("mosaic", "--data", "wds/x", "--data-dir", str(root), "--workers", "0", "--task", "mosaic")
+    assert mosaic["status"] == "not_applicable"
+    assert "scored by the task single alone" in mosaic["reason"]
+
+    broken = shards(tmp_path / "broken", folder, names, broken=3)
+    record = sweep("fails", "--data", "wds/x", "--data-dir", str(broken), "--workers", "0")
+    assert record["status"] == "failed"
+    assert "found 4 images, expected 5: timm's reader passes over those that it cannot read" in record["reason"]
+    arguments = ("--workers", "2", "--skip-bad-images")
+    record = sweep("skips", "--data", "wds/x", "--data-dir", str(broken), *arguments)
+    assert (record["status"], record["n"], record["missing_images"]) == ("ok", 4, 1), record["reason"]
+
+
+def test_what_is_nothing_of_these(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="tfds/x: timm.data.create_dataset with split='validation' and root="):
+        load_image_set("tfds/x")
     with pytest.raises(DataError, match="no such folder, archive or annotations; expected an ImageFolder"):
         load_image_set(tmp_path / "gone.zip")
 
