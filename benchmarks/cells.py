@@ -208,8 +208,8 @@ def _measure(
     if options.rescore:
         scored = read_scores(file, options.settings)
     else:
-        assert not isinstance(cell.size, str)
-        if reason := cell.checkpoint.why_not_at(cell.size):
+        # A size that is not known yet is for `load` to explain.
+        if not isinstance(cell.size, str) and (reason := cell.checkpoint.why_not_at(cell.size)):
             raise NotApplicableError(f"the model cannot be built for {show_size(cell.size)} pixels: {reason}")
         scored = _score(cell, _loaded(cell, load), options, track)
         if file is not None:

@@ -343,7 +343,7 @@ def _device(name: str) -> str:
 
 def _console() -> Console:
     """On a terminal its own width; in a file or pipe wide enough for every column."""
-    return Console() if sys.stdout.isatty() else Console(width=190)
+    return Console() if sys.stdout.isatty() else Console(width=230)
 
 
 def _positive(text: str) -> int:

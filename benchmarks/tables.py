@@ -12,8 +12,9 @@ from .summary import VERDICTS
 LEGEND = (
     "Percent, and points of gain over lam=0 with 95 % paired bootstrap intervals over images. "
     "fixed: lam 0.1, T inf. crossfit: chosen on one half, measured on the other, both ways. "
-    "best: chosen on the test data itself, optimistic."
+    "best: chosen on the test data itself, optimistic. Other columns: the plain model otherwise pooled."
 )
+PROTOCOLS = ("fixed", "crossfit", "best")
 HEADLINE = (
     "Checkpoints by verdict: two-sided tests at 5 % after Holm's correction over the checkpoints of a line, in all "
     "records of the folder."
@@ -47,7 +48,9 @@ def _table(records: list[Record]) -> Table:
         table.add_column(name, no_wrap=name != "model", overflow="fold")
     for name in ("n", "lam=0"):
         table.add_column(name, justify="right", no_wrap=True)
-    for name in ("fixed", "crossfit", "best"):
+    used = {result["protocol"] for record in records for result in record["results"]} - {*PROTOCOLS, "curve"}
+    protocols = [*PROTOCOLS, *sorted(used)]  # and the other ways to pool, and rivals, that were measured
+    for name in protocols:
         table.add_column(name, justify="right")  # on a narrow terminal they take several lines, and lose nothing
     for record in records:
         by_metric: dict[str, dict[str, Any]] = {}
@@ -58,9 +61,9 @@ def _table(records: list[Record]) -> Table:
         )
         task = f"{record['task']} {record['grid']}x{record['grid']}" if record.get("grid") else record["task"]
         lead = [model, record["data"], task, str(record["img_size"])]
-        for metric, protocols in by_metric.items():
-            baseline = protocols["fixed"]["baseline"]
-            gains = (_gain(protocols.get(name)) for name in ("fixed", "crossfit", "best"))
+        for metric, found in by_metric.items():
+            baseline = found["fixed"]["baseline"]
+            gains = (_gain(found.get(name)) for name in protocols)
             table.add_row(*lead, metric, str(record["n"]), _number(baseline), *gains)
             lead = [""] * 4
     return table
@@ -106,6 +109,6 @@ def _gain(result: dict[str, Any] | None) -> str:
     if result is None or result["gain"] is None:
         return "-"
     interval = "" if result["ci_low"] is None else f" [{result['ci_low']:+.2f}, {result['ci_high']:+.2f}]"
-    chosen = "" if result["protocol"] == "fixed" else f" lam {result['lam']} T {result['temperature']}"
+    chosen = f" lam {result['lam']} T {result['temperature']}" if result["protocol"] in ("crossfit", "best") else ""
     colour = "green" if (result["ci_low"] or 0) > 0 else "red" if (result["ci_high"] or 0) < 0 else "default"
     return f"[{colour}]{result['gain']:+.2f}{interval.replace('[', chr(92) + '[')}[/]{chosen}"

@@ -20,6 +20,9 @@ RECORDS = [
             RESULT | {"protocol": "fixed", "ci_low": 0.5, "ci_high": 2.0},
             RESULT | {"protocol": "crossfit", "gain": -3.5, "ci_low": -4.0, "ci_high": -3.0, "lam": "0.2;1"},
             RESULT | {"protocol": "best", "gain": None, "ci_low": None, "ci_high": None},
+            RESULT
+            | {"protocol": "max_pool", "gain": 7.75, "ci_low": 6.5, "ci_high": 9.0, "lam": "", "temperature": ""},
+            RESULT | {"protocol": "curve", "gain": 99.0, "ci_low": 98.0, "ci_high": 100.0},
         ],
     },
     {
@@ -51,9 +54,12 @@ def test_every_number_is_printed(width: int) -> None:
         "+2.00]",
         "-3.50",
         "0.2;1",
+        "max_pool",
+        "+7.75",
         "-",
     ):
         assert expected in words, expected
+    assert "+99.00" not in words
     assert "…" not in out.getvalue()
     text = " ".join(words)
     assert "failed: resnet50.a1_in1k on photos, single, 224x320 px: OSError: [Errno 28] no space" in text
