@@ -51,7 +51,8 @@ def _table(records: list[Record]) -> Table:
     used = {result["protocol"] for record in records for result in record["results"]} - {*PROTOCOLS, "curve"}
     protocols = [*PROTOCOLS, *sorted(used)]  # and the other ways to pool, and rivals, that were measured
     for name in protocols:
-        table.add_column(name, justify="right")  # on a narrow terminal they take several lines, and lose nothing
+        # On a narrow terminal they take several lines, and lose nothing.
+        table.add_column(name, justify="right", overflow="fold")
     for record in records:
         by_metric: dict[str, dict[str, Any]] = {}
         for result in record["results"]:

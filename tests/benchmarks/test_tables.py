@@ -63,4 +63,4 @@ def test_every_number_is_printed(width: int) -> None:
     assert "…" not in out.getvalue()
     text = " ".join(words)
     assert "failed: resnet50.a1_in1k on photos, single, 224x320 px: OSError: [Errno 28] no space" in text
-    assert "best: chosen on the test data itself, optimistic." in text
+    assert "best: chosen on the test data itself, optimistic. Other columns: the plain model otherwise pooled." in text
