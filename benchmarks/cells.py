@@ -9,7 +9,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -285,13 +285,17 @@ def _score(cell: Cell, model: nn.Module, options: Options, track: Callable[[Iter
     return Scored(scores, targets, facts)
 
 
+def _autocast(options: Options) -> AbstractContextManager[Any]:
+    amp = AMP[options.amp]
+    return torch.autocast(torch.device(options.device).type, amp) if amp else nullcontext()
+
+
 @torch.inference_mode()
 def _plain_seconds(model: nn.Module, loader: Any, options: Options) -> float:
     """One evaluation pass of the plain model over the same loader."""
-    amp = AMP[options.amp]
     started = time.perf_counter()
     for images, *_ in loader:
-        with torch.autocast(torch.device(options.device).type, amp) if amp else nullcontext():
+        with _autocast(options):
             model(images.to(options.device, non_blocking=True)).float().cpu()
     return time.perf_counter() - started
 
@@ -307,10 +311,9 @@ def _five_crops(
     dataset = FiveCrops(images, create_transform((3, *larger), **preprocessing), cell.size)
     size = max(1, options.batch_size // 5)
     columns = torch.as_tensor(alignment.columns)
-    amp = AMP[options.amp]
     kept: list[Tensor] = []
     for crops, index in DataLoader(dataset, batch_size=size, num_workers=options.workers):
-        with torch.autocast(torch.device(options.device).type, amp) if amp else nullcontext():
+        with _autocast(options):
             logits = model(crops.flatten(0, 1).to(options.device))
         kept.append(logits.float().cpu()[:, columns].unflatten(0, (-1, 5))[index >= 0])
     every = torch.cat(kept)

@@ -75,20 +75,10 @@ class Checkpoint:
     def why_not_at(self, size: tuple[int, int]) -> str | None:
         """Why the architecture does not work at `size` although it does at its own; None where it does, or where that
         is not the question. Nothing is loaded."""
-        try:
-            own = self.input_size()
-            if size == own:
-                return None
-            self._try_at(own)
-        except Exception:  # something else is wrong, and `create` will say what
-            return None
-        try:
-            self._try_at(size)
-        except Exception as error:
-            return f"{type(error).__name__}: {error}"
-        return None
+        return _why_not_at(self, size)
 
-    def _try_at(self, size: tuple[int, int]) -> None:
+    def try_at(self, size: tuple[int, int]) -> None:
+        """Raises whatever goes wrong when the architecture runs at `size`, without weights and values."""
         with torch.device("meta"):
             timm_csra.explain(self.architecture(size), size)
 
@@ -150,6 +140,22 @@ class Checkpoint:
     def _model_args(self, size: tuple[int, int] | None = None) -> dict[str, Any]:
         name = self.name if self.source in ("hf-hub", "local-dir") else self.id
         return resolve_model_input_args(name, {"img_size": size})  # type: ignore[no-any-return]
+
+
+@cache
+def _why_not_at(checkpoint: Checkpoint, size: tuple[int, int]) -> str | None:
+    """Asked once for all cells of a checkpoint and size; its own size is only tried where the other fails."""
+    try:
+        if size != checkpoint.input_size():
+            checkpoint.try_at(size)
+        return None
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}"
+    try:
+        checkpoint.try_at(checkpoint.input_size())
+    except Exception:  # something else is wrong, and `create` will say what
+        return None
+    return reason
 
 
 def _etag(repo: str, names: list[str]) -> str | None:

@@ -54,7 +54,7 @@ def run_cells(
                 else:
                     progress(cells[done], *message)
         finally:  # finished, dead, or no longer wanted (Ctrl-C)
-            if len(rest) and done < len(cells):
+            if done < len(cells):
                 process.terminate()
             process.join()
         if done < len(cells):

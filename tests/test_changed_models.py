@@ -10,6 +10,7 @@ import timm
 import torch
 from timm.utils import reparameterize_model
 from torch import Tensor, nn
+from torchao import quantization
 
 import timm_csra
 from timm_csra import UnsupportedModelError
@@ -202,7 +203,6 @@ def test_data_parallel_around_a_wrapped_model() -> None:
 @pytest.mark.parametrize("name", ["test_resnet", "test_vit2", "test_convnext", "coat_tiny", "resnet50_clip"])
 @torch.no_grad()
 def test_int8_weights_before_and_after_wrapping(name: str) -> None:
-    quantization = pytest.importorskip("torchao.quantization", reason="torchao is not installed (extra `dev`)")
     size = 224 if name in ("coat_tiny", "resnet50_clip") else 160
     x = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0))
     model = create(name)

@@ -12,10 +12,6 @@ import timm_csra
 
 from .families import randomise
 
-pytestmark = pytest.mark.skipif(
-    not timm.is_model("naflexvit_base_patch16_gap"), reason=f"timm {timm.__version__} has no NaFlexViT"
-)
-
 POOLS = [
     ("naflexvit_base_patch16_gap", "avg"),
     ("naflexvit_base_patch16_gap", "max"),

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+import webdataset
 from PIL import Image
 
 from benchmarks.datasets import DataError, NotApplicableError, real_labels
@@ -172,14 +173,12 @@ def test_torchvision_datasets_by_timm(tmp_path: Path) -> None:
 
 
 def test_hub_datasets_by_timm(folder: Path, tmp_path: Path) -> None:
-    datasets = pytest.importorskip("datasets", reason="datasets is not installed (extra `dev`): hfds/ did NOT run")
     root = tmp_path / "data"
     for index, path in enumerate(sorted(folder.rglob("*.png"))):
         target = root / "validation" / path.parent.name / f"{index}.png"
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_bytes(path.read_bytes())
     data = load_image_set(f"hfds/{root}", data_dir=str(tmp_path / "cache"))
-    assert datasets.__version__
     assert (len(data), data.classes) == (5, ("n01440764", "n02123045"))
     assert sorted(data.labels) == [(0,), (0,), (0,), (1,), (1,)]
     shown = {np.asarray(data.open(index)).tobytes() for index in range(5)}
@@ -188,7 +187,6 @@ def test_hub_datasets_by_timm(folder: Path, tmp_path: Path) -> None:
 
 def shards(root: Path, folder: Path, classes: list[str], broken: int | None = None) -> Path:
     """A web dataset of two tar files, as its library writes them."""
-    webdataset = pytest.importorskip("webdataset", reason="webdataset is not installed (extra `dev`): wds/ did NOT run")
     root.mkdir()
     files = sorted(folder.rglob("*.png"))
     for shard in range(2):
