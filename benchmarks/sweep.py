@@ -116,8 +116,7 @@ def _state(cell: Cell, options: Options, out: Path, missing: dict[Checkpoint, st
 def _describe(cell: Cell) -> tuple[str, str, str, str, str]:
     size = cell.size if isinstance(cell.size, str) else show_size(cell.size)
     images = len(cell.data) // (cell.grid**2 if cell.grid else 1)
-    task = f"{cell.task}{f' {cell.grid}x{cell.grid}' if cell.grid else ''}"
-    return cell.checkpoint.name, cell.data.name, task, str(size), str(images)
+    return cell.checkpoint.name, cell.data.name, _task(cell), str(size), str(images)
 
 
 def _confirmed(log: Console) -> bool:
@@ -224,7 +223,11 @@ def _measured(
 
 
 def _title(cell: Cell) -> str:
-    return f"{cell.checkpoint.name} {cell.data.name} {cell.task}{f' {cell.grid}x{cell.grid}' if cell.grid else ''}"
+    return f"{cell.checkpoint.name} {cell.data.name} {_task(cell)}"
+
+
+def _task(cell: Cell) -> str:
+    return f"{cell.task} {cell.grid}x{cell.grid}" if cell.grid else cell.task
 
 
 def _lock_file(out: Path, checkpoint: Checkpoint) -> Path:
