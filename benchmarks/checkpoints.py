@@ -5,7 +5,7 @@ import fnmatch
 import hashlib
 import importlib.metadata
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
@@ -126,9 +126,10 @@ class Checkpoint:
         """Remove it from the cache."""
         repo = self._repository().partition("@")[0]
         cache = scan_cache_dir()
-        revisions = [r.commit_hash for found in cache.repos if found.repo_id == repo for r in found.revisions]
-        if revisions:
-            cache.delete_revisions(*revisions).execute()
+        # `delete_revisions` looks for a commit in all repositories, and copies of a repository share their commits.
+        mine = replace(cache, repos=frozenset(found for found in cache.repos if found.repo_id == repo))
+        if revisions := [revision.commit_hash for found in mine.repos for revision in found.revisions]:
+            mine.delete_revisions(*revisions).execute()
 
     def _repository(self) -> str:
         return self.id if self.source == "hf-hub" else timm.get_pretrained_cfg(self.id).hf_hub_id or f"timm/{self.id}"
@@ -243,15 +244,6 @@ def unreachable_hub() -> str | None:
         reason = next(iter(str(error).splitlines()), "no answer")
         return f"{constants.ENDPOINT}: {type(error).__name__}: {reason}"
     return None
-
-
-def weights_sha256(model: nn.Module) -> str:
-    """Hash over names, shapes, types and values of all weights."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
 
 
 def _wheel_file(name: str) -> Path:

@@ -16,10 +16,9 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
-from .cells import Cell, Options, failure, run_cell
+from .cells import Cell, Options
 from .checkpoints import Checkpoint, CheckpointError
+from .measure import Loaded, failure, run_cell
 from .records import Record
 
 Progress = Callable[[Cell, int, int], None]  # a cell, batches done, batches in all
@@ -139,15 +138,15 @@ class _Models:
 
     def __init__(self, device: str) -> None:
         self.device = device
-        self._for: tuple[Checkpoint, Any] | None = None
-        self._model: nn.Module | None = None
+        self._checkpoint: Checkpoint | None = None
+        self._loaded: Loaded | None = None
 
-    def get(self, cell: Cell) -> nn.Module:
+    def get(self, cell: Cell) -> Loaded:
         if isinstance(cell.size, str):  # it could not be asked for its size; now the reason comes out
             cell.checkpoint.input_size()
             raise CheckpointError(f"could not tell the input size at first; run again for {cell.size}")
-        if self._model is None or self._for != (cell.checkpoint, cell.size):
-            self._model, self._for = None, None  # free the last one first
-            self._model = cell.checkpoint.create(cell.size).to(self.device)
-            self._for = (cell.checkpoint, cell.size)
-        return self._model
+        if self._loaded is None or (self._checkpoint, self._loaded.size) != (cell.checkpoint, cell.size):
+            self._loaded = None  # free the last one first
+            self._loaded = Loaded(cell.checkpoint.create(cell.size).to(self.device), cell.size)
+            self._checkpoint = cell.checkpoint
+        return self._loaded

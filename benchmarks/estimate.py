@@ -13,9 +13,11 @@ from timm.models import split_model_name_tag
 import timm_csra
 
 from .cells import Cell, Options
+from .checkpoints import Checkpoint
 from .coverage import read_rows
 
 TABLE = Path(__file__).parents[1] / "docs" / "coverage.csv"
+DEFAULT = 4.1e9  # a checkpoint that says nothing about itself yet is counted as a ResNet-50 of 224 pixels
 START = 5.0  # seconds for loading a checkpoint and starting its process, seen on small ones
 PROBE = ("resnet50", 4)  # architecture and images of one timed batch
 
@@ -43,7 +45,7 @@ def estimate(cells: Iterable[Cell], options: Options) -> Estimate:
     cells = list(cells)
     if not cells:
         return Estimate(0, 0, 0.0, 0.0)
-    images = [len(cell.data) // (cell.grid**2 if cell.grid else 1) for cell in cells]
+    images = [cell.images for cell in cells]
     macs = sum(count * macs_of(cell) for cell, count in zip(cells, images, strict=True))
     speed = _macs_per_second(options.device)
     return Estimate(len(cells), sum(images), macs, macs / speed + START * len({cell.checkpoint for cell in cells}))
@@ -54,8 +56,10 @@ def macs_of(cell: Cell) -> float:
     where tokens attend to each other."""
     name = split_model_name_tag(cell.checkpoint.id)[0]
     row = _table().get(name)
-    if row is None or isinstance(cell.size, str):
-        return _measured(cell)
+    if isinstance(cell.size, str):
+        return DEFAULT
+    if row is None:
+        return _measured(cell.checkpoint, cell.size)
     height, width = map(int, row["input_size"].split("x")[-2:])
     pixels = cell.size[0] * cell.size[1] / (height * width)
     return pixels * (float(row["macs"] or 0) + float(row["extra_macs"] or 0))
@@ -66,17 +70,14 @@ def _table() -> dict[str, dict[str, str]]:
     return read_rows(TABLE) if TABLE.is_file() else {}
 
 
-def _measured(cell: Cell) -> float:
-    """A checkpoint that says nothing about itself yet is counted as a ResNet-50 of 224 pixels."""
-    default = 4.1e9
-    if isinstance(cell.size, str):
-        return default
+@cache
+def _measured(checkpoint: Checkpoint, size: tuple[int, int]) -> float:
     try:
         with torch.device("meta"):
-            explanation = timm_csra.explain(cell.checkpoint.architecture(), cell.size)
+            explanation = timm_csra.explain(checkpoint.architecture(), size)
     except Exception:  # whatever is wrong with it, the cell's record will say
-        return default
-    return float(explanation.macs + explanation.extra_macs) or default
+        return DEFAULT
+    return float(explanation.macs + explanation.extra_macs) or DEFAULT
 
 
 @cache

@@ -36,6 +36,8 @@ def validate_temperature(temperature: Any) -> tuple[float, ...]:
     return tuple(float(head) for head in heads)
 
 
+VERSION = 1  # of the form in which settings are stored
+
 _VALIDATORS = {"lam": validate_lam, "temperature": validate_temperature}
 
 
@@ -68,6 +70,33 @@ class CSRAConfig:
         if name not in _VALIDATORS:
             raise AttributeError(f"CSRAConfig has no setting {name!r}; it has {', '.join(_VALIDATORS)}.")
         super().__setattr__(name, _VALIDATORS[name](value))
+
+    def to_dict(self) -> dict[str, Any]:
+        """For a configuration file: plain JSON values, with the version of this form."""
+        return {"version": VERSION, "lam": self.lam, "temperature": ["inf" if math.isinf(t) else t for t in self.heads]}
+
+    @classmethod
+    def from_dict(cls, stored: Any) -> "CSRAConfig":
+        """From what `to_dict` gave; nothing in it is trusted.
+
+        Raises:
+            TypeError: a value of the wrong type.
+            ValueError: another version, keys missing or unknown, or a value out of range.
+
+        Example:
+            >>> CSRAConfig.from_dict({"version": 1, "lam": 0.1, "temperature": ["inf"]})
+            CSRAConfig(lam=0.1, temperature=(inf,))
+        """
+        if not isinstance(stored, dict):
+            raise TypeError(f"found a {type(stored).__name__}, expected an object with version, lam and temperature.")
+        if (version := stored.get("version")) != VERSION or isinstance(version, bool):
+            raise ValueError(f"found version {version!r}, expected {VERSION}. A newer timm_csra may read it.")
+        if stored.keys() != {"version", "lam", "temperature"}:
+            raise ValueError(f"found {', '.join(map(str, stored))}; expected version, lam and temperature.")
+        heads = stored["temperature"]
+        if not isinstance(heads, list):
+            raise TypeError(f'found temperature {heads!r}, expected a list such as ["inf"].')
+        return cls(stored["lam"], tuple(math.inf if head == "inf" else head for head in heads))
 
     @property
     def heads(self) -> tuple[float, ...]:

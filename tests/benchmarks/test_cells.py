@@ -9,9 +9,10 @@ import torch
 from PIL import Image
 from timm.data import create_transform, resolve_model_data_config
 
-from benchmarks.cells import Cell, Options, _load
+from benchmarks.cells import Cell, Options
 from benchmarks.checkpoints import Checkpoint
 from benchmarks.datasets import ImageSet, mosaic, tilings
+from benchmarks.measure import Loaded, _load
 from timm_csra.evaluation.scoring import DEFAULT, PLAIN
 
 
@@ -33,7 +34,8 @@ def model() -> torch.nn.Module:
 
 def load(data: ImageSet, model: torch.nn.Module, task: str, **options: object) -> torch.Tensor:
     cell = Cell(Checkpoint("timm", "test_resnet"), data, task, (96, 96), grid=2 if task == "mosaic" else None)
-    loader, _, alignment = _load(cell, model, Options((PLAIN, DEFAULT), workers=0, batch_size=3, **options))  # type: ignore
+    how = Options((PLAIN, DEFAULT), workers=0, batch_size=3, **options)  # type: ignore
+    loader, _, alignment = _load(cell, Loaded(model, (96, 96)), how)
     assert alignment.columns == (0, 1)
     return torch.cat([images for images, _, _ in loader])
 

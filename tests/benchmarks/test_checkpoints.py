@@ -6,7 +6,8 @@ import pytest
 import timm
 import torch
 
-from benchmarks.checkpoints import PYPI, Checkpoint, CheckpointError, find_checkpoints, weights_sha256
+from benchmarks.checkpoints import PYPI, Checkpoint, CheckpointError, find_checkpoints
+from timm_csra.hub import weights_sha256
 
 
 def test_specs(tmp_path: Path) -> None:

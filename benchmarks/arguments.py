@@ -1,0 +1,223 @@
+"""The command line of the sweep, and what it means: options, and the cells to measure."""
+
+import argparse
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from timm_csra.evaluation.scoring import settings_grid
+
+from . import checkpoints, sample, sources
+from .cells import AMP, TASKS, Cell, Options
+from .checkpoints import Checkpoint, find_checkpoints
+from .classes import COMBINE, load_class_map
+from .datasets import ImageSet
+from .sources import load_image_set
+
+EXAMPLES = """
+examples:
+  python -m benchmarks.sweep --sample
+  python -m benchmarks.sweep --models 'resnet50*' --data imagenet/val --task single,mosaic --img-size 1x,2x
+  python -m benchmarks.sweep --models local-dir:my-checkpoint --data photos --task multilabel --device cuda --amp bf16
+  python -m benchmarks.sweep --models all --data coco/annotations/instances_val2017.json --task multilabel \\
+      --class-map coco80-to-imagenet1k
+"""
+
+Task = tuple[str, int | None]  # a task, and the grid of a mosaic
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"expected a positive number, got {text}")
+    return number
+
+
+def parser(description: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.sweep",
+        description=description,
+        epilog=EXAMPLES + sources.HELP,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    what = parser.add_argument_group("what is measured")
+    what.add_argument(
+        "--sample", action="store_true", help="the embedded default: three checkpoints and seven photographs"
+    )
+    what.add_argument("--models", metavar="SPEC", help=checkpoints.HELP)
+    what.add_argument("--data", nargs="+", metavar="DATA", help="one or several sets of photographs, see below")
+    what.add_argument("--split", help="of torch/, hfds/ (default: validation) and VOC (default: test)")
+    what.add_argument("--data-dir", metavar="DIR", help="where torch/ and hfds/ keep their files")
+    what.add_argument("--task", metavar="TASKS", help=f"some of {','.join(TASKS)} (default: single)")
+    what.add_argument("--limit", type=_positive, metavar="N", help="only the first N rows of the data")
+    what.add_argument("--lams", default="0,0.02,0.05,0.1,0.2,0.3,0.5,1", help="default: %(default)s; 0 and 0.1 always")
+    what.add_argument(
+        "--temperatures", default="1,5,inf", help="1+inf is one setting of two heads (default: %(default)s)"
+    )
+    what.add_argument(
+        "--class-map",
+        metavar="MAP",
+        help="for multilabel: which synsets of the head stand for each class of the data, coco80-to-imagenet1k or a "
+        "JSON file of its form",
+    )
+    what.add_argument(
+        "--class-scores",
+        choices=COMBINE,
+        default=COMBINE[0],
+        help="how several synsets become one score: the largest logit, or the log of the summed probabilities "
+        "(default: %(default)s)",
+    )
+    what.add_argument(
+        "--activation",
+        choices=("softmax", "sigmoid"),
+        default="softmax",
+        help="sigmoid, for a head trained so, adds CF1 and OF1 at probability 0.5 (default: %(default)s)",
+    )
+    what.add_argument(
+        "--average-precision",
+        choices=("continuous", "11-point"),
+        default="continuous",
+        help="11-point is that of VOC 2007 (default: %(default)s)",
+    )
+    what.add_argument(
+        "--rivals",
+        action="store_true",
+        help="also the plain model on five crops of a picture (mean, max), and at 2x, with what they cost",
+    )
+    images = parser.add_argument_group("images", "from the checkpoint, unless given")
+    images.add_argument(
+        "--img-size", default="1x", help="pixels or multiples, e.g. 224 or 1x,2x (default: %(default)s)"
+    )
+    images.add_argument("--crop-mode", choices=("center", "squash", "border"))
+    images.add_argument("--crop-pct", type=float, metavar="SHARE")
+    images.add_argument("--grid", default="2", metavar="G", help="mosaics of G x G, e.g. 2,3 (default: %(default)s)")
+    images.add_argument(
+        "--skip-bad-images", action="store_true", help="leave out what cannot be read, and say how many"
+    )
+    how = parser.add_argument_group("how")
+    how.add_argument("--out", type=Path, help="folder of records and summary (default: results, or results/sample)")
+    how.add_argument("--dry-run", action="store_true", help="say what would run, with sizes and an estimate, and stop")
+    how.add_argument(
+        "--yes", action="store_true", help="do not ask before --models all without accelerator, nor before pushing"
+    )
+    how.add_argument(
+        "--time-plain",
+        action="store_true",
+        help="also time a plain evaluation pass before and after each cell: the record's `cost` has the ratio",
+    )
+    how.add_argument("--retry-failed", action="store_true", help="measure again what has failed before")
+    how.add_argument("--keep-scores", action="store_true", help="keep the logits of every T in OUT/scores (float16)")
+    how.add_argument(
+        "--rescore", action="store_true", help="new settings from kept scores, with no forward pass; same temperatures"
+    )
+    how.add_argument(
+        "--expected",
+        metavar="FILE_OR_URL",
+        help="timm's results-imagenet.csv: lam = 0 on all 50,000 images must agree with it within 0.1 points of top-1, "
+        "else the checkpoint is flagged and kept out of the counts",
+    )
+    how.add_argument("--prefetch", action="store_true", help="download the next checkpoint while one computes")
+    how.add_argument("--free-cache", action="store_true", help="after its cells remove what this run has downloaded")
+    how.add_argument(
+        "--push-best",
+        metavar="USER/PREFIX",
+        help="afterwards, and after asking, push to the Hub as USER/PREFIX-NAME each checkpoint whose cross-fitted "
+        "gain at its own size is significant after Holm's correction, and that loses on nothing (docs/sweep.md)",
+    )
+    how.add_argument("--batch-size", type=_positive, help="default: 64, on a CPU 16")
+    how.add_argument("--workers", type=int, default=2, help="processes that read images (default: %(default)s)")
+    how.add_argument("--device", default="auto", metavar="auto|cpu|cuda[:i]|mps|xpu", help="default: %(default)s")
+    how.add_argument("--amp", choices=tuple(AMP), default="none", help="default: %(default)s")
+    how.add_argument("--seed", type=int, default=0, help="of mosaics, halves and bootstrap (default: %(default)s)")
+    return parser
+
+
+def asked_options(args: argparse.Namespace, out: Path) -> Options:
+    temperatures = [tuple(_numbers("--temperatures", part, "+")) for part in args.temperatures.split(",")]
+    lams = _numbers("--lams", args.lams, ",")
+    if any(not re.fullmatch(r"\d+|\d*\.?\d+x", part.strip()) for part in args.img_size.split(",")):
+        raise ValueError(f"--img-size: found {args.img_size!r}; expected pixels or multiples such as 224 or 1x,2x.")
+    if any(not re.fullmatch(r"[1-9]\d*", part) for part in args.grid.split(",")):
+        raise ValueError(f"--grid: found {args.grid!r}; expected whole numbers such as 2 or 2,3.")
+    device = _device(args.device)
+    return Options(
+        settings=tuple(settings_grid(lams, temperatures)),
+        crop_mode=args.crop_mode,
+        crop_pct=args.crop_pct,
+        batch_size=args.batch_size or (16 if device == "cpu" else 64),
+        workers=args.workers,
+        device=device,
+        amp=args.amp,
+        seed=args.seed,
+        activation=args.activation,
+        average_precision=args.average_precision,
+        class_map=load_class_map(args.class_map, args.class_scores) if args.class_map else None,
+        skip_bad_images=args.skip_bad_images,
+        scores=str(out / "scores") if args.keep_scores or args.rescore else None,
+        rescore=args.rescore,
+        rivals=args.rivals,
+        time_plain=args.time_plain,
+    )
+
+
+def _numbers(option: str, text: str, separator: str) -> list[float]:
+    try:
+        return [float(part) for part in text.split(separator)]
+    except ValueError:
+        raise ValueError(f"{option}: found {text!r}; expected numbers separated by {separator!r}.") from None
+
+
+def _device(name: str) -> str:
+    if name != "auto":
+        try:
+            torch.empty(0, device=name)
+        except (RuntimeError, AssertionError) as error:  # torch says it in many ways
+            raise ValueError(f"--device {name}: cannot be used here: {str(error).splitlines()[0]}") from error
+        return name
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    return accelerator.type if accelerator else "cpu"
+
+
+def asked_what(args: argparse.Namespace) -> tuple[list[Checkpoint], list[ImageSet], list[Task]]:
+    """Checkpoints, data and tasks that the arguments name."""
+    if args.sample:
+        if args.data or args.task or args.limit:
+            raise ValueError("--sample brings its own data and task; leave out --data, --task and --limit.")
+        return find_checkpoints(args.models or "pypi:*"), [sample.load_sample()], [("mosaic", 2)]
+    if not args.models or not args.data:
+        raise ValueError("expected --models and --data, or --sample (which needs no data and no network).")
+    tasks = (args.task or "single").split(",")
+    if unknown := [task for task in tasks if task not in TASKS]:
+        raise ValueError(f"--task: found {', '.join(unknown)}; expected some of {','.join(TASKS)}.")
+    data = [load_image_set(spec, args.limit, args.split, args.data_dir) for spec in args.data]
+    grids = [int(part) for part in args.grid.split(",")]
+    return find_checkpoints(args.models), data, [(t, g) for t in tasks for g in (grids if t == "mosaic" else [None])]
+
+
+def asked_cells(
+    model: Checkpoint, requests: str, data: list[ImageSet], tasks: list[Task], missing: dict[Checkpoint, str]
+) -> Iterator[Cell]:
+    """What is measured on one checkpoint, sizes outermost: neighbours share the loaded model."""
+    for size, requested in _sizes(model, requests, missing).items():
+        for images in data:
+            for task, grid in tasks:
+                yield Cell(model, images, task, size, requested, grid)
+
+
+def _sizes(model: Checkpoint, requests: str, missing: dict[Checkpoint, str]) -> dict[tuple[int, int] | str, str]:
+    """`1x,320` -> sizes in pixels with their requests; the request itself where the checkpoint cannot be asked."""
+    parts = [part.strip() for part in requests.split(",")]
+    if model in missing and model.source == "hf-hub":
+        return {part: part for part in parts}
+    try:
+        height, width = model.input_size()
+    except Exception:  # run_cell asks again and records the reason
+        return {part: part for part in parts}
+    sizes: dict[tuple[int, int] | str, str] = {}
+    for part in parts:
+        factor = float(part[:-1]) if part.endswith("x") else None
+        size = (round(factor * height), round(factor * width)) if factor else (int(part), int(part))
+        sizes.setdefault(size, part)
+    return sizes

@@ -1,0 +1,352 @@
+"""Measure one cell: scored once, then evaluated for every setting. Whatever goes wrong becomes a record."""
+
+import re
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from timm.data import create_loader, resolve_input_data_config
+from torch import Tensor, nn
+
+import timm_csra
+from timm_csra import Explanation, UnsupportedModelError
+from timm_csra.evaluation import statistics
+from timm_csra.evaluation.metrics import (
+    ANY_LABEL,
+    MULTI_LABEL,
+    SIGMOID,
+    VOC2007,
+    Evaluation,
+    Metric,
+    calibration,
+    evaluate,
+)
+from timm_csra.evaluation.scoring import DEFAULT, PLAIN, Scores, other_pools, score
+from timm_csra.hub import weights_sha256
+
+from .cells import AMP, Cell, Options, show_size, show_temperature
+from .classes import COMBINE, Alignment, NotApplicableError, align, combined
+from .datasets import DataError, Mosaics, Photographs, Streamed, real_labels, tilings
+from .environment import environment
+from .kept import Scored, read_scores, scores_file, write_scores
+from .records import Record
+from .rivals import five_crops, plain_seconds
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A checkpoint built for `size` `(H, W)`, on its device, in eval mode; what is known of it serves all its cells."""
+
+    model: nn.Module
+    size: tuple[int, int]
+
+    @cached_property
+    def explanation(self) -> Explanation:
+        return timm_csra.explain(self.model, self.size)
+
+    @cached_property
+    def weights_sha256(self) -> str:
+        return weights_sha256(self.model)
+
+
+def run_cell(
+    cell: Cell,
+    load: Callable[[], Loaded],
+    options: Options,
+    track: Callable[[Iterable[Any]], Iterable[Any]] = iter,
+) -> Record:
+    """Measure one cell. Whatever goes wrong becomes a record: `not_applicable` with a reason, or `failed`.
+
+    Args:
+        cell: what to measure.
+        load: gives the checkpoint; when it fails, the cell has failed.
+        options: how.
+        track: wraps the batches, to show progress.
+    """
+    started = time.perf_counter()
+    record: Record = {"batch_size": options.batch_size}
+    while True:
+        try:
+            record |= {"status": "ok", "reason": None} | _measure(cell, load, options, track)
+        except NotApplicableError as reason:
+            record |= {"status": "not_applicable", "reason": str(reason)}
+        except Exception as error:
+            if _out_of_memory(error) and options.batch_size > 1:
+                print(f"out of memory at batch size {options.batch_size}: half of it is tried", file=sys.stderr)
+                options = replace(options, batch_size=options.batch_size // 2)
+                record |= {"batch_size": options.batch_size}
+                continue  # outside of `except` the traceback, and what it holds, is gone
+            traceback.print_exc()
+            record |= {
+                "status": "failed",
+                "reason": f"{type(error).__name__}: {error}",
+                "traceback": traceback.format_exc(),
+            }
+        return _complete(cell, options, record, time.perf_counter() - started)
+
+
+def failure(cell: Cell, options: Options, reason: str, seconds: float = 0.0) -> Record:
+    """The record of a cell that could not report itself."""
+    return _complete(cell, options, {"status": "failed", "reason": reason}, seconds)
+
+
+def _complete(cell: Cell, options: Options, record: Record, seconds: float) -> Record:
+    key = cell.key(options)
+    nothing: Record = {"n": len(cell.data), "columns": None, "kind": None, "results": []}
+    about: Record = {"requested": cell.requested, "seconds": seconds, "environment": environment(options)}
+    return {**key, **nothing, **record, "key": key, **about}
+
+
+def _out_of_memory(error: Exception) -> bool:
+    told = isinstance(error, RuntimeError) and re.search("not enough memory|can't allocate memory", str(error))
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or bool(told)
+
+
+def _measure(
+    cell: Cell, load: Callable[[], Loaded], options: Options, track: Callable[[Iterable[Any]], Iterable[Any]]
+) -> Record:
+    started = time.perf_counter()
+    file = scores_file(cell, options)
+    if options.rescore:
+        scored = read_scores(file, options.settings)
+    else:
+        # A size that is not known yet is for `load` to explain.
+        if not isinstance(cell.size, str) and (reason := cell.checkpoint.why_not_at(cell.size)):
+            raise NotApplicableError(f"the model cannot be built for {show_size(cell.size)} pixels: {reason}")
+        scored = _score(cell, _loaded(cell, load), options, track)
+        if file is not None:
+            write_scores(file, scored)
+    return _results(cell, scored, options, time.perf_counter() - started)
+
+
+def _loaded(cell: Cell, load: Callable[[], Loaded]) -> Loaded:
+    try:
+        return load()
+    except RuntimeError as error:
+        if "size mismatch" in str(error) and cell.size != cell.checkpoint.input_size():
+            lines = [line.strip() for line in str(error).splitlines() if "size mismatch" in line]
+            raise NotApplicableError(
+                f"{len(lines)} weights do not fit the model built for another size than its own: {lines[0]}"
+            ) from error
+        raise
+
+
+def _score(cell: Cell, loaded: Loaded, options: Options, track: Callable[[Iterable[Any]], Iterable[Any]]) -> Scored:
+    model, explanation = loaded.model, loaded.explanation
+    if not model.num_classes:
+        raise NotApplicableError("the checkpoint has no classifier (num_classes=0)")
+    loader, preprocessing, alignment = _load(cell, loaded, options)
+    if len(loader.dataset) == 0 and cell.data.stream is None:
+        raise NotApplicableError(f"{len(cell.data)} images are too few for one mosaic of {cell.grid}x{cell.grid}")
+    if explanation.unsupported:
+        raise UnsupportedModelError(explanation.unsupported)
+    bad: list[int] = []
+    if options.time_plain:
+        plain_seconds(model, loader, options)  # starts the loader's workers, and warms everything up
+        plain = [plain_seconds(model, loader, options)]
+    started = time.perf_counter()
+    scores, targets = score(
+        model,
+        _readable(track(loader), loader, bad),
+        options.settings,
+        columns=alignment.columns,
+        device=options.device,
+        amp_dtype=AMP[options.amp],
+        pools=other_pools(explanation),
+    )
+    seconds = time.perf_counter() - started
+    cost = None
+    if options.time_plain:
+        plain.append(plain_seconds(model, loader, options))
+        cost = {"plain_seconds": plain, "score_seconds": seconds, "ratio": seconds / (sum(plain) / 2)}
+    if bad and not options.skip_bad_images:
+        raise DataError(_bad_images(loader.dataset, bad))
+    if (missing := len(cell.data) - len(targets)) and cell.data.stream and len(cell.data):
+        if not options.skip_bad_images:
+            raise DataError(
+                f"{cell.data.name}: found {len(targets)} images, expected {len(cell.data)}: timm's reader passes over "
+                "those that it cannot read (see the log). Mend them, or accept that with --skip-bad-images."
+            )
+        print(f"{missing} images of the stream could not be read", file=sys.stderr)
+    if options.rivals and cell.grid is None and cell.data.stream is None:
+        scores.pooled.update(five_crops(model, loaded.size, loader.dataset, preprocessing, alignment, options))
+    facts: Record = {
+        "n": len(targets),
+        "columns": alignment.count,
+        "classes_left_out": list(alignment.left_out),
+        "groups": alignment.groups,
+        "kind": explanation.kind,
+        "macs": explanation.macs,
+        "extra_macs": explanation.extra_macs,
+        "rival_macs": {name: 5 * explanation.macs for name in scores.pooled if name.startswith("five_crops")},
+        "weights_sha256": loaded.weights_sha256,
+        "preprocessing": preprocessing,
+        "bad_images": [loader.dataset.name(index) for index in bad],
+        "missing_images": missing if cell.data.stream and len(cell.data) else 0,
+        "cost": cost,
+    }
+    return Scored(scores, targets, facts)
+
+
+def _results(cell: Cell, scored: Scored, options: Options, seconds: float) -> Record:
+    """What the scores say for every setting of `options`."""
+    scores, targets, facts = scored.scores, scored.targets, dict(scored.facts)
+    groups = facts.pop("groups")
+    combine = options.class_map.combine if options.class_map else COMBINE[0]
+    metrics = _metrics(cell, options, targets)
+    clock = [time.perf_counter()]
+
+    def measured(logits: Tensor) -> dict[str, Evaluation]:
+        return evaluate(logits if groups is None else combined(logits, groups, combine), targets, metrics)
+
+    evaluations = {setting: measured(scores.logits(setting)) for setting in options.settings}
+    names = list(evaluations[PLAIN])
+    rows = np.arange(len(targets))
+    grid = [
+        {"lam": s.lam, "temperature": show_temperature(s)}
+        | {name: _json(evaluations[s][name].value(rows)) for name in names}
+        for s in options.settings
+    ]
+    clock.append(time.perf_counter())
+    independent = cell.task != "mosaic" or cell.data.tilings is None
+    seed = options.seed if independent else None
+    comparisons = [
+        comparison
+        for name in names
+        for comparison in _compare(name, {s: evaluations[s][name] for s in options.settings}, targets, seed)
+    ]
+    for rival, logits in scores.pooled.items():
+        for name, evaluation in measured(logits).items():
+            pair = {PLAIN: evaluations[PLAIN][name], DEFAULT: evaluation}
+            comparison = statistics.fixed(name, pair, len(targets), seed)
+            comparisons.append(replace(comparison, protocol=rival, settings=()))
+    clock.append(time.perf_counter())
+    metric_seconds, statistics_seconds = np.diff(clock).tolist()
+    return facts | {
+        "results": [_result(comparison) for comparison in comparisons],
+        "all_settings": grid,
+        "calibration": _calibration(scores, targets) if cell.task == "single" else None,
+        "phases": {"score": seconds, "metrics": metric_seconds, "statistics": statistics_seconds},
+    }
+
+
+def _readable(batches: Iterable[Any], loader: Any, bad: list[int]) -> Iterator[tuple[Tensor, Tensor]]:
+    """The images that could be read; the indices of the others go to `bad`."""
+    for images, targets, index in batches:
+        good = index >= 0
+        bad += (-1 - index[~good]).tolist()
+        if good.all():
+            yield images, targets
+        elif good.any():
+            yield images[good], targets[good]
+    if len(bad) == len(loader.dataset):
+        raise DataError(_bad_images(loader.dataset, bad))
+
+
+def _bad_images(dataset: Any, bad: list[int]) -> str:
+    shown = "; ".join(dataset.why_not(index) for index in bad[:3])
+    more = f"; and {len(bad) - 3} more" if len(bad) > 3 else ""
+    return (
+        f"{len(bad)} of {len(dataset)} images cannot be read: {shown}{more}. Mend or remove them, or leave them out "
+        "with --skip-bad-images."
+    )
+
+
+def _metrics(cell: Cell, options: Options, targets: Tensor) -> dict[str, Metric] | None:
+    if cell.task == "real":
+        return ANY_LABEL
+    if targets.ndim == 1:
+        return None
+    voc = VOC2007 if options.average_precision == "11-point" else {}
+    return MULTI_LABEL | voc | (SIGMOID if options.activation == "sigmoid" else {})
+
+
+def _calibration(scores: Scores, targets: Tensor) -> Record:
+    """Logits grow by about 1 + lam: what that does to probabilities, and what dividing by it mends."""
+    wrapped = scores.logits(DEFAULT)
+    logits = {"plain": scores.base, "fixed": wrapped, "fixed, logits / (1 + lam)": wrapped / (1 + DEFAULT.lam)}
+    return {
+        name: {metric: _json(value) for metric, value in calibration(values, targets).items()}
+        for name, values in logits.items()
+    }
+
+
+def _load(cell: Cell, loaded: Loaded, options: Options) -> tuple[Any, Record, Alignment]:
+    """Loader, preprocessing and alignment; how an image becomes a tensor is timm's and the checkpoint's affair."""
+    data, model, size = cell.data, loaded.model, loaded.size
+    if cell.task != "single" and data.stream:
+        raise NotApplicableError("a stream has no list of its images: it is scored by the task single alone")
+    if cell.task == "single" and data.multilabel:
+        raise NotApplicableError("the task single needs exactly one label for each image")
+    if cell.task == "multilabel" and not data.multilabel:
+        raise NotApplicableError(
+            "the task multilabel needs several labels for each image: labels.csv with a column "
+            "`labels`, COCO or VOC annotations"
+        )
+    if cell.task == "mosaic" and data.multilabel and data.tilings is None:
+        raise NotApplicableError("mosaics are built from images with exactly one label each")
+    if cell.task == "real":
+        data = real_labels(data)
+    labels = [range(len(data.classes))] if data.stream else data.labels
+    if data.stream and not data.classes:  # labels without names are the head's own
+        data = replace(data, classes=tuple(map(str, range(model.num_classes))))  # type: ignore[arg-type]
+    alignment = align(data.classes, labels, model, options.class_map if cell.task == "multilabel" else None)
+    requested = {"input_size": (3, *size), "crop_mode": options.crop_mode, "crop_pct": options.crop_pct}
+    if cell.task == "mosaic":
+        requested |= {"crop_mode": "squash", "crop_pct": 1.0}  # the mosaic has the right size already
+    config = resolve_input_data_config(model, args=requested)
+    dataset: Mosaics | Photographs | Streamed
+    if data.stream:
+        dataset = Streamed(data.stream, alignment)
+    elif cell.grid:
+        groups = tilings(data, cell.grid, options.seed)
+        dataset = Mosaics(data, alignment, groups, cell.grid, size, config["interpolation"])
+    else:
+        dataset = Photographs(data, alignment)
+    loader = create_loader(
+        dataset,
+        **config,
+        batch_size=options.batch_size,
+        num_workers=options.workers,
+        persistent_workers=options.workers > 0,
+        pin_memory=torch.device(options.device).type == "cuda",
+        use_prefetcher=False,
+    )
+    return loader, {name: value for name, value in config.items() if name != "input_size"}, alignment
+
+
+def _compare(name: str, grid: statistics.Grid, targets: Tensor, seed: int | None) -> Iterator[statistics.Comparison]:
+    count = len(targets)
+    yield statistics.fixed(name, grid, count, seed)
+    if seed is not None and count >= 4:
+        split = statistics.halves(targets.numpy() if targets.ndim == 1 else count, seed)
+        yield statistics.crossfit(name, grid, split, seed)
+    yield statistics.best(name, grid, count)
+    yield from statistics.curve(name, grid, count, seed)
+
+
+def _result(comparison: statistics.Comparison) -> Record:
+    low, high = comparison.interval or (None, None)
+    return {
+        "metric": comparison.metric,
+        "protocol": comparison.protocol,
+        "lam": ";".join(f"{setting.lam:g}" for setting in comparison.settings),
+        "temperature": ";".join(map(show_temperature, comparison.settings)),
+        "baseline": _json(comparison.baseline),
+        "value": _json(comparison.value),
+        "gain": _json(comparison.gain),
+        "ci_low": low,
+        "ci_high": high,
+        "p_value": None if comparison.p_value is None else _json(comparison.p_value),
+        "test": comparison.test,
+    }
+
+
+def _json(value: float) -> float | None:
+    return None if np.isnan(value) else value

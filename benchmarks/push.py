@@ -1,0 +1,80 @@
+"""`--push-best`: each checkpoint that the sweep has shown to gain goes to the Hub, with its figures on the card."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import timm_csra
+
+from .checkpoints import Checkpoint
+from .records import Record
+from .summary import Row
+
+METRIC = {"single": "top1", "real": "top1", "multilabel": "mAP", "mosaic": "mAP"}  # what decides, for each task
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A checkpoint to push.
+
+    Attributes:
+        row: the cross-fitted result that decided, the clearest of them.
+        lam, temperature: the settings that are best on all of that result's images; what they gain is not claimed, the
+            cross-fitted gain is.
+    """
+
+    checkpoint: Checkpoint
+    row: Row
+    lam: float
+    temperature: tuple[float, ...]
+    records: tuple[Record, ...]
+
+    def repository(self, prefix: str) -> str:
+        name = self.checkpoint.id.rstrip("/").rsplit("/")[-1].partition("@")[0]
+        return f"{prefix}-{name}"
+
+    def __str__(self) -> str:
+        row, heads = self.row, "+".join(f"{head:g}" for head in self.temperature)
+        gain = f"{row['metric']} {row['gain']:+.2f} [{row['ci_low']:+.2f}, {row['ci_high']:+.2f}]"
+        where = f"{row['data']}, {row['task']} (Holm p = {row['p_holm']:.2g})"
+        return f"{self.checkpoint.name}: {gain} on {where}, lam {self.lam:g}, T {heads}"
+
+
+def choose(rows: Iterable[Row], measured: Mapping[Checkpoint, Sequence[Record]]) -> list[Choice]:
+    """Checkpoints whose cross-fitted gain at their own size is significant after Holm's correction on some data and
+    task, by the task's first metric (`METRIC`), and which lose significantly on none.
+
+    Args:
+        rows: of the summary.
+        measured: the records of each checkpoint; all of them go onto its card.
+    """
+    rows = list(rows)
+    choices = []
+    for checkpoint, records in measured.items():
+        keys = [record["key"] for record in records]
+        mine = [
+            row
+            for row in rows
+            if row.get("verdict")
+            and row["protocol"] == "crossfit"
+            and row["metric"] == METRIC[row["task"]]
+            and row["requested"] == "1x"
+            and row["key"] in keys
+            and row["baseline_check"] != "flagged"
+        ]
+        better = [row for row in mine if row["verdict"] == "better"]
+        if better and not any(row["verdict"] == "worse" for row in mine):
+            row = min(better, key=lambda row: row["p_holm"])
+            best = next(r for r in row["results"] if (r["protocol"], r["metric"]) == ("best", row["metric"]))
+            heads = tuple(map(float, best["temperature"].split("+")))
+            finished = tuple(record for record in records if record["status"] == "ok")
+            choices.append(Choice(checkpoint, row, float(best["lam"]), heads, finished))
+    return choices
+
+
+def push(choice: Choice, prefix: str) -> str:
+    """Load the checkpoint, wrap it, push it; returns the commit's URL."""
+    model = choice.checkpoint.create(choice.checkpoint.input_size())
+    timm_csra.wrap(model, choice.lam, choice.temperature)
+    name = choice.repository(prefix)
+    message = f"{choice.checkpoint.name}, wrapped by timm_csra"
+    return timm_csra.push_to_hub(model, name, commit_message=message, results=choice.records).commit_url

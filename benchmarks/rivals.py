@@ -1,0 +1,49 @@
+"""The plain model beside the wrapped one: on five crops, and its time for one pass."""
+
+import time
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from timm.data import create_transform
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from .cells import AMP, Options
+from .classes import Alignment
+from .datasets import FiveCrops
+from .records import Record
+
+
+def autocast(options: Options) -> AbstractContextManager[Any]:
+    amp = AMP[options.amp]
+    return torch.autocast(torch.device(options.device).type, amp) if amp else nullcontext()
+
+
+@torch.inference_mode()
+def plain_seconds(model: nn.Module, loader: Any, options: Options) -> float:
+    """One evaluation pass of the plain model over the same loader."""
+    started = time.perf_counter()
+    for images, *_ in loader:
+        with autocast(options):
+            model(images.to(options.device, non_blocking=True)).float().cpu()
+    return time.perf_counter() - started
+
+
+@torch.inference_mode()
+def five_crops(
+    model: nn.Module, size: tuple[int, int], images: Any, preprocessing: Record, alignment: Alignment, options: Options
+) -> dict[str, Tensor]:
+    """What a user may do instead for pictures with several objects, at five times the cost: the plain model's logits
+    on five crops, their mean and their maximum for each class."""
+    larger = tuple(round(FiveCrops.SCALE * side) for side in size)
+    dataset = FiveCrops(images, create_transform((3, *larger), **preprocessing), size)
+    batch_size = max(1, options.batch_size // 5)
+    columns = torch.as_tensor(alignment.columns)
+    kept: list[Tensor] = []
+    for crops, index in DataLoader(dataset, batch_size=batch_size, num_workers=options.workers):
+        with autocast(options):
+            logits = model(crops.flatten(0, 1).to(options.device))
+        kept.append(logits.float().cpu()[:, columns].unflatten(0, (-1, 5))[index >= 0])
+    every = torch.cat(kept)
+    return {"five_crops_mean": every.mean(dim=1), "five_crops_max": every.amax(dim=1)}

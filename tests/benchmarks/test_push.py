@@ -1,0 +1,56 @@
+"""Which checkpoints `--push-best` takes."""
+
+from typing import Any
+
+import pytest
+
+from benchmarks.checkpoints import Checkpoint
+from benchmarks.push import choose
+
+CHECKPOINT = Checkpoint("local-dir", "folder/mine")
+
+
+def record(task: str, requested: str = "1x", status: str = "ok") -> dict[str, Any]:
+    best = [
+        {"protocol": "best", "metric": metric, "lam": lam, "temperature": "1+inf"}
+        for metric, lam in (("top1", "0.2"), ("mAP", "0.5"), ("lrap", "1"))
+    ]
+    return {"key": {"task": task, "requested": requested}, "task": task, "requested": requested, "status": status,
+            "results": best, "data": "photos"}  # fmt: skip
+
+
+def row(record: dict[str, Any], metric: str, verdict: str, p: float = 0.01, **changes: Any) -> dict[str, Any]:
+    numbers = {"gain": 2.0, "ci_low": 1.0, "ci_high": 3.0, "p_holm": p}
+    fixed = {"protocol": "crossfit", "metric": metric, "verdict": verdict, "baseline_check": None}
+    return {**record, **fixed, **numbers, **changes}
+
+
+SINGLE, MOSAIC, LARGE = record("single"), record("mosaic"), record("mosaic", "2x")
+CASES = {
+    "better": ([row(MOSAIC, "mAP", "better")], "mosaic"),
+    "the clearest decides": ([row(SINGLE, "top1", "better", 0.001), row(MOSAIC, "mAP", "better", 0.02)], "single"),
+    "better here, no evidence there": ([row(SINGLE, "top1", "no evidence"), row(MOSAIC, "mAP", "better")], "mosaic"),
+    "better here, worse there": ([row(SINGLE, "top1", "worse"), row(MOSAIC, "mAP", "better")], None),
+    "no evidence": ([row(MOSAIC, "mAP", "no evidence")], None),
+    "another metric": ([row(MOSAIC, "lrap", "better"), row(MOSAIC, "mAP", "no evidence")], None),
+    "another size": ([row(LARGE, "mAP", "better")], None),
+    "not cross-fitted": ([row(MOSAIC, "mAP", "better", protocol="fixed")], None),
+    "baseline is not the published one": ([row(MOSAIC, "mAP", "better", baseline_check="flagged")], None),
+    "of another checkpoint": ([row({**MOSAIC, "key": {"task": "another"}}, "mAP", "better")], None),
+    "nothing measured": ([], None),
+}
+LAM = {"single": 0.2, "mosaic": 0.5}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_only_what_gains_for_sure_is_pushed(case: str) -> None:
+    rows, expected = CASES[case]
+    records = [SINGLE, MOSAIC, LARGE, record("real", status="failed")]
+    choices = choose(rows, {CHECKPOINT: records})
+    assert [choice.row["task"] for choice in choices] == ([expected] if expected else [])
+    for choice in choices:
+        assert choice.repository("user/csra") == "user/csra-mine"
+        assert (choice.lam, choice.temperature) == (LAM[str(expected)], (1.0, float("inf")))
+        assert choice.records == (SINGLE, MOSAIC, LARGE)
+        gain = f"local-dir:folder/mine: {choice.row['metric']} +2.00 [+1.00, +3.00] on photos, {expected} (Holm p = "
+        assert str(choice) == f"{gain}{choice.row['p_holm']:.2g}), lam {choice.lam:g}, T 1+inf"

@@ -1,0 +1,176 @@
+"""The model card of a wrapped model: what it is, how to use it with and without this library, what was measured."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from torch import nn
+
+from .config import CSRAConfig
+from .errors import describe
+
+Record = Mapping[str, Any]  # what `python -m benchmarks.sweep` writes for a cell
+
+# What the Hub knows by an identifier; any other licence goes by its name.
+LICENSES = ("apache-2.0", "bsd-3-clause", "cc-by-4.0", "cc-by-nc-4.0", "gemma", "mit", "unknown")
+
+TEMPLATE = """---
+{{ card_data }}
+---
+
+# {{ name }}
+
+A [timm](https://github.com/huggingface/pytorch-image-models) image classifier, `{{ architecture }}` with {{ classes }}
+classes, wrapped by `timm_csra` with class-specific residual attention
+([Zhu & Wu, ICCV 2021](https://arxiv.org/abs/2108.02456)): what its classifier says of the most convinced locations of
+the last feature map is added to its logits. The weights are those of the plain model; nothing was retrained for it.
+
+| setting | value |
+|---|---|
+| lam | {{ lam }} |
+| temperature T | {{ temperature }} |
+
+## Use
+
+```python
+import timm_csra
+
+model = timm_csra.from_pretrained({{ name_literal }})  # in eval mode; model.csra.lam = 0 is the plain model
+```
+
+Without timm_csra, the plain model:
+
+```python
+import timm
+
+model = timm.create_model({{ timm_literal }}, pretrained=True).eval()
+```
+
+Logits grow by about 1 + lam: rank with them, but do not read them as probabilities of the plain model's calibration.
+
+## Origin
+
+{{ origin }}
+
+{{ license_text }}
+{{ measured }}"""
+
+
+def model_card(model: nn.Module, settings: CSRAConfig, name: str, records: Sequence[Record], weights: str) -> ModelCard:
+    """The card of a wrapped model.
+
+    Args:
+        model: a wrapped model.
+        settings: of it.
+        name: the repository or folder it is to be loaded from.
+        records: finished records of a sweep, of this model.
+        weights: hash of the model's weights, as records have it.
+
+    Raises:
+        ValueError: a record is not finished, or of other weights.
+    """
+    for record in records:
+        _check_record(record, weights)
+    cfg: Mapping[str, Any] = getattr(model, "pretrained_cfg", {})
+    base = str(cfg.get("hf_hub_id") or "").partition("@")[0] or None
+    if base == name:
+        base = None  # a model that goes back to where it came from
+    licence = cfg.get("license") or "unknown"
+    known = licence in LICENSES
+    local = "/" not in name or name.startswith((".", "/", "~")) or name.count("/") != 1
+    data = ModelCardData(
+        license=licence if known else "other",
+        license_name=None if known else licence,
+        library_name="timm",
+        pipeline_tag="image-classification",
+        tags=["image-classification", "timm", "timm_csra"],
+        base_model=base,
+        model_name=name if records else None,
+        eval_results=[result for record in records for result in _eval_results(record, settings)] or None,
+    )
+    return ModelCard.from_template(
+        data,
+        template_str=TEMPLATE,
+        name=name,
+        architecture=describe(model),
+        classes=model.num_classes,
+        lam=f"{settings.lam:g}",
+        temperature=_heads(settings),
+        name_literal=repr(name),
+        timm_literal=repr(f"{'local-dir' if local else 'hf-hub'}:{name}"),
+        origin=f"Base checkpoint, as the model's `pretrained_cfg` names it: `{base}`."
+        if base
+        else "The base checkpoint is unknown: the model's `pretrained_cfg` names none.",
+        license_text="The licence is unknown: the checkpoint does not state one."
+        if licence == "unknown"
+        else f"The licence is the checkpoint's: {licence}.",
+        measured=_measured(records, settings) if records else "",
+    )
+
+
+def _heads(settings: CSRAConfig) -> str:
+    """As `--temperatures` of the sweep takes it, and its records have it."""
+    return "+".join(f"{head:g}" for head in settings.heads)
+
+
+def _check_record(record: Record, weights: str) -> None:
+    if not isinstance(record, Mapping) or record.get("status") != "ok":
+        found = f"status {record.get('status')!r}" if isinstance(record, Mapping) else f"a {type(record).__name__}"
+        raise ValueError(f"results: found {found}; expected finished records of python -m benchmarks.sweep.")
+    if record["weights_sha256"] != weights:
+        raise ValueError(
+            f"results: the record of {record['model']} on {record['data']} was measured with other weights than this "
+            "model has; expected a record of these."
+        )
+
+
+def _rows(record: Record, settings: CSRAConfig) -> list[Record]:
+    """Cross-fitted results, which choose settings themselves, and those of the settings fixed beforehand, where the
+    model has these."""
+    own = (f"{settings.lam:g}", _heads(settings))
+    return [
+        row
+        for row in record["results"]
+        if row["gain"] is not None
+        and (row["protocol"] == "crossfit" or (row["protocol"] == "fixed" and (row["lam"], row["temperature"]) == own))
+    ]
+
+
+def _eval_results(record: Record, settings: CSRAConfig) -> list[EvalResult]:
+    where = {
+        "task_type": "image-classification",
+        "dataset_type": record["data"],
+        "dataset_name": f"{record['data']}, {record['task']}, {record['img_size']} px, {record['n']} pictures",
+    }
+    results: dict[str, EvalResult] = {}
+    for row in _rows(record, settings):
+        metric = row["metric"]
+        plain, wrapped = f"{metric}, plain", f"{metric}, wrapped, {row['protocol']}"
+        results[plain] = EvalResult(**where, metric_type=metric, metric_name=plain, metric_value=row["baseline"])
+        facts = {key: row[key] for key in ("protocol", "lam", "temperature", "gain", "ci_low", "ci_high")}
+        results[wrapped] = EvalResult(
+            **where, metric_type=metric, metric_name=wrapped, metric_value=row["value"], metric_args=facts
+        )
+    return list(results.values())
+
+
+def _measured(records: Sequence[Record], settings: CSRAConfig) -> str:
+    lines = [
+        "",
+        "## Measured",
+        "",
+        "By `python -m benchmarks.sweep` of timm_csra: percent, and points of gain over the plain model with 95 %",
+        "paired bootstrap intervals over pictures. `fixed`: lam 0.1, T inf, set before looking. `crossfit`: chosen on",
+        "one half of the pictures, measured on the other, both ways (both settings are listed).",
+        "",
+        "| data, task | pixels | n | metric | protocol | lam | T | plain | wrapped | gain |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for record in records:
+        for row in _rows(record, settings):
+            interval = "" if row["ci_low"] is None else f" [{row['ci_low']:+.2f}, {row['ci_high']:+.2f}]"
+            cells = [f"{record['data']}, {record['task']}", record["img_size"], record["n"]]
+            cells += [row[name] for name in ("metric", "protocol", "lam", "temperature")]
+            cells += [f"{row['baseline']:.2f}", f"{row['value']:.2f}", f"{row['gain']:+.2f}{interval}"]
+            lines.append(f"| {' | '.join(map(str, cells))} |")
+    return "\n".join([*lines, ""])

@@ -1,0 +1,357 @@
+"""Wrapped models to and from a folder or the Hugging Face Hub, in timm's own format and one key more.
+
+`model.safetensors` holds the plain model's weights and `config.json` is timm's, with the settings under `csra`. So
+plain timm and transformers load the same files, and see the plain model.
+"""
+
+import hashlib
+import json
+import logging
+import math
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, cast
+
+import timm
+import torch
+from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi, hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError
+from safetensors import SafetensorError, safe_open
+from timm.models import is_model
+from torch import nn
+
+from .card import Record, model_card
+from .config import CSRAConfig
+from .errors import describe
+from .patching import is_wrapped, wrap
+from .version import __version__
+
+CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
+FOREIGN_WEIGHTS = (WEIGHTS, "pytorch_model.bin", "open_clip_model.safetensors", "open_clip_pytorch_model.bin")
+LABELS = ("label_names", "label_descriptions")
+CLIENT: dict[str, Any] = {"library_name": "timm_csra", "library_version": __version__}
+
+_logger = logging.getLogger(__name__)
+
+
+def create_model(
+    model_name: str,
+    pretrained: bool = True,
+    *,
+    lam: float = 0.1,
+    temperature: float | tuple[float, ...] = math.inf,
+    **kwargs: Any,
+) -> nn.Module:
+    """`timm.create_model`, wrapped.
+
+    Args:
+        model_name: as timm takes it.
+        pretrained: load timm's weights.
+        lam, temperature: see `wrap`.
+        kwargs: for `timm.create_model`.
+
+    Returns:
+        The wrapped model, in training mode as timm returns it.
+
+    Raises:
+        UnsupportedModelError, TypeError, ValueError: see `wrap`.
+
+    Example:
+        >>> import timm_csra
+        >>> timm_csra.create_model('test_resnet', pretrained=False, lam=0.2).csra
+        CSRAConfig(lam=0.2, temperature=(inf,))
+    """
+    CSRAConfig(lam, temperature)  # before anything is downloaded
+    return wrap(timm.create_model(model_name, pretrained=pretrained, **kwargs), lam, temperature)
+
+
+def save_pretrained(
+    model: nn.Module, directory: str | Path, *, results: Record | Sequence[Record] | None = None
+) -> None:
+    """Write `model.safetensors`, `config.json` and, unless there is one, the model card `README.md`.
+
+    A file is either complete or as it was before.
+
+    Args:
+        model: a wrapped model; it is not changed.
+        directory: where to; made if need be.
+        results: records of `python -m benchmarks.sweep` for the card, measured with these very weights.
+
+    Raises:
+        TypeError: the model is not wrapped.
+        ValueError: `results` are no finished records, or of other weights.
+
+    Example:
+        >>> import tempfile, timm_csra
+        >>> model = timm_csra.create_model('test_resnet', pretrained=False).eval()
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     timm_csra.save_pretrained(model, folder)
+        ...     timm_csra.from_pretrained(folder).csra
+        CSRAConfig(lam=0.1, temperature=(inf,))
+    """
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(prefix=".saving-", dir=directory) as folder:
+        _write(model, Path(folder), str(directory), results)
+        for name in (WEIGHTS, CONFIG, CARD):
+            if name != CARD or not (directory / CARD).exists():
+                os.replace(Path(folder) / name, directory / name)
+
+
+def push_to_hub(
+    model: nn.Module,
+    repo_id: str,
+    *,
+    private: bool = False,
+    revision: str | None = None,
+    create_pr: bool = False,
+    token: str | bool | None = None,
+    commit_message: str = "Upload a timm model wrapped by timm_csra",
+    results: Record | Sequence[Record] | None = None,
+) -> CommitInfo:
+    """Push a wrapped model to the Hugging Face Hub, as one commit. A card that is there is left alone.
+
+    Args:
+        model: a wrapped model.
+        repo_id: `user/name`; made if there is none.
+        private: whether a repository that is made is private.
+        revision: a branch, made if there is none; default `main`.
+        create_pr: open a pull request instead of committing.
+        token: for the Hub; default: the one that `hf auth login` or `HF_TOKEN` gave.
+        commit_message: of the commit.
+        results: records of `python -m benchmarks.sweep` for the card, measured with these very weights.
+
+    Returns:
+        huggingface_hub's `CommitInfo`, with the commit's URL.
+
+    Raises:
+        TypeError, ValueError: see `save_pretrained`; raised before anything is sent.
+        huggingface_hub.errors.HfHubHTTPError: the Hub refused.
+    """
+    api = HfApi(token=token, **CLIENT)
+    with TemporaryDirectory() as folder:
+        _write(model, Path(folder), repo_id, results)
+        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        if revision and not create_pr:
+            api.create_branch(repo_id, branch=revision, exist_ok=True)
+        names = [CONFIG, WEIGHTS]
+        if not api.file_exists(repo_id, CARD, revision=revision):
+            names.append(CARD)
+        # Not `upload_folder`: that may make several commits of one folder.
+        return api.create_commit(
+            repo_id,
+            [CommitOperationAdd(name, Path(folder) / name) for name in names],
+            commit_message=commit_message,
+            revision=revision,
+            create_pr=create_pr,
+        )
+
+
+def from_pretrained(
+    name_or_path: str | Path,
+    *,
+    revision: str | None = None,
+    cache_dir: str | Path | None = None,
+    token: str | bool | None = None,
+    lam: float | None = None,
+    temperature: float | tuple[float, ...] | None = None,
+    **kwargs: Any,
+) -> nn.Module:
+    """Load a wrapped model; or any model that timm can load, and wrap it.
+
+    Args:
+        name_or_path: `user/repo` or `hf-hub:user/repo@revision` on the Hugging Face Hub; a folder or
+            `local-dir:PATH`. A folder comes first where both are meant.
+        revision: branch, tag or commit.
+        cache_dir: of the downloads; default: huggingface_hub's.
+        token: for the Hub; default: the one that `hf auth login` or `HF_TOKEN` gave.
+        lam, temperature: instead of the stored settings, or of the defaults of `wrap` where none are stored.
+        kwargs: for `timm.create_model`, e.g. `num_classes=5` or `img_size=448`.
+
+    Returns:
+        The wrapped model in eval mode.
+
+    Raises:
+        ValueError, TypeError: `name_or_path`, the settings, the configuration or the weights are not what is
+            expected. Where settings are stored, only `model.safetensors` is read.
+        UnsupportedModelError: the model cannot be wrapped.
+        huggingface_hub.errors.HfHubHTTPError: the Hub refused, or has no such repository.
+        huggingface_hub.errors.LocalEntryNotFoundError: the Hub cannot be reached, and the cache does not have it.
+    """
+    source, location = _parse(name_or_path, revision)
+    name = f"{source}:{location}"
+    if source == "local-dir":
+        folder = Path(location)
+        if not (folder / CONFIG).is_file():
+            raise ValueError(f"{name}: found no {CONFIG}; expected a folder in timm's format.")
+        config, stored = _read_config(folder / CONFIG, name)
+    else:
+        hub: dict[str, Any] = {"cache_dir": cache_dir, "token": token, **CLIENT}
+        repo, _, revision = location.partition("@")
+        file = Path(hf_hub_download(repo, CONFIG, revision=revision or None, **hub))
+        config, stored = _read_config(file, name)
+        folder = file.parent  # named by the commit, so that the weights are of the same
+        _download_weights(name, repo, folder.name, stored is not None, hub)
+    if stored is not None:
+        _check_weights(name, folder / WEIGHTS, config)
+    settings = stored or CSRAConfig()
+    settings.lam = settings.lam if lam is None else lam
+    settings.temperature = settings.temperature if temperature is None else temperature
+    if stored is None:
+        _logger.warning(f"{name}: {CONFIG} has no settings of timm_csra; wrapped with {settings}.")
+    try:
+        model = timm.create_model(f"local-dir:{folder}", pretrained=True, cache_dir=cache_dir, **kwargs)
+    except RuntimeError as error:  # timm's: no weights, pickles that want code, keys and shapes that do not fit
+        raise ValueError(f"{name}: {error}") from error
+    if source == "hf-hub":
+        model.pretrained_cfg |= {"source": source, "hf_hub_id": location, "file": None}
+    return wrap(model, settings.lam, settings.temperature).eval()
+
+
+def weights_sha256(model: nn.Module) -> str:
+    """Hash over names, shapes, types and values of all weights."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _write(model: nn.Module, folder: Path, name: str, results: Record | Sequence[Record] | None) -> None:
+    """All three files, into an empty folder."""
+    if not is_wrapped(model):
+        raise TypeError(f"{describe(model)}: found a {type(model).__name__}, expected a wrapped model: wrap it first.")
+    records = [results] if isinstance(results, Mapping) else list(results or ())
+    settings = cast(CSRAConfig, model.csra)
+    card = model_card(model, settings, name, records, weights_sha256(model) if records else "")
+    extra: dict[str, Any] = {"csra": settings.to_dict()}
+    cfg = getattr(model, "pretrained_cfg", {})
+    if len(cfg.get("label_names") or ()) == model.num_classes:  # timm drops them where the classifier was changed
+        extra |= {key: cfg[key] for key in LABELS if cfg.get(key)}
+    with _contiguous(model):
+        timm.models.save_for_hf(model, str(folder), model_config=extra, safe_serialization=True)
+    config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    # transformers' TimmWrapper takes both from the root alone, and fails on a second `num_classes`.
+    config.get("model_args", {}).pop("num_classes", None)
+    for key in LABELS:
+        if (value := config["pretrained_cfg"].pop(key, None)) is not None:
+            config.setdefault(key, value)
+    (folder / CONFIG).write_text(json.dumps(config, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    card.save(folder / CARD)
+
+
+@contextmanager
+def _contiguous(model: nn.Module) -> Iterator[None]:
+    """safetensors takes no channels_last tensors: `state_dict` gives them contiguous."""
+
+    def lay_out(module: nn.Module, state: dict[str, Any], *_: Any) -> None:
+        state.update({name: tensor.contiguous() for name, tensor in state.items()})
+
+    handle = model.register_state_dict_post_hook(lay_out)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _parse(name_or_path: str | Path, revision: str | None) -> tuple[str, str]:
+    """`hf-hub` and `user/repo[@revision]`, or `local-dir` and a folder."""
+    text = str(name_or_path)
+    source, colon, location = text.partition(":")
+    if not colon or source not in ("hf-hub", "local-dir"):
+        source, location = ("local-dir" if Path(text).is_dir() else "hf-hub"), text
+    if source == "local-dir":
+        if revision is not None:
+            raise ValueError(f"{text}: found revision={revision!r} for a folder, expected it for a repository.")
+        return source, location
+    if location.partition("@")[0].count("/") != 1:
+        timm_name = f" timm's own are loaded by create_model({text!r})." if is_model(text) else ""
+        raise ValueError(f"{text}: expected user/repo on the Hub, or a folder that exists.{timm_name}")
+    if revision is not None:
+        if "@" in location:
+            raise ValueError(f"{text}: found a second revision, {revision!r}; expected one of the two.")
+        location = f"{location}@{revision}"
+    return source, location
+
+
+def _read_config(file: Path, name: str) -> tuple[dict[str, Any], CSRAConfig | None]:
+    """The configuration, which is data and not trusted, and its settings of timm_csra, if there are any."""
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{name}: {CONFIG} is no JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{name}: {CONFIG} holds a {type(config).__name__}, expected an object.")
+    try:
+        stored = CSRAConfig.from_dict(config["csra"]) if "csra" in config else None
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"{name}: {CONFIG}, csra: {error}") from error
+    architecture = config.get("architecture")
+    if not isinstance(architecture, str):
+        raise ValueError(f"{name}: {CONFIG} has no architecture; expected the name of a timm model.")
+    if not is_model(architecture):
+        raise ValueError(
+            f"{name}: {CONFIG} names {architecture!r}, which timm {timm.__version__} does not have. A newer timm may."
+        )
+    arguments = config.get("model_args", {})
+    if not isinstance(arguments, dict) or any(key.startswith(("pretrained", "checkpoint")) for key in arguments):
+        raise ValueError(f"{name}: {CONFIG} has model_args {arguments!r}; expected arguments of the architecture.")
+    return config, stored
+
+
+def _download_weights(name: str, repo: str, commit: str, ours: bool, hub: dict[str, Any]) -> None:
+    failed: EntryNotFoundError | None = None
+    for file in (WEIGHTS,) if ours else FOREIGN_WEIGHTS:
+        try:
+            hf_hub_download(repo, file, revision=commit, **hub)
+            return
+        except EntryNotFoundError as error:
+            failed = failed or error
+    if isinstance(failed, FileNotFoundError):  # offline, and not in the cache
+        raise failed
+    raise ValueError(f"{name}: {_no_weights(ours)}")
+
+
+def _no_weights(ours: bool) -> str:
+    if not ours:
+        return f"found no weights; expected one of {', '.join(FOREIGN_WEIGHTS)}."
+    return (
+        f"found no {WEIGHTS}, expected it beside settings of timm_csra: pickled weights are not read there. Save the "
+        "model again with timm_csra.save_pretrained."
+    )
+
+
+def _check_weights(name: str, file: Path, config: dict[str, Any]) -> None:
+    """Refuse weights that do not fit the architecture as it was saved, before anything is loaded."""
+    if not file.is_file():
+        raise ValueError(f"{name}: {_no_weights(ours=True)}")
+    try:
+        with safe_open(file, "pt") as stored:
+            found = {key: tuple(stored.get_slice(key).get_shape()) for key in stored.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise ValueError(f"{name}: {WEIGHTS} is damaged: {error}. Download or save it again.") from error
+    arguments = dict(config.get("model_args") or {})
+    classes = config.get("num_classes", config.get("pretrained_cfg", {}).get("num_classes"))
+    if classes is not None:
+        arguments["num_classes"] = classes
+    try:
+        with torch.device("meta"):
+            model = timm.create_model(config["architecture"], pretrained=False, **arguments)
+    except (TypeError, ValueError, RuntimeError, AssertionError) as error:  # as many ways as there are architectures
+        raise ValueError(f"{name}: {CONFIG} describes no model that timm can build: {error}") from error
+    expected = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
+    misfits = {
+        "missing": sorted(expected.keys() - found.keys()),
+        "unexpected": sorted(found.keys() - expected.keys()),
+        "of another shape": [
+            f"{key} (found {found[key]}, expected {expected[key]})"
+            for key in sorted(found.keys() & expected.keys())
+            if found[key] != expected[key]
+        ],
+    }
+    if any(misfits.values()):
+        listed = "; ".join(f"{what}: {', '.join(keys)}" for what, keys in misfits.items() if keys)
+        raise ValueError(f"{name}: the weights do not fit {config['architecture']}. {listed}.")
