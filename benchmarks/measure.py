@@ -1,5 +1,6 @@
 """Measure one cell: scored once, then evaluated for every setting. Whatever goes wrong becomes a record."""
 
+import math
 import re
 import sys
 import time
@@ -27,7 +28,7 @@ from timm_csra.evaluation.metrics import (
     calibration,
     evaluate,
 )
-from timm_csra.evaluation.scoring import DEFAULT, PLAIN, Scores, other_pools, score
+from timm_csra.evaluation.scoring import DEFAULT, PLAIN, Scores, allows_test_time_pool, score
 from timm_csra.hub import weights_sha256
 
 from .cells import AMP, Cell, Options, show_size, show_temperature
@@ -158,7 +159,7 @@ def _score(cell: Cell, loaded: Loaded, options: Options, track: Callable[[Iterab
         columns=alignment.columns,
         device=options.device,
         amp_dtype=AMP[options.amp],
-        pools=other_pools(explanation),
+        test_time_pool=allows_test_time_pool(explanation),
     )
     seconds = time.perf_counter() - started
     cost = None
@@ -221,7 +222,7 @@ def _results(cell: Cell, scored: Scored, options: Options, seconds: float) -> Re
         for name in names
         for comparison in _compare(name, {s: evaluations[s][name] for s in options.settings}, targets, seed)
     ]
-    for rival, logits in scores.pooled.items():
+    for rival, logits in {"max_pool": scores.attention[math.inf], **scores.pooled}.items():
         for name, evaluation in measured(logits).items():
             pair = {PLAIN: evaluations[PLAIN][name], DEFAULT: evaluation}
             comparison = statistics.fixed(name, pair, len(targets), seed)

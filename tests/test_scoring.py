@@ -7,7 +7,7 @@ import torch
 from timm.layers import TestTimePoolHead as TimmPoolHead
 
 import timm_csra
-from timm_csra.evaluation.scoring import DEFAULT, PLAIN, Setting, other_pools, score, settings_grid
+from timm_csra.evaluation.scoring import DEFAULT, PLAIN, Setting, allows_test_time_pool, score, settings_grid
 
 from .families import FAMILIES, Family, create, images
 
@@ -72,13 +72,13 @@ def test_refusals() -> None:
 def test_test_time_pooling_is_timms(name: str) -> None:
     model = create(name)
     x = torch.randn(3, 3, 288, 256, generator=torch.Generator().manual_seed(0))
-    pools = other_pools(timm_csra.explain(model, (288, 256)))
-    scores, _ = score(model, [(x[:2], torch.zeros(2)), (x[2:], torch.zeros(1))], [PLAIN], pools=pools)
-    torch.testing.assert_close(scores.pooled["max_pool"], scores.attention[math.inf])
+    assert allows_test_time_pool(timm_csra.explain(model, (288, 256)))
+    batches = [(x[:2], torch.zeros(2)), (x[2:], torch.zeros(1))]
+    scores, _ = score(model, batches, [PLAIN, DEFAULT], test_time_pool=True)
     timms = TimmPoolHead(create(name), original_pool=7).eval()
     torch.testing.assert_close(scores.pooled["test_time_pool"], timms(x), rtol=1e-4, atol=1e-4)
 
 
 def test_test_time_pooling_needs_a_linear_head_and_a_window_that_fits() -> None:
-    assert list(other_pools(timm_csra.explain(create("test_resnet"), 96))) == ["max_pool"]  # 3 x 3 locations
-    assert list(other_pools(timm_csra.explain(create("test_convnext"), 256))) == ["max_pool"]  # a norm after the pool
+    assert not allows_test_time_pool(timm_csra.explain(create("test_resnet"), 96))  # 3 x 3 locations
+    assert not allows_test_time_pool(timm_csra.explain(create("test_convnext"), 256))  # a norm after the pool

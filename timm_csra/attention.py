@@ -2,10 +2,14 @@
 
 Zhu & Wu, "Residual Attention: A Simple but Effective Method for Multi-Label Recognition", ICCV 2021
 (arXiv 2108.02456), equations 1 to 5 and, for several heads, 6; without the weight normalisation of trained heads.
+
+The scores of all locations need not be there at once: `Attention` is what a part of the locations says, and two parts
+make one, exactly, whatever T is.
 """
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,29 +33,82 @@ def class_attention(scores: Tensor, temperature: float, valid: Tensor | None = N
         >>> class_attention(torch.tensor([[[1.0], [3.0]]]), math.inf)
         tensor([[3.]])
     """
-    present = scores if valid is None else scores.masked_fill(~valid.unsqueeze(-1), -math.inf)
-    highest = present.amax(dim=1, keepdim=True)
-    if math.isinf(temperature):
-        return highest.squeeze(1)
-    # The softmax does not change when the highest score is subtracted; a huge T then cannot overflow.
-    # The product with T is in float32 at least, as autocast does for a softmax.
-    shifted = (present - highest).to(torch.promote_types(scores.dtype, torch.float32))
-    weights = (shifted * min(temperature, torch.finfo(shifted.dtype).max)).softmax(dim=1)
-    return (weights * scores).sum(dim=1).to(scores.dtype)
+    return Attention.of(scores, (temperature,), valid).terms((temperature,))[0]
 
 
-def mean_class_attention(scores: Tensor, temperatures: Sequence[float], valid: Tensor | None = None) -> Tensor:
-    """The attention terms of several heads, averaged so that lam keeps its meaning: `(N, L, K) -> (N, K)`."""
-    return torch.stack([class_attention(scores, temperature, valid) for temperature in temperatures]).mean(dim=0)
+class Attention(NamedTuple):
+    """The attention of some of the locations, for one or several temperatures.
 
+    With w_j = exp(T * (s_j - highest)), which no T can make overflow, and sums over these locations:
 
-def add_attention(
-    logits: Tensor, scores: Tensor, lam: float, temperatures: Sequence[float], valid: Tensor | None = None
-) -> Tensor:
-    """logit_c = base_c + lam * att_c: the model's own `logits` `(N, K)` and `scores` `(N, L, K)` give `(N, K)`.
-
-    The dtype is that of `logits`; under autocast the sum itself is made in float32.
+    Attributes:
+        highest: max_j s_j, `(N, K)`, in the dtype of the scores.
+        weights: for each finite T sum_j w_j, `(N, K)`, in float32 at least, as autocast does for a softmax.
+        weighted: for each finite T sum_j w_j * (s_j - highest).
     """
-    attention = mean_class_attention(scores, temperatures, valid)
+
+    highest: Tensor
+    weights: tuple[Tensor, ...]
+    weighted: tuple[Tensor, ...]
+
+    @classmethod
+    def of(cls, scores: Tensor, temperatures: Sequence[float], valid: Tensor | None = None) -> "Attention":
+        """Of the locations in `scores` `(N, l, K)`; see `class_attention`. `valid` may leave none of these."""
+        if valid is not None:  # a finite score for padding, so that differences are finite too
+            scores = scores.masked_fill(~valid.unsqueeze(-1), torch.finfo(scores.dtype).min)
+        highest = scores.amax(dim=1)
+        if not (finite := _finite(temperatures)):
+            return cls(highest, (), ())
+        wide = torch.promote_types(scores.dtype, torch.float32)
+        below = scores.to(wide) - highest.to(wide).unsqueeze(1)
+        w = [_exp(temperature, below) for temperature in finite]
+        if valid is not None:
+            w = [x.masked_fill(~valid.unsqueeze(-1), 0) for x in w]
+        return cls(highest, tuple(x.sum(dim=1) for x in w), tuple((x * below).sum(dim=1) for x in w))
+
+    def merge(self, other: "Attention", temperatures: Sequence[float]) -> "Attention":
+        """Of the locations of both."""
+        highest = torch.maximum(self.highest, other.highest)
+        a, b = self._below(highest, temperatures), other._below(highest, temperatures)
+        weights = tuple(x + y for x, y in zip(a.weights, b.weights, strict=True))
+        return Attention(highest, weights, tuple(x + y for x, y in zip(a.weighted, b.weighted, strict=True)))
+
+    def _below(self, highest: Tensor, temperatures: Sequence[float]) -> "Attention":
+        """The same sums relative to a higher score."""
+        weights, weighted = [], []
+        for temperature, old, moment in zip(_finite(temperatures), self.weights, self.weighted, strict=True):
+            drop = self.highest.to(old.dtype) - highest.to(old.dtype)
+            scale = _exp(temperature, drop)
+            weights.append(scale * old)
+            weighted.append(scale * moment + weights[-1] * drop)
+        return Attention(highest, tuple(weights), tuple(weighted))
+
+    def terms(self, temperatures: Sequence[float]) -> list[Tensor]:
+        """The attention term of each temperature, `(N, K)`, in the dtype of the scores."""
+        parts = zip(self.weights, self.weighted, strict=True)
+        softened = ((self.highest + weighted / weights).to(self.highest.dtype) for weights, weighted in parts)
+        return [self.highest if math.isinf(temperature) else next(softened) for temperature in temperatures]
+
+
+def _finite(temperatures: Sequence[float]) -> list[float]:
+    return [temperature for temperature in temperatures if not math.isinf(temperature)]
+
+
+def _exp(temperature: float, below: Tensor) -> Tensor:
+    return (below * min(temperature, torch.finfo(below.dtype).max)).exp()
+
+
+def add_attention(logits: Tensor, attention: Sequence[Tensor], lam: float) -> Tensor:
+    """logit_c = base_c + lam * att_c.
+
+    Args:
+        logits: the model's own, `(N, K)`.
+        attention: the attention term of each head, `(N, K)`; several are averaged, so that lam keeps its meaning.
+        lam: their weight.
+
+    Returns:
+        `(N, K)` in the dtype of `logits`; under autocast the sum itself is made in float32.
+    """
     wide = torch.promote_types(logits.dtype, torch.float32)
-    return (logits.to(wide) + lam * attention.to(wide)).to(logits.dtype)
+    mean = attention[0] if len(attention) == 1 else torch.stack(list(attention)).mean(dim=0)
+    return (logits.to(wide) + lam * mean.to(wide)).to(logits.dtype)

@@ -6,19 +6,55 @@ families is needed; `layouts.py` says how small such a map may be, and knows the
 """
 
 import inspect
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, cast
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from .attention import Attention
 from .errors import UnsupportedModelError, describe
-from .layouts import Head, layout_of
+from .layouts import Head, Layout, layout_of
+
+BUDGET = 2**18  # scores, or features, of one image that are in memory at a time
+
+
+def location_attention(
+    model: nn.Module, head: Head, features: Any, temperatures: Sequence[float], valid: Tensor | None = None
+) -> tuple[list[Tensor], ...]:
+    """The attention term of each temperature, in bounded memory: the scores of all locations are never held at once.
+
+    Args:
+        model: the model that `features` come from.
+        head: its own `forward_head`.
+        features: what `forward_features` returned.
+        temperatures: the paper's T of each head.
+        valid: which of the L locations are no padding, `(N, L)`; None for all.
+
+    Returns:
+        For each element of what `head` returns (one, or two in distilled training) a list of `(N, K)`, one for each
+        temperature. `BUDGET` bounds the memory of inference; with gradients, autograd keeps what it needs beside it.
+
+    Raises:
+        UnsupportedModelError: see `location_scores`.
+    """
+    layout = layout_of(model, features)
+    locations = layout.locations(features)
+    count, channels = locations[0].shape[1:]
+    size = max(1, BUDGET // max(cast(int, model.num_classes), channels))  # not of N: a compiled graph takes any batch
+    found: tuple[Attention, ...] = ()
+    for start in range(0, count, size):
+        span = slice(start, start + size)
+        scores = _scores(model, head, layout, tuple(branch[:, span] for branch in locations))
+        here = tuple(Attention.of(part, temperatures, None if valid is None else valid[:, span]) for part in scores)
+        found = tuple(a.merge(b, temperatures) for a, b in zip(found, here, strict=True)) if found else here
+    return tuple(attention.terms(temperatures) for attention in found)
 
 
 def location_scores(model: nn.Module, head: Head, features: Any) -> tuple[Tensor, ...]:
-    """Class scores of every location by the rule.
+    """Class scores of every location by the rule, all at once.
 
     Args:
         model: the model that `features` come from.
@@ -33,7 +69,10 @@ def location_scores(model: nn.Module, head: Head, features: Any) -> tuple[Tensor
             batch norm in training mode.
     """
     layout = layout_of(model, features)
-    locations = layout.locations(features)
+    return _scores(model, head, layout, layout.locations(features))
+
+
+def _scores(model: nn.Module, head: Head, layout: Layout, locations: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     with _without_side_effects(model):
         scores = layout.scores(head, *(branch.flatten(0, 1) for branch in locations))
     elements = scores if isinstance(scores, tuple) else (scores,)

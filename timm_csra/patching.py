@@ -12,7 +12,7 @@ from .attention import add_attention
 from .config import CSRAConfig
 from .errors import UnsupportedModelError, describe
 from .layouts import Head, layout_of, overrides, spatial_features
-from .locations import location_scores
+from .locations import location_attention, location_scores
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -36,12 +36,11 @@ class CSRAMixin:
             raise UnsupportedModelError(_no_classifier(model))
         features = masks.pop("patches") if x is None else x
         # Locations first: what they refuse, they refuse before the plain head has changed anything.
-        scores = location_scores(model, head, features)
-        valid = _valid(scores[0], masks)
+        terms = location_attention(model, head, features, self.csra.heads, _valid(model, features, masks))
         logits = head(features, **masks)
         if isinstance(logits, tuple):
-            return tuple(add_attention(y, s, lam, self.csra.heads, valid) for y, s in zip(logits, scores, strict=True))
-        return add_attention(logits, scores[0], lam, self.csra.heads, valid)
+            return tuple(add_attention(y, term, lam) for y, term in zip(logits, terms, strict=True))
+        return add_attention(logits, terms[0], lam)
 
     def __prepare_scriptable__(self) -> nn.Module:
         raise UnsupportedModelError(
@@ -56,11 +55,13 @@ class CSRAMixin:
         return _rebuild, (plain, rebuild, *(plain if arg is type(self) else arg for arg in args)), *state
 
 
-def _valid(scores: Tensor, masks: dict[str, Any]) -> Tensor | None:
+def _valid(model: nn.Module, features: Any, masks: dict[str, Any]) -> Tensor | None:
     """Which of the L locations are no padding, `(N, L)`, where the head was called with such a mask (NaFlexViT)."""
     valid = masks.get("patch_valid")
-    if valid is None or valid.shape != scores.shape[:2]:  # other tokens than patches have been pooled from them
+    if valid is None:
         return None
+    if valid.shape != layout_of(model, features).locations(features)[0].shape[:2]:
+        return None  # other tokens than patches have been pooled from them
     return valid.bool()
 
 

@@ -1,26 +1,22 @@
 """Score once: base and attention logits do not depend on lam, so one forward pass serves every setting."""
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from functools import partial
-from types import MappingProxyType
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..attention import add_attention, class_attention
+from ..attention import add_attention
 from ..config import CSRAConfig
 from ..errors import describe
 from ..inspection import Explanation
-from ..layouts import spatial_features
-from ..locations import location_scores
+from ..layouts import Head, layout_of, spatial_features
+from ..locations import location_attention
 from ..patching import check_supported, is_wrapped, plain_head
-
-Pool = Callable[[Tensor], Tensor]
 
 
 class Setting(NamedTuple):
@@ -54,7 +50,7 @@ class Scores:
     Attributes:
         base: `(n, K)`, the plain model's logits.
         attention: for each temperature T the attention term att, `(n, K)`.
-        pooled: logits of other ways to pool the same location scores, `(n, K)` each, where asked for.
+        pooled: logits of other ways to use the plain model, `(n, K)` each, by name.
         dtype: of the model's logits. Those of a setting are rounded to it, as a wrapped model's are: otherwise bf16
             would tie the plain logits alone, and ranks would differ for no other reason.
     """
@@ -81,7 +77,7 @@ def score(
     columns: Sequence[int] | None = None,
     device: torch.device | str = "cpu",
     amp_dtype: torch.dtype | None = None,
-    pools: Mapping[str, Pool] = MappingProxyType({}),
+    test_time_pool: bool = False,
 ) -> tuple[Scores, Tensor]:
     """Run every image once and keep what all `settings` need.
 
@@ -92,7 +88,7 @@ def score(
         columns: classes of the head to keep, in order; None for all K.
         device: where `model` is.
         amp_dtype: autocast to this dtype, or None.
-        pools: other ways to pool the location scores, `(N, L, K)` to `(N, K)`, by name.
+        test_time_pool: also pool as timm's `TestTimePoolHead` does, see `allows_test_time_pool`.
 
     Returns:
         The scores and the targets of all images, in order, on the CPU.
@@ -113,11 +109,10 @@ def score(
         with autocast:
             features = spatial_features(model, images)
             base = cast(Tensor, head(features))  # a tuple only in distilled training
-            (locations,) = location_scores(model, head, features)
-            terms = [base, *(class_attention(locations, temperature) for temperature in temperatures)]
-            terms += [pool(locations) for pool in pools.values()]
+            (attention,) = location_attention(model, head, features, temperatures)
+            terms = [base, *attention, *([_test_time_pool(model, head, features)] if test_time_pool else [])]
             if not kept:
-                _check_forward(model, model(images), base, locations)
+                _check_forward(model, model(images), base, features)
         logits = torch.stack([term.float() for term in terms])
         logits = (logits if columns is None else logits[..., torch.as_tensor(columns, device=logits.device)]).cpu()
         if not logits.isfinite().all():
@@ -127,38 +122,34 @@ def score(
     if not kept:
         raise ValueError(f"{describe(model)}: no image to score.")
     plain, *rest = (torch.cat(parts) for parts in zip(*kept, strict=True))
-    attention = dict(zip(temperatures, rest[: len(temperatures)], strict=True))
-    pooled = dict(zip(pools, rest[len(temperatures) :], strict=True))
-    return Scores(plain, attention, base.dtype, pooled), torch.cat(targets)
+    pooled = {"test_time_pool": rest.pop()} if test_time_pool else {}
+    return Scores(plain, dict(zip(temperatures, rest, strict=True)), base.dtype, pooled), torch.cat(targets)
 
 
 WINDOW = 7  # locations, what timm's TestTimePoolHead takes
 
 
-def other_pools(explanation: Explanation) -> dict[str, Pool]:
-    """Other ways to pool the same location scores, those that a model allows.
-
-    `max_pool`: the maximum alone. `test_time_pool`: timm's `TestTimePoolHead`: features are averaged in windows of
-    7 x 7 locations, and the mean and the maximum over the windows' scores are averaged; for linear heads whose grid
-    holds such a window.
-    """
-    pools: dict[str, Pool] = {"max_pool": lambda scores: scores.amax(dim=1)}
-    if explanation.kind == "exact" and explanation.grid and min(explanation.grid) >= WINDOW:
-        pools["test_time_pool"] = partial(_test_time_pool, grid=explanation.grid)
-    return pools
+def allows_test_time_pool(explanation: Explanation) -> bool:
+    """Whether timm's `TestTimePoolHead` means anything for a model: its head is linear, and its grid of locations holds
+    a window of 7 x 7."""
+    return explanation.kind == "exact" and explanation.grid is not None and min(explanation.grid) >= WINDOW
 
 
-def _test_time_pool(scores: Tensor, grid: tuple[int, int]) -> Tensor:
-    """For a linear head the score of a window's mean is the mean of its scores."""
-    windows = F.avg_pool2d(scores.transpose(1, 2).unflatten(2, grid), WINDOW, stride=1).flatten(2)
-    return (windows.mean(dim=2) + windows.amax(dim=2)) / 2
+def _test_time_pool(model: nn.Module, head: Head, features: Tensor) -> Tensor:
+    """Features are averaged in windows, and the mean and the maximum over the windows' scores are averaged."""
+    channels_last = layout_of(model, features).format == "NHWC"
+    pooled = F.avg_pool2d(features.permute(0, 3, 1, 2) if channels_last else features, WINDOW, stride=1)
+    windows = pooled.permute(0, 2, 3, 1) if channels_last else pooled
+    ((highest,),) = location_attention(model, head, windows, (math.inf,))
+    return (cast(Tensor, head(windows)) + highest) / 2
 
 
-def _check_forward(model: nn.Module, logits: Tensor, base: Tensor, locations: Tensor) -> None:
+def _check_forward(model: nn.Module, logits: Tensor, base: Tensor, features: Any) -> None:
     """What is measured must be the model as users call it, by its own `forward`."""
     if is_wrapped(model):
         config = cast(CSRAConfig, model.csra)
-        base = add_attention(base, locations, config.lam, config.heads)
+        (terms,) = location_attention(model, plain_head(model), features, config.heads)
+        base = add_attention(base, terms, config.lam)
     error = (logits - base).abs().max().item()
     if base.isfinite().all() and not error <= 1e-3 * base.abs().max().item():
         raise ValueError(

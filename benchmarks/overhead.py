@@ -1,0 +1,310 @@
+"""What wrapping costs in time and memory, beside the plain model and what one would write or take instead.
+
+All variants of a model run in one process, each once in every round and in random order, so that whatever else the
+machine does hits all alike. A ratio is that of a variant to the plain model within a round; shown are the median over
+the rounds and its 95 % interval (binomial, scipy). The floor is the ratio of multiply-accumulates. Weights are random.
+
+  plain     the model
+  naive     the four lines of the paper: the classifier on all locations of the batch at once, mean and maximum; for
+            linear classifiers without norm or hidden layer between pool and classifier
+  testpool  timm's TestTimePoolHead
+  wrapped   timm_csra.wrap(model)
+"""
+
+import argparse
+import copy
+import json
+import math
+import multiprocessing
+import platform
+import random
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import timm
+import torch
+import torch.nn.functional as F
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from scipy import stats
+from timm.layers import TestTimePoolHead
+from torch import Tensor, nn
+
+import timm_csra
+from timm_csra.evaluation.scoring import allows_test_time_pool
+
+MODELS = (
+    "resnet50,efficientnet_b0,tf_efficientnet_lite0,convnext_tiny,swin_tiny_patch4_window7_224,vit_small_patch16_224,"
+    "regnety_016,mobilenetv3_small_100"
+)
+VARIANTS = ("plain", "naive", "testpool", "wrapped")
+DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+Images = Callable[[Tensor], Any]
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """Time of a variant over that of the plain model: median over rounds, and its 95 % interval."""
+
+    median: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Of one model.
+
+    Attributes:
+        seconds: median time of a batch, for each variant that applies.
+        ratios: to the plain model.
+        floor: (MACs of the model + MACs of scoring its locations) / MACs of the model.
+        megabytes: peak memory of one batch above what the model takes, where it was measured.
+    """
+
+    model: str
+    kind: str | None
+    input_size: tuple[int, ...]
+    floor: float
+    seconds: dict[str, float]
+    ratios: dict[str, Ratio]
+    megabytes: dict[str, float]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Measure, print, and write OUT. Returns 0, or 2 where nothing could be started."""
+    args = _parser().parse_args(arguments)
+    screen, log = Console(width=None if sys.stdout.isatty() else 160), Console(stderr=True)
+    names = args.models.split(",")
+    if unknown := [name for name in names if not timm.is_model(name)]:
+        log.print(f"benchmarks.overhead: no timm architecture is called {', '.join(unknown)}.", highlight=False)
+        return 2
+    costs = [measure(name, args) for name in track(names, "models", console=log, transient=True)]
+    screen.print(_table(costs))
+    screen.print(f"{_machine(args)}, {args.rounds} rounds.", highlight=False, soft_wrap=True)
+    if args.out:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        about = {"machine": _machine(args), "arguments": {k: str(v) for k, v in vars(args).items()}}
+        args.out.write_text(json.dumps(about | {"costs": [asdict(cost) for cost in costs]}, indent=1) + "\n")
+        _plot(costs, args.out.with_suffix(".png"))
+        screen.print(f"{args.out} and {args.out.with_suffix('.png')}", highlight=False, soft_wrap=True)
+    return 0
+
+
+def measure(name: str, args: argparse.Namespace) -> Cost:
+    """Time, and with `--memory` memory, of every variant of one architecture."""
+    model = _model(name, args)
+    explanation = timm_csra.explain(model, args.img_size)
+    assert explanation.input_size is not None
+    x = _images(explanation.input_size, args)
+    calls = {variant: call for variant in VARIANTS if (call := _call(model, variant, explanation, args))}
+    seconds: dict[str, list[float]] = {variant: [] for variant in calls}
+    with torch.inference_mode():
+        for call in calls.values():
+            for _ in range(args.warmup):
+                call(x)
+        for _ in range(args.rounds):
+            for variant in random.sample(list(calls), len(calls)):
+                seconds[variant].append(_seconds(calls[variant], x))
+    times = {variant: np.array(values) for variant, values in seconds.items()}
+    megabytes = {variant: _megabytes(name, variant, args) for variant in calls} if args.memory else {}
+    return Cost(
+        name,
+        explanation.kind,
+        explanation.input_size,
+        1 + explanation.extra_macs / explanation.macs,
+        {variant: float(np.median(values)) for variant, values in times.items()},
+        {variant: _ratio(values / times["plain"]) for variant, values in times.items() if variant != "plain"},
+        megabytes,
+    )
+
+
+def _ratio(ratios: np.ndarray) -> Ratio:
+    interval = stats.quantile_test(ratios, q=1, p=0.5).confidence_interval(0.95)
+    return Ratio(float(np.median(ratios)), float(interval.low), float(interval.high))
+
+
+def _seconds(call: Images, x: Tensor) -> float:
+    synchronize = torch.accelerator.synchronize if x.device.type != "cpu" else lambda: None
+    synchronize()
+    started = time.perf_counter()
+    call(x)
+    synchronize()
+    return time.perf_counter() - started
+
+
+def _model(name: str, args: argparse.Namespace) -> nn.Module:
+    torch.manual_seed(0)
+    more = {"num_classes": args.num_classes} if args.num_classes else {}
+    if args.img_size and timm.get_pretrained_cfg(name).fixed_input_size:
+        more["img_size"] = args.img_size
+    layout = torch.channels_last if args.channels_last else torch.preserve_format
+    model = timm.create_model(name, **more).eval()
+    return model.to(args.device, DTYPES[args.dtype]).to(memory_format=layout)
+
+
+def _images(size: tuple[int, ...], args: argparse.Namespace) -> Tensor:
+    layout = torch.channels_last if args.channels_last else torch.preserve_format
+    return torch.randn(args.batch_size, *size).to(args.device, DTYPES[args.dtype]).to(memory_format=layout)
+
+
+def _call(
+    model: nn.Module, variant: str, explanation: timm_csra.Explanation, args: argparse.Namespace
+) -> Images | None:
+    """The variant as a function of a batch; None where it does not apply. All but timm's share the model's weights."""
+    if variant == "plain":
+        call: Images = model
+    elif variant == "wrapped":
+        call = timm_csra.wrap(copy.copy(model))
+    elif explanation.kind == "nonlinear" or not isinstance(model.get_classifier(), nn.Linear):  # type: ignore[operator]
+        return None
+    elif variant == "naive":
+        call = _Naive(model, explanation)
+    elif explanation.features == "NCHW" and allows_test_time_pool(explanation):
+        call = TestTimePoolHead(copy.deepcopy(model), original_pool=7)
+    else:
+        return None
+    return torch.compile(call) if args.compile else call
+
+
+class _Naive(nn.Module):
+    """The classifier on every location, and two reductions of all its scores; beside a class token's logits, one."""
+
+    def __init__(self, model: nn.Module, explanation: timm_csra.Explanation) -> None:
+        super().__init__()
+        self.model = model
+        self.explanation = explanation
+
+    def forward(self, x: Tensor) -> Tensor:
+        features = self.model.forward_features(x)  # type: ignore[operator]
+        classifier = self.model.get_classifier()  # type: ignore[operator]
+        if self.explanation.kind == "token":
+            scores = classifier(features[:, self.explanation.prefix_tokens :])
+            return self.model.forward_head(features) + 0.1 * scores.amax(1)  # type: ignore[operator]
+        if self.explanation.features == "NHWC":
+            scores = classifier(features).flatten(1, 2)
+            return scores.mean(1) + 0.1 * scores.amax(1)
+        scores = F.conv2d(features, classifier.weight[:, :, None, None], classifier.bias).flatten(2)
+        return scores.mean(2) + 0.1 * scores.amax(2)
+
+
+def _megabytes(name: str, variant: str, args: argparse.Namespace) -> float:
+    """Peak memory of one batch above what there was before it, in a process of its own."""
+    context = multiprocessing.get_context("spawn")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_report_peak, args=(sender, name, variant, args))
+    process.start()
+    sender.close()
+    peak: float = receiver.recv()
+    process.join()
+    return peak
+
+
+def _report_peak(sender: Any, name: str, variant: str, args: argparse.Namespace) -> None:
+    model = _model(name, args)
+    explanation = timm_csra.explain(model, args.img_size)
+    call = _call(model, variant, explanation, args)
+    assert call is not None and explanation.input_size is not None
+    x = _images(explanation.input_size, args)
+    with torch.inference_mode():
+        if x.device.type != "cpu":
+            call(x)
+            torch.accelerator.reset_peak_memory_stats()
+            before = torch.accelerator.memory_allocated()
+            call(x)
+            sender.send((torch.accelerator.max_memory_allocated() - before) / 2**20)
+        else:
+            call(x[:1])  # what libraries allocate once
+            Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak is that from now on
+            before = _status("VmRSS")
+            call(x)
+            sender.send((_status("VmHWM") - before) / 2**10)
+
+
+def _status(field: str) -> int:
+    """Kilobytes."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(f"{field}:"))
+
+
+def _table(costs: list[Cost]) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("model", no_wrap=True)
+    for name in ("kind", "input", "plain", "floor", *(f"{v}/plain" for v in VARIANTS[1:])):
+        table.add_column(name, justify="right", no_wrap=True)
+    if any(cost.megabytes for cost in costs):
+        table.add_column(f"MB {', '.join(VARIANTS)}", justify="right", no_wrap=True)
+    for cost in costs:
+        cells = [cost.model, str(cost.kind), "x".join(map(str, cost.input_size))]
+        cells += [f"{1e3 * cost.seconds['plain']:.1f} ms", f"{cost.floor:.3f}"]
+        for variant in VARIANTS[1:]:
+            r = cost.ratios.get(variant)
+            cells.append(f"{r.median:.3f} [{r.low:.3f}, {r.high:.3f}]" if r else "-")
+        if cost.megabytes:
+            shown = (cost.megabytes.get(variant, math.nan) for variant in VARIANTS)
+            cells.append(" ".join("-" if math.isnan(value) else f"{value:.0f}" for value in shown))
+        table.add_row(*cells)
+    return table
+
+
+def _machine(args: argparse.Namespace) -> str:
+    device = torch.device(args.device)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type}, {platform.machine()}"
+    threads = f", {torch.get_num_threads()} threads" if device.type == "cpu" else ""
+    compiled = ", torch.compile" if args.compile else ""
+    return f"{name}{threads}, batch {args.batch_size}, {args.dtype}{compiled}, torch {torch.__version__}"
+
+
+def _plot(costs: list[Cost], path: Path) -> None:
+    """Measured ratios against their floor."""
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7, 5), layout="constrained")
+    for variant in VARIANTS[1:]:
+        found = [(cost.floor, cost.ratios[variant]) for cost in costs if variant in cost.ratios]
+        if found:
+            x = [floor for floor, _ in found]
+            y = [ratio.median for _, ratio in found]
+            error = [[r.median - r.low for _, r in found], [r.high - r.median for _, r in found]]
+            axes.errorbar(x, y, error, fmt="o", capsize=3, label=variant)
+    for cost in costs:
+        ratio = cost.ratios["wrapped"]
+        axes.annotate(cost.model, (cost.floor, ratio.median), (4, 4), textcoords="offset points", fontsize=7)
+    highest = max(cost.floor for cost in costs)
+    axes.plot([1, highest], [1, highest], color="grey", linewidth=1, label="floor")
+    axes.set(xlabel="floor: ratio of multiply-accumulates", ylabel="measured ratio to the plain model")
+    axes.legend()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.overhead",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--models", default=MODELS, help="architectures, by comma (default: eight usual ones)")
+    parser.add_argument("--batch-size", type=int, default=8, help="default: %(default)s")
+    parser.add_argument("--img-size", type=int, help="default: the architecture's own")
+    parser.add_argument("--num-classes", type=int, help="default: the architecture's own")
+    parser.add_argument("--device", default="cpu", help="default: %(default)s")
+    parser.add_argument("--dtype", choices=tuple(DTYPES), default="float32", help="default: %(default)s")
+    parser.add_argument("--channels-last", action="store_true")
+    parser.add_argument("--compile", action="store_true", help="every variant by torch.compile")
+    parser.add_argument("--memory", action="store_true", help="peak memory too, each variant in a process of its own")
+    parser.add_argument("--rounds", type=int, default=40, help="default: %(default)s")
+    parser.add_argument("--warmup", type=int, default=3, help="batches before the first round (default: %(default)s)")
+    parser.add_argument("--out", type=Path, help="a JSON file; the plot goes beside it")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

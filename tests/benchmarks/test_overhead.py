@@ -1,0 +1,61 @@
+"""The benchmark of time and memory, and with it the guard against gross regressions: ratios of one and the same run."""
+
+import json
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+import timm_csra
+from benchmarks.overhead import VARIANTS, _call, _parser, main
+
+NAIVE = ["test_resnet", "test_vit", "swin_tiny_patch4_window7_224"]
+
+
+@pytest.mark.parametrize("name", NAIVE)
+@torch.no_grad()
+def test_all_variants_compute_what_they_are_compared_for(name: str) -> None:
+    args = _parser().parse_args([])
+    model = timm.create_model(name).eval()
+    for parameter in model.get_classifier().parameters():
+        nn.init.normal_(parameter)
+    explanation = timm_csra.explain(model)
+    x = torch.randn(2, *explanation.input_size)
+    naive, wrapped = (_call(model, variant, explanation, args)(x) for variant in ("naive", "wrapped"))
+    if name != "test_vit":  # whose norm comes before its tokens are pooled, and whose class token decides
+        torch.testing.assert_close(naive, wrapped, rtol=1e-4, atol=1e-3)
+    assert (naive - model(x)).abs().max() > 0.01
+
+
+def test_what_does_not_apply_is_left_out() -> None:
+    args = _parser().parse_args([])
+    model = timm.create_model("test_convnext").eval()
+    calls = {variant: _call(model, variant, timm_csra.explain(model), args) for variant in VARIANTS}
+    assert [variant for variant, call in calls.items() if call] == ["plain", "wrapped"]
+
+
+def test_unknown_models_are_named(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--models", "resnet18,resnet_of_tomorrow"]) == 2
+    assert "no timm architecture is called resnet_of_tomorrow" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_wrapping_is_cheap_in_time_and_memory(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "overhead.json"
+    assert main(["--models", "resnet18,mobilenetv3_small_100", "--rounds", "15", "--out", str(out)]) == 0
+    costs = {cost["model"]: cost for cost in json.loads(out.read_text())["costs"]}
+    assert costs["resnet18"]["ratios"]["wrapped"]["median"] < 1.3
+    assert costs["mobilenetv3_small_100"]["ratios"]["wrapped"]["median"] < 2.2
+    assert costs["resnet18"]["floor"] < 1.02
+    assert out.with_suffix(".png").stat().st_size > 10_000
+    assert "resnet18" in capsys.readouterr().out
+
+    arguments = ["--models", "test_resnet", "--img-size", "448", "--num-classes", "21841", "--batch-size", "16"]
+    assert main([*arguments, "--rounds", "5", "--memory", "--out", str(out)]) == 0
+    (cost,) = json.loads(out.read_text())["costs"]
+    extra = {variant: megabytes - cost["megabytes"]["plain"] for variant, megabytes in cost["megabytes"].items()}
+    assert extra["naive"] > 200  # 16 x 196 x 21841 scores of 4 bytes are 261 MB
+    assert extra["wrapped"] < extra["naive"] / 5
+    assert cost["ratios"]["wrapped"]["median"] < 1.3 * cost["ratios"]["naive"]["median"]
