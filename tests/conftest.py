@@ -10,8 +10,9 @@ SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    in_parallel = "PYTEST_XDIST_WORKER" in os.environ  # several threads in each of several processes crawl
-    torch.set_num_threads(int(os.environ.get("TIMM_CSRA_TEST_THREADS", "1" if in_parallel else "2")))
+    if "PYTEST_XDIST_WORKER" in os.environ:  # several threads in each of several processes crawl
+        torch.set_num_threads(1)
+        os.environ.setdefault("OMP_NUM_THREADS", "1")  # of what tests start
 
 
 @pytest.fixture(scope="session")

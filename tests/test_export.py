@@ -7,6 +7,7 @@ import onnxruntime
 import pytest
 import torch
 import torch._dynamo.testing
+from torch._dynamo.testing import CompileCounterWithBackend
 
 import timm_csra
 
@@ -47,10 +48,24 @@ def test_inductor(name: str) -> None:
 def test_lam_can_change_in_a_compiled_model() -> None:
     model = timm_csra.wrap(create("test_resnet"))
     x = images(FAMILIES[0])
-    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
-    for lam in (0.1, 0.2, 0.0, 0.7, 1.0):
+    counter = CompileCounterWithBackend("eager")
+    compiled = torch.compile(model, backend=counter, fullgraph=True)
+    for lam in (0.1, 0.2, 0.0, 0.7, 1.0, 0.1, 0.0, 3.5, 1.0):
         model.csra.lam = lam
         torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-4)
+    assert counter.frame_count <= 3  # the first, one for any lam, one for 0
+
+
+@torch.no_grad()
+def test_a_compiled_model_takes_any_batch_and_its_chunks_too() -> None:
+    """Many classes on many locations are reduced in chunks, whose number does not depend on the batch."""
+    model = timm_csra.wrap(create("test_resnet", num_classes=30_000), 0.3, (1, math.inf))
+    counter = CompileCounterWithBackend("eager")
+    compiled = torch.compile(model, backend=counter, fullgraph=True, dynamic=True)
+    for count in (2, 3, 5):
+        x = torch.randn(count, 3, 160, 160)
+        torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-4)
+    assert counter.frame_count == 1
 
 
 @pytest.mark.parametrize("family", [family for family in FAMILIES if family.name in QUICK], ids=lambda f: f.name)

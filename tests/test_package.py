@@ -41,7 +41,7 @@ def test_the_readme_has_exactly_two_commands_to_set_up() -> None:
     commands = re.findall(r"^pip install .*$", (ROOT / "README.md").read_text(), flags=re.MULTILINE)
     assert len(commands) == 2
     assert commands[0].endswith("python -m benchmarks.sweep --sample")
-    assert commands[1].endswith("pytest")
+    assert commands[1].endswith("pytest -n auto")
 
 
 def test_versions_agree() -> None:

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, cast
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
@@ -73,7 +74,7 @@ def location_scores(model: nn.Module, head: Head, features: Any) -> tuple[Tensor
 
 
 def _scores(model: nn.Module, head: Head, layout: Layout, locations: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    with _without_side_effects(model):
+    with _without_side_effects(model), _pointwise(layout):
         scores = layout.scores(head, *(branch.flatten(0, 1) for branch in locations))
     elements = scores if isinstance(scores, tuple) else (scores,)
     for element in elements:
@@ -83,6 +84,23 @@ def _scores(model: nn.Module, head: Head, layout: Layout, locations: tuple[Tenso
                 "Create the model with pooling (global_pool='avg'), not with global_pool=''."
             )
     return tuple(element.unflatten(0, (-1, locations[0].shape[1])) for element in elements)
+
+
+def _pointwise(layout: Layout) -> AbstractContextManager[Any]:
+    """Where a head may convolve maps of one location; a compiler finds that out for itself."""
+    return _Pointwise() if layout.format == "NCHW" and not torch.compiler.is_compiling() else nullcontext()
+
+
+class _Pointwise(TorchFunctionMode):
+    """A 1x1 convolution of a map of one location is a matrix product, and on a CPU three times faster as one."""
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        if func is F.conv2d and not kwargs and len(args) == 7:  # as nn.Conv2d calls it
+            x, weight, bias, _, padding, _, groups = args
+            plain = groups == 1 and padding == (0, 0) and type(weight) is nn.Parameter  # not a quantised one
+            if plain and x.shape[2:] == weight.shape[2:] == (1, 1):
+                return F.linear(x.flatten(1), weight.flatten(1), bias)[:, :, None, None]
+        return func(*args, **(kwargs or {}))
 
 
 def _without_side_effects(model: nn.Module) -> AbstractContextManager[Any]:
