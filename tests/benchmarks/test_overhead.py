@@ -44,7 +44,8 @@ def test_unknown_models_are_named(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.slow
 def test_wrapping_is_cheap_in_time_and_memory(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "overhead.json"
-    assert main(["--models", "resnet18,mobilenetv3_small_100", "--rounds", "15", "--out", str(out)]) == 0
+    models = ["--models", "resnet18,mobilenetv3_small_100", "--batch-size", "4"]
+    assert main([*models, "--rounds", "11", "--out", str(out)]) == 0
     costs = {cost["model"]: cost for cost in json.loads(out.read_text())["costs"]}
     assert costs["resnet18"]["ratios"]["wrapped"]["median"] < 1.3
     assert costs["mobilenetv3_small_100"]["ratios"]["wrapped"]["median"] < 2.2
@@ -52,10 +53,10 @@ def test_wrapping_is_cheap_in_time_and_memory(tmp_path: Path, capsys: pytest.Cap
     assert out.with_suffix(".png").stat().st_size > 10_000
     assert "resnet18" in capsys.readouterr().out
 
-    arguments = ["--models", "test_resnet", "--img-size", "448", "--num-classes", "21841", "--batch-size", "16"]
-    assert main([*arguments, "--rounds", "5", "--memory", "--out", str(out)]) == 0
+    arguments = ["--models", "test_resnet", "--img-size", "448", "--num-classes", "21841", "--batch-size", "8"]
+    assert main([*arguments, "--rounds", "3", "--warmup", "1", "--memory", "--out", str(out)]) == 0
     (cost,) = json.loads(out.read_text())["costs"]
     extra = {variant: megabytes - cost["megabytes"]["plain"] for variant, megabytes in cost["megabytes"].items()}
-    assert extra["naive"] > 200  # 16 x 196 x 21841 scores of 4 bytes are 261 MB
+    assert extra["naive"] > 100  # 8 x 196 x 21841 scores of 4 bytes are 131 MB
     assert extra["wrapped"] < extra["naive"] / 5
-    assert cost["ratios"]["wrapped"]["median"] < 1.3 * cost["ratios"]["naive"]["median"]
+    assert cost["ratios"]["wrapped"]["median"] < 1.5 * cost["ratios"]["naive"]["median"]
