@@ -61,8 +61,8 @@ def run_cells(
             done += 1
 
 
-# glibc gives large tensors back to the system after every layer; page faults can then take half of the time on a CPU. Read
-# when a process starts; nothing to other systems.
+# glibc gives large tensors back to the system after every layer; page faults can then take half of the time on a CPU.
+# Read when a process starts; nothing to other systems.
 KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2**32), "MALLOC_TRIM_THRESHOLD_": str(2**33)}
 
 
