@@ -4,6 +4,7 @@
 plain timm and transformers load the same files, and see the plain model.
 """
 
+import argparse
 import hashlib
 import json
 import logging
@@ -31,6 +32,7 @@ from .version import __version__
 
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
 FOREIGN_WEIGHTS = (WEIGHTS, "pytorch_model.bin", "open_clip_model.safetensors", "open_clip_pytorch_model.bin")
+PICKLES = (".bin", ".pth", ".pt", ".tar", ".ckpt")
 LABELS = ("label_names", "label_descriptions")
 CLIENT: dict[str, Any] = {"library_name": "timm_csra", "library_version": __version__}
 
@@ -197,6 +199,8 @@ def from_pretrained(
         _download_weights(name, repo, folder.name, stored is not None, hub)
     if stored is not None:
         _check_weights(name, folder / WEIGHTS, config)
+    elif not (folder / WEIGHTS).is_file():
+        _refuse_code(name, folder)
     settings = stored or CSRAConfig()
     settings.lam = settings.lam if lam is None else lam
     settings.temperature = settings.temperature if temperature is None else temperature
@@ -322,6 +326,20 @@ def _no_weights(ours: bool) -> str:
         f"found no {WEIGHTS}, expected it beside settings of timm_csra: pickled weights are not read there. Save the "
         "model again with timm_csra.save_pretrained."
     )
+
+
+def _refuse_code(name: str, folder: Path) -> None:
+    """Pickles of plain timm repositories may hold tensors and nothing that runs: older versions of timm run it."""
+    for file in sorted(file for file in folder.iterdir() if file.suffix in PICKLES):
+        try:
+            with torch.serialization.safe_globals([argparse.Namespace]):  # timm's training checkpoints hold one
+                torch.load(file, map_location="meta", weights_only=True)
+        except Exception as error:  # whatever an arbitrary file makes of the unpickler
+            reason = str(error).splitlines()[0]
+            raise ValueError(
+                f"{name}: {file.name} cannot be read with weights_only=True: {reason} More than that could "
+                f"run code, and is refused. Ask its author for {WEIGHTS}."
+            ) from error
 
 
 def _check_weights(name: str, file: Path, config: dict[str, Any]) -> None:
