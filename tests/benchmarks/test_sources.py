@@ -6,6 +6,7 @@ import tarfile
 import zipfile
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pytest
 import timm
@@ -274,3 +275,51 @@ def test_real_labels_by_file_name(tmp_path: Path, real_data: Path) -> None:
     picture(tmp_path / "cat" / "mine.png", 0)
     with pytest.raises(NotApplicableError, match="no ReaL label for mine.png: expected names such as ILSVRC2012_val_"):
         real_labels(load_image_set(tmp_path))
+
+
+@pytest.mark.parametrize("prefix", ["hfds", "hfids"])
+def test_a_dataset_of_the_hub_is_scored_as_its_pictures(tmp_path: Path, prefix: str) -> None:
+    names = ["n02123045", "n01440764"]
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=names)})
+    rng = np.random.default_rng(0)
+    pictures = [Image.fromarray(rng.integers(0, 256, (70, 80, 3), dtype=np.uint8)) for _ in range(6)]
+    labels = [0, 1, 0, 1, 1, 1]
+    (tmp_path / "set" / "data").mkdir(parents=True)
+    rows = datasets.Dataset.from_dict({"image": pictures, "label": labels}, features=features)
+    rows.to_parquet(str(tmp_path / "set" / "data" / "validation-00000-of-00001.parquet"))
+    # Its card, from which timm's reader of streams learns how long it is.
+    card = {"dataset_info": {"splits": [{"name": "validation", "num_bytes": 1, "num_examples": 6}]}}
+    (tmp_path / "set" / "README.md").write_text(f"---\n{json.dumps(card)}\n---\n")
+    torch.manual_seed(0)
+    model = timm.create_model("test_resnet", num_classes=2)
+    timm.models.save_for_hf(
+        model, str(tmp_path / "model"), model_config={"label_names": names}, safe_serialization=True
+    )
+
+    arguments = ["--models", f"local-dir:{tmp_path / 'model'}", "--data", f"{prefix}/{tmp_path / 'set'}"]
+    arguments += ["--data-dir", str(tmp_path / "cache"), "--out", str(tmp_path / "out"), "--device", "cpu"]
+    assert main([*arguments, "--img-size", "64", "--batch-size", "4", "--workers", "0"]) == 0
+    (path,) = (tmp_path / "out" / "records").glob("*.json")
+    record = json.loads(path.read_text())
+    assert (record["status"], record["n"], record["columns"]) == ("ok", 6, 2)
+    model.eval()
+    transform = timm.data.create_transform(**timm.data.resolve_data_config(model=model) | {"input_size": (3, 64, 64)})
+    with torch.no_grad():
+        hits = [model(transform(x)[None]).argmax().item() == y for x, y in zip(pictures, labels, strict=True)]
+    fixed = next(r for r in record["results"] if (r["metric"], r["protocol"]) == ("top1", "fixed"))
+    assert fixed["baseline"] == pytest.approx(100 * np.mean(hits))
+
+
+def test_a_dataset_of_the_hub_with_several_labels(tmp_path: Path) -> None:
+    names = ["cat", "dog", "bird"]
+    several = datasets.Sequence(datasets.ClassLabel(names=names))
+    features = datasets.Features({"image": datasets.Image(), "label": several})
+    pictures = [Image.new("RGB", (20, 30), (40 * index, 0, 0)) for index in range(4)]
+    labels = [[0, 1], [2], [], [1, 2]]
+    (tmp_path / "set" / "data").mkdir(parents=True)
+    rows = datasets.Dataset.from_dict({"image": pictures, "label": labels}, features=features)
+    rows.to_parquet(str(tmp_path / "set" / "data" / "validation-00000-of-00001.parquet"))
+    data = load_image_set(f"hfds/{tmp_path / 'set'}", data_dir=str(tmp_path / "cache"))
+    assert data.multilabel
+    assert data.labels == ((0, 1), (2,), (), (1, 2))
+    assert len(data.classes) == 3
