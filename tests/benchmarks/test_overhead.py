@@ -53,10 +53,10 @@ def test_wrapping_is_cheap_in_time_and_memory(tmp_path: Path, capsys: pytest.Cap
     assert out.with_suffix(".png").stat().st_size > 10_000
     assert "resnet18" in capsys.readouterr().out
 
-    arguments = ["--models", "test_resnet", "--img-size", "448", "--num-classes", "21841", "--batch-size", "8"]
+    arguments = ["--models", "test_resnet", "--img-size", "448", "--num-classes", "60000", "--batch-size", "8"]
     assert main([*arguments, "--rounds", "3", "--warmup", "1", "--memory", "--out", str(out)]) == 0
     (cost,) = json.loads(out.read_text())["costs"]
     extra = {variant: megabytes - cost["megabytes"]["plain"] for variant, megabytes in cost["megabytes"].items()}
-    assert extra["naive"] > 100  # 8 x 196 x 21841 scores of 4 bytes are 131 MB
+    assert extra["naive"] > 150  # 8 x 196 x 60000 scores of 4 bytes are 376 MB, after a peak of the plain model's own
     assert extra["wrapped"] < extra["naive"] / 5
     assert cost["ratios"]["wrapped"]["median"] < 1.5 * cost["ratios"]["naive"]["median"]
