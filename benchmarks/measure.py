@@ -7,7 +7,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -203,10 +203,11 @@ def _results(cell: Cell, scored: Scored, options: Options, seconds: float) -> Re
     metrics = _metrics(cell, options, targets)
     clock = [time.perf_counter()]
 
-    def measured(logits: Tensor) -> dict[str, Evaluation]:
-        return evaluate(logits if groups is None else combined(logits, groups, combine), targets, metrics)
+    def measured(logits: Callable[[], Tensor]) -> dict[str, Evaluation]:
+        classes = logits if groups is None else lambda: combined(logits(), groups, combine)
+        return evaluate(classes, targets, metrics)
 
-    evaluations = {setting: measured(scores.logits(setting)) for setting in options.settings}
+    evaluations = {setting: measured(partial(scores.logits, setting)) for setting in options.settings}
     names = list(evaluations[PLAIN])
     rows = np.arange(len(targets))
     grid = [
@@ -223,7 +224,7 @@ def _results(cell: Cell, scored: Scored, options: Options, seconds: float) -> Re
         for comparison in _compare(name, {s: evaluations[s][name] for s in options.settings}, targets, seed)
     ]
     for rival, logits in {"max_pool": scores.attention[math.inf], **scores.pooled}.items():
-        for name, evaluation in measured(logits).items():
+        for name, evaluation in measured(partial(_same, logits)).items():
             pair = {PLAIN: evaluations[PLAIN][name], DEFAULT: evaluation}
             comparison = statistics.fixed(name, pair, len(targets), seed)
             comparisons.append(replace(comparison, protocol=rival, settings=()))
@@ -235,6 +236,10 @@ def _results(cell: Cell, scored: Scored, options: Options, seconds: float) -> Re
         "calibration": _calibration(scores, targets) if cell.task == "single" else None,
         "phases": {"score": seconds, "metrics": metric_seconds, "statistics": statistics_seconds},
     }
+
+
+def _same(logits: Tensor) -> Tensor:
+    return logits
 
 
 def _readable(batches: Iterable[Any], loader: Any, bad: list[int]) -> Iterator[tuple[Tensor, Tensor]]:

@@ -65,6 +65,7 @@ class Cost:
     Attributes:
         seconds: median time of a batch, for each variant that applies.
         ratios: to the plain model.
+        over_naive: of the wrapped model to the naive four lines, where they apply.
         floor: (MACs of the model + MACs of scoring its locations) / MACs of the model.
         megabytes: peak memory of one batch above what the model takes, where it was measured.
     """
@@ -75,6 +76,7 @@ class Cost:
     floor: float
     seconds: dict[str, float]
     ratios: dict[str, Ratio]
+    over_naive: Ratio | None
     megabytes: dict[str, float]
 
 
@@ -122,6 +124,7 @@ def measure(name: str, args: argparse.Namespace) -> Cost:
         1 + explanation.extra_macs / explanation.macs,
         {variant: float(np.median(values)) for variant, values in times.items()},
         {variant: _ratio(values / times["plain"]) for variant, values in times.items() if variant != "plain"},
+        _ratio(times["wrapped"] / times["naive"]) if "naive" in times else None,
         megabytes,
     )
 
@@ -237,15 +240,14 @@ def _status(field: str) -> int:
 def _table(costs: list[Cost]) -> Table:
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("model", no_wrap=True)
-    for name in ("kind", "input", "plain", "floor", *(f"{v}/plain" for v in VARIANTS[1:])):
+    for name in ("kind", "input", "plain", "floor", *(f"{v}/plain" for v in VARIANTS[1:]), "wrapped/naive"):
         table.add_column(name, justify="right", no_wrap=True)
     if any(cost.megabytes for cost in costs):
         table.add_column(f"MB {', '.join(VARIANTS)}", justify="right", no_wrap=True)
     for cost in costs:
         cells = [cost.model, str(cost.kind), "x".join(map(str, cost.input_size))]
         cells += [f"{1e3 * cost.seconds['plain']:.1f} ms", f"{cost.floor:.3f}"]
-        for variant in VARIANTS[1:]:
-            r = cost.ratios.get(variant)
+        for r in (*map(cost.ratios.get, VARIANTS[1:]), cost.over_naive):
             cells.append(f"{r.median:.3f} [{r.low:.3f}, {r.high:.3f}]" if r else "-")
         if cost.megabytes:
             shown = (cost.megabytes.get(variant, math.nan) for variant in VARIANTS)

@@ -16,6 +16,14 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 @pytest.fixture(scope="session")
+def cuda() -> torch.device:
+    """The GPU; where there is none the test is skipped and says so."""
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device: this test did NOT run, and nothing here says how the reduction behaves on one")
+    return torch.device("cuda")
+
+
+@pytest.fixture(scope="session")
 def real_data() -> Path:
     """Folder of real photographs; without it the test is skipped, or fails where the data is required."""
     return _shared("data")

@@ -111,13 +111,13 @@ def test_weighted_average_precision_equals_sklearn(data: st.DataObject) -> None:
     scores = np.array(data.draw(st.lists(st.integers(-3, 3), min_size=count, max_size=count)), dtype=float)
     targets = np.array(data.draw(st.lists(st.booleans(), min_size=count, max_size=count)))
     weights = np.array(data.draw(st.lists(st.integers(0, 3), min_size=count, max_size=count)), dtype=float)
-    ours = weighted_average_precision(scores, targets, weights[None])[0]
+    ours = weighted_average_precision(scores, targets, weights[:, None])[0]
     if not weights[targets].sum():
         assert np.isnan(ours)
     else:
         repeated = np.repeat(np.arange(count), weights.astype(int))
         assert ours == pytest.approx(average_precision_score(targets[repeated], scores[repeated]))
-        eleven = weighted_average_precision(scores, targets, weights[None], points=11)[0]
+        eleven = weighted_average_precision(scores, targets, weights[:, None], points=11)[0]
         assert eleven == pytest.approx(eleven_point_average_precision(targets[repeated], scores[repeated]))
 
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 from scipy import stats
 
-from timm_csra.evaluation.metrics import MeanAveragePrecision, PerImage
+from timm_csra.evaluation.metrics import PerImage, evaluate
 from timm_csra.evaluation.scoring import DEFAULT, PLAIN, Setting
 from timm_csra.evaluation.statistics import best, crossfit, curve, fixed, halves
 
@@ -144,12 +144,12 @@ def test_p_values_of_map_reject_as_rarely_as_they_say() -> None:
         targets = torch.rand(120, 3, generator=generator) < 0.3
         signal = targets.float() + torch.randn(120, 3, generator=generator)
         values = {
-            setting: MeanAveragePrecision(signal + 0.5 * torch.randn(120, 3, generator=generator), targets)
+            setting: evaluate(signal + 0.5 * torch.randn(120, 3, generator=generator), targets)["mAP"]
             for setting in (PLAIN, DEFAULT)
         }
         comparison = fixed("mAP", values, 120, seed)
         assert comparison.test == "bootstrap z"
         rejected += comparison.p_value < 0.05
     assert stats.binomtest(rejected, 100, 0.05).pvalue > 0.001
-    better = {PLAIN: values[PLAIN], DEFAULT: MeanAveragePrecision(targets.float(), targets)}
+    better = {PLAIN: values[PLAIN], DEFAULT: evaluate(targets.float(), targets)["mAP"]}
     assert fixed("mAP", better, 120, 0).p_value < 1e-4

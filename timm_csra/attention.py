@@ -66,6 +66,18 @@ class Attention(NamedTuple):
             w = [x.masked_fill(~valid.unsqueeze(-1), 0) for x in w]
         return cls(highest, tuple(x.sum(dim=1) for x in w), tuple((x * below).sum(dim=1) for x in w))
 
+    @classmethod
+    def of_classes(cls, parts: Sequence["Attention"]) -> "Attention":
+        """Of all classes, from that of the same locations for some classes each."""
+        if len(parts) == 1:
+            return parts[0]
+        highest, weights, weighted = zip(*parts, strict=True)
+        return cls(
+            torch.cat(highest, dim=1),
+            tuple(torch.cat(classes, dim=1) for classes in zip(*weights, strict=True)),
+            tuple(torch.cat(classes, dim=1) for classes in zip(*weighted, strict=True)),
+        )
+
     def merge(self, other: "Attention", temperatures: Sequence[float]) -> "Attention":
         """Of the locations of both."""
         highest = torch.maximum(self.highest, other.highest)

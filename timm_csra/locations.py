@@ -3,6 +3,9 @@
 The score of location j is what the model's own head says when every location looks like j (the constant map). The head
 itself runs on N * L constant maps, with norms, hidden layers and activations applied as trained, and no table of
 families is needed; `layouts.py` says how small such a map may be, and knows the families that need more than that.
+
+Where a linear classifier comes last in the head, as it mostly does, its product is made for some classes at a time and
+reduced over the locations at once: the same numbers, without ever holding the scores of all classes and locations.
 """
 
 import inspect
@@ -12,14 +15,20 @@ from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
+from timm.layers import Linear
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
 
 from .attention import Attention
 from .errors import UnsupportedModelError, describe
 from .layouts import Head, Layout, layout_of
 
-BUDGET = 2**18  # scores, or features, of one image that are in memory at a time
+BUDGET = 2**18  # scores of one image that are in memory at a time, and features that a head works on
+INPUTS = 2**20  # features of one image that its classifier gets at a time
+# Scores of a batch that the classifier makes at a time: on a CPU what its cache holds (8 MB in float32), elsewhere what
+# keeps the device busy.
+PRODUCT, PRODUCT_OF_ACCELERATORS = 2**21, 2**24
 
 
 def location_attention(
@@ -44,14 +53,36 @@ def location_attention(
     layout = layout_of(model, features)
     locations = layout.locations(features)
     count, channels = locations[0].shape[1:]
-    size = max(1, BUDGET // max(cast(int, model.num_classes), channels))  # not of N: a compiled graph takes any batch
+    classifier = _linear_classifier(model, layout)
+    # Locations at a time, not a function of N: a compiled graph takes any batch.
+    size = INPUTS // channels if classifier else BUDGET // max(cast(int, model.num_classes), channels)
+    size = max(1, size)
     found: tuple[Attention, ...] = ()
     for start in range(0, count, size):
         span = slice(start, start + size)
-        scores = _scores(model, head, layout, tuple(branch[:, span] for branch in locations))
-        here = tuple(Attention.of(part, temperatures, None if valid is None else valid[:, span]) for part in scores)
+        part = tuple(branch[:, span] for branch in locations)
+        some = None if valid is None else valid[:, span]
+        inputs = _classifier_inputs(model, head, layout, part, classifier) if classifier else None
+        if classifier and inputs is not None:
+            here: tuple[Attention, ...] = (_by_classes(classifier, inputs, temperatures, some),)
+        else:
+            here = tuple(Attention.of(x, temperatures, some) for x in _scores(model, head, layout, part))
         found = tuple(a.merge(b, temperatures) for a, b in zip(found, here, strict=True)) if found else here
     return tuple(attention.terms(temperatures) for attention in found)
+
+
+def _by_classes(
+    classifier: nn.Linear, inputs: Tensor, temperatures: Sequence[float], valid: Tensor | None
+) -> Attention:
+    """The attention of locations `(N, l, D)` as the classifier sees them, some classes at a time."""
+    weight, bias, rows = classifier.weight, classifier.bias, inputs.flatten(0, 1)
+    size = max(64, (PRODUCT if rows.device.type == "cpu" else PRODUCT_OF_ACCELERATORS) // len(rows))
+    parts = []
+    for start in range(0, len(weight), size):
+        span = slice(start, start + size)
+        scores = F.linear(rows, weight[span], None if bias is None else bias[span])
+        parts.append(Attention.of(scores.unflatten(0, inputs.shape[:2]), temperatures, valid))
+    return Attention.of_classes(parts)
 
 
 def location_scores(model: nn.Module, head: Head, features: Any) -> tuple[Tensor, ...]:
@@ -74,8 +105,7 @@ def location_scores(model: nn.Module, head: Head, features: Any) -> tuple[Tensor
 
 
 def _scores(model: nn.Module, head: Head, layout: Layout, locations: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    with _without_side_effects(model), _pointwise(layout):
-        scores = layout.scores(head, *(branch.flatten(0, 1) for branch in locations))
+    scores = _said(model, head, layout, locations)
     elements = scores if isinstance(scores, tuple) else (scores,)
     for element in elements:
         if element.ndim != 2:
@@ -84,6 +114,64 @@ def _scores(model: nn.Module, head: Head, layout: Layout, locations: tuple[Tenso
                 "Create the model with pooling (global_pool='avg'), not with global_pool=''."
             )
     return tuple(element.unflatten(0, (-1, locations[0].shape[1])) for element in elements)
+
+
+def _said(model: nn.Module, head: Head, layout: Layout, locations: tuple[Tensor, ...]) -> Any:
+    with _without_side_effects(model), _pointwise(layout):
+        return layout.scores(head, *(branch.flatten(0, 1) for branch in locations))
+
+
+def _linear_classifier(model: Any, layout: Layout) -> nn.Linear | None:
+    """The classifier whose product may be made in parts: a plain linear layer that nobody watches. Compilers and tracers
+    see the whole head instead: how large a part is depends on N."""
+    if (
+        torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
+        or layout.adapter is not None
+        or not hasattr(model, "get_classifier")
+    ):
+        return None
+    classifier = model.get_classifier()
+    plain = type(classifier) in (nn.Linear, Linear) and type(classifier.weight) is nn.Parameter  # not a quantised one
+    return classifier if plain and not classifier._forward_hooks else None
+
+
+def _classifier_inputs(
+    model: nn.Module, head: Head, layout: Layout, locations: tuple[Tensor, ...], classifier: nn.Linear
+) -> Tensor | None:
+    """What the classifier gets of each location, `(N, l, D)`; None where the head does not end with it."""
+    try:
+        with _UpTo(classifier) as until:
+            said = _said(model, head, layout, locations)
+    except _GoesOn:
+        return None
+    if until.inputs is None or said is not until.nothing or until.inputs.ndim != 2:
+        return None
+    return until.inputs.unflatten(0, (-1, locations[0].shape[1]))
+
+
+class _GoesOn(Exception):
+    """The head does something after its classifier."""
+
+
+class _UpTo(TorchFunctionMode):
+    """Run a head without the product of its classifier, whose inputs are kept."""
+
+    def __init__(self, classifier: nn.Linear) -> None:
+        super().__init__()
+        self.weight = classifier.weight
+        self.inputs: Tensor | None = None
+        self.nothing = torch.empty(0)
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        if self.inputs is not None and any(leaf is self.nothing for leaf in tree_leaves((args, kwargs))):
+            raise _GoesOn
+        if func is F.linear and len(args) == 3 and args[1] is self.weight:
+            if self.inputs is not None:
+                raise _GoesOn
+            self.inputs = args[0]
+            return self.nothing
+        return func(*args, **(kwargs or {}))
 
 
 def _pointwise(layout: Layout) -> AbstractContextManager[Any]:
