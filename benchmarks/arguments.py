@@ -3,6 +3,7 @@
 import argparse
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -126,6 +127,24 @@ def parser(description: str) -> argparse.ArgumentParser:
         help="afterwards, and after asking, push to the Hub as USER/PREFIX-NAME each checkpoint whose cross-fitted "
         "gain at its own size is significant after Holm's correction, and that loses on nothing (docs/sweep.md)",
     )
+    engine = parser.add_argument_group("where (docs/cluster.md)")
+    engine.add_argument(
+        "--engine", choices=("local", "ray"), default="local", help="this machine, or a cluster (default: %(default)s)"
+    )
+    engine.add_argument(
+        "--devices",
+        metavar="LIST",
+        help="local: one worker for each of cuda:0,cuda:1, or all for every accelerator of this machine",
+    )
+    engine.add_argument(
+        "--jobs", type=_positive, metavar="N", help="local, on a CPU: N workers that divide its threads (default: 1)"
+    )
+    engine.add_argument(
+        "--address", metavar="auto|ray://...", help="ray: of the cluster (default: start one on this machine)"
+    )
+    engine.add_argument(
+        "--cpus-per-cell", type=_positive, default=2, metavar="N", help="ray: for each cell (default: %(default)s)"
+    )
     how.add_argument("--batch-size", type=_positive, help="default: 64, on a CPU 16")
     how.add_argument("--workers", type=int, default=2, help="processes that read images (default: %(default)s)")
     how.add_argument("--device", default="auto", metavar="auto|cpu|cuda[:i]|mps|xpu", help="default: %(default)s")
@@ -141,7 +160,7 @@ def asked_options(args: argparse.Namespace, out: Path) -> Options:
         raise ValueError(f"--img-size: found {args.img_size!r}; expected pixels or multiples such as 224 or 1x,2x.")
     if any(not re.fullmatch(r"[1-9]\d*", part) for part in args.grid.split(",")):
         raise ValueError(f"--grid: found {args.grid!r}; expected whole numbers such as 2 or 2,3.")
-    device = _device(args.device)
+    device = _device(args.device if not args.devices or args.devices == "all" else args.devices.split(",")[0])
     return Options(
         settings=tuple(settings_grid(lams, temperatures)),
         crop_mode=args.crop_mode,
@@ -160,6 +179,42 @@ def asked_options(args: argparse.Namespace, out: Path) -> Options:
         rivals=args.rivals,
         time_plain=args.time_plain,
     )
+
+
+def asked_workers(args: argparse.Namespace, options: Options) -> list[Options]:
+    """The options of each worker of the local engine: they differ in the device.
+
+    Raises:
+        ValueError: what does not go together, or a device that is not there.
+    """
+    if args.engine == "ray":
+        given = {"--devices": args.devices, "--jobs": args.jobs, "--prefetch": args.prefetch}
+        given |= {"--free-cache": args.free_cache, "--keep-scores": args.keep_scores, "--rescore": args.rescore}
+        if wrong := [name for name, value in given.items() if value]:
+            raise ValueError(f"{', '.join(wrong)}: of this machine alone; leave it out with --engine ray.")
+        return []
+    if args.address:
+        raise ValueError("--address: is of --engine ray; add that, or leave it out.")
+    if args.devices and args.jobs:
+        raise ValueError("--devices and --jobs: expected one of them; --jobs divides the CPU.")
+    if args.jobs:
+        if options.device != "cpu":
+            raise ValueError(
+                f"--jobs: divides the CPU, found --device {options.device}; use --devices or --device cpu."
+            )
+        return [options] * args.jobs
+    if args.devices == "all":
+        count = torch.accelerator.device_count()
+        if not count:
+            raise ValueError("--devices all: found no accelerator; use --jobs N for several workers on the CPU.")
+        kind = torch.accelerator.current_accelerator()
+        return [replace(options, device=f"{kind.type if kind else 'cuda'}:{index}") for index in range(count)]
+    if args.devices:
+        devices = [_device(name.strip()) for name in args.devices.split(",")]
+        if len({torch.device(device).type for device in devices}) > 1:
+            raise ValueError(f"--devices: found {args.devices}; expected devices of one kind, whose figures agree.")
+        return [replace(options, device=device) for device in devices]
+    return [options]
 
 
 def _numbers(option: str, text: str, separator: str) -> list[float]:

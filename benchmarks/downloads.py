@@ -27,11 +27,11 @@ class Downloads:
         self._thread.shutdown(wait=False, cancel_futures=True)
 
     def start(self, checkpoint: Checkpoint, following: Sequence[Checkpoint]) -> None:
-        """`checkpoint` is computed now: wait until it is there, and begin to fetch the first that follows. A download
-        that fails is tried again, and recorded, by the cell itself."""
+        """`checkpoint` is computed now; begin to fetch the first that follows. A download that still runs is waited for
+        where the weights are read: huggingface_hub locks each file. One that fails is tried again, and recorded, by the
+        cell itself."""
         self._claim(checkpoint)
-        if checkpoint in self._coming:
-            self._coming.pop(checkpoint).exception()  # waits
+        self._coming.pop(checkpoint, None)
         if self.prefetch and following and following[0] not in self._coming:
             self._claim(following[0])
             self._coming[following[0]] = self._thread.submit(following[0].download)

@@ -1,7 +1,9 @@
-"""Where cells are computed: the cells of a checkpoint in a process of their own, so that none can end the sweep.
+"""Where cells are computed. An engine takes cells and gives back records; which cells, in which order, and what becomes
+of the records is the caller's affair (`run.py`). Here is the one of this machine: a worker process for each device.
 
-A segmentation fault, a kill for memory or a broken CUDA context ends that process alone: the cell in flight becomes a
-failed record, and a fresh process does the rest. Records travel to the caller, who writes them.
+A segmentation fault, a kill for memory or a broken CUDA context ends a worker, and nothing else: another takes its
+place, the cell in flight is recorded as failed, and is computed once more. A worker in which a cell has failed is
+replaced too, so that no cell inherits a damaged process.
 """
 
 import multiprocessing
@@ -9,56 +11,166 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from functools import partial
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, Self
+
+import torch
 
 from .cells import Cell, Options
-from .checkpoints import Checkpoint, CheckpointError
-from .measure import Loaded, failure, run_cell
+from .checkpoints import Checkpoint
+from .datasets import ImageSet
+from .measure import failure
 from .records import Record
+from .worker import Compute, Models, compute, output_to
 
 Progress = Callable[[Cell, int, int], None]  # a cell, batches done, batches in all
+ATTEMPTS = 2  # of a cell whose worker dies
 
 
-def run_cells(
-    cells: Sequence[Cell], options: Options, log: Callable[[Cell], Path], progress: Progress
-) -> Iterator[Record]:
-    """One record for each cell, in order, whatever happens.
+class EngineError(RuntimeError):
+    """The engine cannot be started, or not go on; the text says what was found, what was expected and what to do."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """The record of a cell. Not `final`: its worker has died, and the cell is computed once more."""
+
+    cell: Cell
+    record: Record
+    final: bool = True
+
+
+class Engine(Protocol):
+    """A context manager; leaving it ends what is still computed."""
+
+    def room(self) -> list[Checkpoint | None]:
+        """One entry for each cell that `submit` would take now: the checkpoint that is in memory there, or None."""
+
+    def submit(self, cell: Cell, log: Path) -> None:
+        """Compute a cell; `log` gets what is printed meanwhile."""
+
+    def poll(self, seconds: float) -> list[Outcome]:
+        """What has come out, after waiting for it no longer than this."""
+
+    def __enter__(self) -> Self: ...
+    def __exit__(self, *error: object) -> None: ...
+
+
+@dataclass
+class _Worker:
+    """A process and what it is doing."""
+
+    options: Options
+    process: Any = None
+    connection: Connection | None = None
+    sent: set[int] = field(default_factory=set)  # ids of the image sets that it has
+    checkpoint: Checkpoint | None = None
+    cell: Cell | None = None
+    log: Path = Path()
+    attempt: int = 1
+    started: float = 0.0
+
+
+class LocalEngine:
+    """Worker processes on this machine.
 
     Args:
-        cells: of one checkpoint; neighbours of the same size share the loaded model.
-        options: how.
-        log: where the output of a cell's process goes.
+        workers: the options of each worker; they differ in `device` alone.
         progress: is called now and then while a cell is computed.
+        compute: the function that workers run, for measuring the engine itself.
     """
-    context = _context()
-    done = 0
-    while done < len(cells):
-        receiver, sender = context.Pipe(duplex=False)
-        rest = list(cells[done:])
-        process = context.Process(target=_serve, args=(sender, rest, options, [log(cell) for cell in rest]))
-        process.start()
-        sender.close()
-        started = time.perf_counter()
-        try:
-            for message in _messages(receiver):
-                if isinstance(message, dict):
-                    done += 1
-                    yield message
-                    started = time.perf_counter()
-                else:
-                    progress(cells[done], *message)
-        finally:  # finished, dead, or no longer wanted (Ctrl-C)
-            if done < len(cells):
-                process.terminate()
+
+    def __init__(
+        self, workers: Sequence[Options], progress: Progress = lambda *_: None, compute: Compute = compute
+    ) -> None:
+        self._workers = [_Worker(options) for options in workers]
+        self._threads = max(1, torch.get_num_threads() // len(workers)) if len(workers) > 1 else None
+        self._progress, self._compute = progress, compute
+        self._context = _context()
+        self._data: dict[int, ImageSet] = {}  # kept, so that ids stay unique
+        self._ending: list[Any] = []
+
+    def room(self) -> list[Checkpoint | None]:
+        return [worker.checkpoint for worker in self._workers if worker.cell is None]
+
+    def submit(self, cell: Cell, log: Path) -> None:
+        idle = [worker for worker in self._workers if worker.cell is None]
+        # The one that has the checkpoint in memory, else one that has none.
+        worker = min(idle, key=lambda w: 0 if w.checkpoint == cell.checkpoint else 1 if w.checkpoint is None else 2)
+        self._start(worker, cell, log, attempt=1)
+
+    def poll(self, seconds: float) -> list[Outcome]:
+        busy = {worker.connection: worker for worker in self._workers if worker.cell is not None}
+        outcomes = []
+        for connection in wait(list(busy), seconds):  # type: ignore[arg-type]
+            worker = busy[connection]  # type: ignore[index]
+            assert worker.connection is not None and worker.cell is not None
+            try:
+                message = worker.connection.recv()
+            except (EOFError, ConnectionError):
+                outcomes.append(self._died(worker))
+                continue
+            if isinstance(message, dict):
+                outcomes.append(Outcome(worker.cell, message))
+                worker.cell = None
+                if message["status"] == "failed":
+                    self._retire(worker)
+            else:
+                self._progress(worker.cell, *message)
+        return outcomes
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for worker in self._workers:
+            if worker.cell is not None:
+                worker.process.terminate()
+            self._retire(worker)
+        for process in self._ending:
             process.join()
-        if done < len(cells):
-            yield failure(cells[done], options, _why(process.exitcode), time.perf_counter() - started)
-            done += 1
+
+    def _start(self, worker: _Worker, cell: Cell, log: Path, attempt: int) -> None:
+        worker.cell, worker.log, worker.attempt, worker.started = cell, log, attempt, time.perf_counter()
+        worker.checkpoint = cell.checkpoint
+        if worker.process is None:
+            worker.connection, theirs = self._context.Pipe()
+            arguments = (theirs, worker.options, self._threads, self._compute)
+            worker.process = self._context.Process(target=_serve, args=arguments)
+            worker.process.start()
+            theirs.close()
+            worker.sent = set()
+        assert worker.connection is not None
+        number = id(cell.data)
+        self._data[number] = cell.data
+        news = None if number in worker.sent else cell.data  # 50,000 paths travel once
+        worker.sent.add(number)
+        with suppress(ConnectionError):  # it has died meanwhile: `poll` finds that out
+            worker.connection.send((number, news, replace(cell, data=None), log))  # type: ignore[arg-type]
+
+    def _died(self, worker: _Worker) -> Outcome:
+        assert worker.cell is not None
+        worker.process.join()
+        why, cell, log, attempt = _why(worker.process.exitcode), worker.cell, worker.log, worker.attempt
+        record = failure(cell, worker.options, why, time.perf_counter() - worker.started) | {"attempts": attempt}
+        worker.cell = None
+        self._retire(worker)
+        if attempt < ATTEMPTS:
+            self._start(worker, cell, log, attempt + 1)
+        return Outcome(cell, record, final=attempt >= ATTEMPTS)
+
+    def _retire(self, worker: _Worker) -> None:
+        """Another process will take its place."""
+        if worker.process is not None:
+            assert worker.connection is not None
+            worker.connection.close()  # which it takes as the end
+            self._ending = [process for process in self._ending if process.is_alive()] + [worker.process]
+        worker.process = worker.connection = worker.cell = worker.checkpoint = None
 
 
 # glibc gives large tensors back to the system after every layer; page faults can then take half of the time on a CPU.
@@ -66,10 +178,14 @@ def run_cells(
 KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2**32), "MALLOC_TRIM_THRESHOLD_": str(2**33)}
 
 
-def _context() -> Any:
-    """Processes forked from a server that has imported everything and computed nothing: quick, and safe with CUDA."""
+def keep_memory() -> None:
     for name, value in KEEP_MEMORY.items():
         os.environ.setdefault(name, value)
+
+
+def _context() -> Any:
+    """Processes forked from a server that has imported everything and computed nothing: quick, and safe with CUDA."""
+    keep_memory()
     if "forkserver" not in multiprocessing.get_all_start_methods():
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
@@ -77,35 +193,35 @@ def _context() -> Any:
     return context
 
 
-def _messages(receiver: Connection) -> Iterator[Any]:
-    while True:
-        try:
-            yield receiver.recv()
-        except (EOFError, ConnectionError):
-            return
-
-
 def _why(exitcode: int | None) -> str:
     if exitcode is not None and exitcode < 0:
         name = signal.Signals(-exitcode).name
         hint = " (the system ran out of memory, or somebody killed it)" if name == "SIGKILL" else ""
-        return f"the process of this checkpoint died of {name}{hint}; its output is in the log"
-    return f"the process of this checkpoint ended with exit code {exitcode}; its output is in the log"
+        return f"the process of this cell died of {name}{hint}; its output is in the log"
+    return f"the process of this cell ended with exit code {exitcode}; its output is in the log"
 
 
-def _serve(sender: Connection, cells: list[Cell], options: Options, logs: list[Path]) -> None:
-    """Compute cells and send their records: what runs in the process of a checkpoint."""
+def _serve(connection: Connection, options: Options, threads: int | None, compute: Compute) -> None:
+    """Compute cells and send their records, until the other end is closed: what a worker process does."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's, which ends this process
     if "fork" in multiprocessing.get_all_start_methods():
         # Loader workers are forked, as torch does by default: a second server would import everything again, and its
         # workers would not notice that this process has died.
         multiprocessing.set_start_method("fork", force=True)
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    models = _Models(options.device)
-    for cell, log in zip(cells, logs, strict=True):
-        with _output_to(log):
-            record = run_cell(cell, partial(models.get, cell), options, partial(_track, sender))
-        sender.send(record)
+    if threads is not None:
+        torch.set_num_threads(threads)
+    models, data = Models(options.device), {}
+    while True:
+        try:
+            number, news, cell, log = connection.recv()
+        except EOFError:
+            return
+        if news is not None:
+            data[number] = news
+        with output_to(log):
+            record = compute(replace(cell, data=data[number]), options, models, partial(_track, connection))
+        connection.send(record)
 
 
 def _end_with_parent() -> None:
@@ -115,45 +231,10 @@ def _end_with_parent() -> None:
         os._exit(1)
 
 
-@contextmanager
-def _output_to(log: Path) -> Iterator[None]:
-    """Everything that is printed, by C++ too, goes to the file."""
-    log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("ab") as file:
-        kept = [os.dup(stream) for stream in (1, 2)]
-        try:
-            for stream in (1, 2):
-                os.dup2(file.fileno(), stream)
-            yield
-        finally:
-            for stream, copy in zip((1, 2), kept, strict=True):
-                os.dup2(copy, stream)
-                os.close(copy)
-
-
-def _track(sender: Connection, batches: Any) -> Iterable[Any]:
+def _track(connection: Connection, batches: Any) -> Iterable[Any]:
     total, told = len(batches), 0.0
     for done, batch in enumerate(batches):
         if time.monotonic() - told > 0.2:
             told = time.monotonic()
-            sender.send((done, total))
+            connection.send((done, total))
         yield batch
-
-
-class _Models:
-    """The one model in memory: neighbouring cells of a checkpoint and size share it."""
-
-    def __init__(self, device: str) -> None:
-        self.device = device
-        self._checkpoint: Checkpoint | None = None
-        self._loaded: Loaded | None = None
-
-    def get(self, cell: Cell) -> Loaded:
-        if isinstance(cell.size, str):  # it could not be asked for its size; now the reason comes out
-            cell.checkpoint.input_size()
-            raise CheckpointError(f"could not tell the input size at first; run again for {cell.size}")
-        if self._loaded is None or (self._checkpoint, self._loaded.size) != (cell.checkpoint, cell.size):
-            self._loaded = None  # free the last one first
-            self._loaded = Loaded(cell.checkpoint.create(cell.size).to(self.device), cell.size)
-            self._checkpoint = cell.checkpoint
-        return self._loaded

@@ -14,13 +14,12 @@ PACKAGES = ("torch", "torchvision", "timm", "torchmetrics", "numpy", "scipy", "s
 
 
 def environment(options: Options) -> Record:
-    """Where and with what a record was made."""
+    """Where and with what a record is made. The commit is added by who writes it."""
     device = torch.device(options.device)
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),
         "packages": versions(*PACKAGES),
-        "commit": _commit(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "threads": torch.get_num_threads(),
         "float32_matmul_precision": torch.get_float32_matmul_precision(),
@@ -30,7 +29,7 @@ def environment(options: Options) -> Record:
 
 
 @cache
-def _commit() -> str | None:
+def commit() -> str | None:
     """Commit of the checkout, with `-dirty` where it was changed; None outside of git."""
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"]
     try:

@@ -65,6 +65,14 @@ def macs_of(cell: Cell) -> float:
     return pixels * (float(row["macs"] or 0) + float(row["extra_macs"] or 0))
 
 
+def memory_of(cell: Cell, options: Options) -> float:
+    """Bytes of main memory that a cell may take: what the libraries and the model do, and its scores three times over
+    (as they come, joined, and in the metrics)."""
+    temperatures = {temperature for setting in options.settings for temperature in setting.temperature}
+    classes = max(len(cell.data.classes), 1)
+    return 2 * 2**30 + 3 * 4.0 * cell.images * classes * (1 + len(temperatures))
+
+
 @cache
 def _table() -> dict[str, dict[str, str]]:
     return read_rows(TABLE) if TABLE.is_file() else {}

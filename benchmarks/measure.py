@@ -28,7 +28,7 @@ from timm_csra.evaluation.metrics import (
     calibration,
     evaluate,
 )
-from timm_csra.evaluation.scoring import DEFAULT, PLAIN, Scores, allows_test_time_pool, score
+from timm_csra.evaluation.scoring import DEFAULT, PLAIN, Scores, Setting, allows_test_time_pool, score
 from timm_csra.hub import weights_sha256
 
 from .cells import AMP, Cell, Options, show_size, show_temperature
@@ -123,7 +123,7 @@ def _measure(
         scored = _score(cell, _loaded(cell, load), options, track)
         if file is not None:
             write_scores(file, scored)
-    return _results(cell, scored, options, time.perf_counter() - started)
+    return results(cell, scored, options, time.perf_counter() - started)
 
 
 def _loaded(cell: Cell, load: Callable[[], Loaded]) -> Loaded:
@@ -195,7 +195,7 @@ def _score(cell: Cell, loaded: Loaded, options: Options, track: Callable[[Iterab
     return Scored(scores, targets, facts)
 
 
-def _results(cell: Cell, scored: Scored, options: Options, seconds: float) -> Record:
+def results(cell: Cell, scored: Scored, options: Options, seconds: float) -> Record:
     """What the scores say for every setting of `options`."""
     scores, targets, facts = scored.scores, scored.targets, dict(scored.facts)
     groups = facts.pop("groups")
@@ -210,18 +210,16 @@ def _results(cell: Cell, scored: Scored, options: Options, seconds: float) -> Re
     evaluations = {setting: measured(partial(scores.logits, setting)) for setting in options.settings}
     names = list(evaluations[PLAIN])
     rows = np.arange(len(targets))
-    grid = [
-        {"lam": s.lam, "temperature": show_temperature(s)}
-        | {name: _json(evaluations[s][name].value(rows)) for name in names}
-        for s in options.settings
-    ]
+    values = {name: {s: evaluations[s][name].value(rows) for s in options.settings} for name in names}
     clock.append(time.perf_counter())
     independent = cell.task != "mosaic" or cell.data.tilings is None
     seed = options.seed if independent else None
     comparisons = [
         comparison
         for name in names
-        for comparison in _compare(name, {s: evaluations[s][name] for s in options.settings}, targets, seed)
+        for comparison in _compare(
+            name, {s: evaluations[s][name] for s in options.settings}, values[name], targets, seed
+        )
     ]
     for rival, logits in {"max_pool": scores.attention[math.inf], **scores.pooled}.items():
         for name, evaluation in measured(partial(_same, logits)).items():
@@ -232,7 +230,10 @@ def _results(cell: Cell, scored: Scored, options: Options, seconds: float) -> Re
     metric_seconds, statistics_seconds = np.diff(clock).tolist()
     return facts | {
         "results": [_result(comparison) for comparison in comparisons],
-        "all_settings": grid,
+        "all_settings": [
+            {"lam": s.lam, "temperature": show_temperature(s)} | {name: _json(values[name][s]) for name in names}
+            for s in options.settings
+        ],
         "calibration": _calibration(scores, targets) if cell.task == "single" else None,
         "phases": {"score": seconds, "metrics": metric_seconds, "statistics": statistics_seconds},
     }
@@ -327,13 +328,15 @@ def _load(cell: Cell, loaded: Loaded, options: Options) -> tuple[Any, Record, Al
     return loader, {name: value for name, value in config.items() if name != "input_size"}, alignment
 
 
-def _compare(name: str, grid: statistics.Grid, targets: Tensor, seed: int | None) -> Iterator[statistics.Comparison]:
+def _compare(
+    name: str, grid: statistics.Grid, values: dict[Setting, float], targets: Tensor, seed: int | None
+) -> Iterator[statistics.Comparison]:
     count = len(targets)
     yield statistics.fixed(name, grid, count, seed)
     if seed is not None and count >= 4:
         split = statistics.halves(targets.numpy() if targets.ndim == 1 else count, seed)
         yield statistics.crossfit(name, grid, split, seed)
-    yield statistics.best(name, grid, count)
+    yield statistics.best(name, values)
     yield from statistics.curve(name, grid, count, seed)
 
 

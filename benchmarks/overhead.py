@@ -20,7 +20,8 @@ import platform
 import random
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -217,18 +218,33 @@ def _report_peak(sender: Any, name: str, variant: str, args: argparse.Namespace)
     assert call is not None and explanation.input_size is not None
     x = _images(explanation.input_size, args)
     with torch.inference_mode():
-        if x.device.type != "cpu":
+        call(x if x.device.type != "cpu" else x[:1])  # what libraries allocate once
+        with peak_of(x.device) as peak:
             call(x)
-            torch.accelerator.reset_peak_memory_stats()
-            before = torch.accelerator.memory_allocated()
-            call(x)
-            sender.send((torch.accelerator.max_memory_allocated() - before) / 2**20)
-        else:
-            call(x[:1])  # what libraries allocate once
-            Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak is that from now on
-            before = _status("VmRSS")
-            call(x)
-            sender.send((_status("VmHWM") - before) / 2**10)
+    sender.send(peak.megabytes)
+
+
+class Peak:
+    megabytes = math.nan
+
+
+@contextmanager
+def peak_of(device: torch.device) -> Iterator[Peak]:
+    """Peak memory of what is done within, above what there was before: of the allocator, or on a CPU of the process
+    (Linux)."""
+    peak = Peak()
+    if device.type != "cpu":
+        torch.accelerator.synchronize()
+        torch.accelerator.reset_peak_memory_stats()
+        before = torch.accelerator.memory_allocated()
+        yield peak
+        torch.accelerator.synchronize()
+        peak.megabytes = (torch.accelerator.max_memory_allocated() - before) / 2**20
+    else:
+        Path("/proc/self/clear_refs").write_text("5")  # the peak is that from now on
+        before = _status("VmRSS")
+        yield peak
+        peak.megabytes = (_status("VmHWM") - before) / 2**10
 
 
 def _status(field: str) -> int:

@@ -1,18 +1,30 @@
-"""From cells to records: what is finished is read, what is not is measured, checkpoint by checkpoint."""
+"""From cells to records: what is finished is read, what is not is computed by an engine and written here."""
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 from .cells import Cell, Options
 from .checkpoints import Checkpoint
 from .downloads import Downloads
-from .engines import run_cells
+from .engines import Engine, Outcome
+from .environment import commit
+from .estimate import macs_of
 from .kept import scores_file
 from .measure import failure
 from .records import Record, read_record, record_path, write_record
@@ -24,11 +36,22 @@ BAR = (
     TimeElapsedColumn(),
     TimeRemainingColumn(),
 )
+PATIENCE = 0.2  # seconds between two looks at what else could be done
+
+
+@dataclass
+class _Group:
+    """The cells of a checkpoint, which share its lock and, in one worker, the loaded model."""
+
+    cells: list[Cell]
+    lock: FileLock
+    to_do: deque[Cell] = field(default_factory=deque)
+    in_flight: int = 0
 
 
 @dataclass(frozen=True)
 class Run:
-    """A folder of records, and how the cells that it lacks are measured.
+    """A folder of records, and how the cells that it lacks are computed.
 
     Attributes:
         options: how a cell is measured.
@@ -51,64 +74,28 @@ class Run:
             return "not to be had" if cell.checkpoint in self.missing else "to do"
         return "done" if record["status"] == "ok" else str(record["status"])
 
-    def records(self, cells: Iterable[Cell], downloads: Downloads) -> Iterator[tuple[Cell, Record]]:
-        """One record for each cell, read where it is finished and measured where it is not.
+    def records(
+        self, cells: Iterable[Cell], start: Callable[[Callable[[Cell, int, int], None]], Engine], downloads: Downloads
+    ) -> Iterator[tuple[Cell, Record]]:
+        """One record for each cell, read where it is finished and computed where it is not, as they come.
 
         Another sweep may work in the same folder: each checkpoint is locked while its cells are computed. What is
         locked comes last, and what the other has finished by then is read.
+
+        Args:
+            cells: what to compute.
+            start: gives the engine, to which it hands a function that shows the progress of a cell.
+            downloads: the cache of weights.
         """
         groups: dict[Checkpoint, list[Cell]] = {}
         for cell in cells:
             groups.setdefault(cell.checkpoint, []).append(cell)
-        waiting = list(groups)
         with Progress(*BAR, console=self.log, transient=True) as progress:
-            overall = progress.add_task("cells", total=sum(map(len, groups.values())))
-            patience = 0.0
-            while waiting:
-                busy = []
-                for place, checkpoint in enumerate(waiting):
-                    lock = FileLock(self._lock_file(checkpoint))
-                    try:
-                        lock.acquire(timeout=patience)
-                    except Timeout:
-                        busy.append(checkpoint)
-                        continue
-                    try:
-                        for pair in self._of_checkpoint(groups[checkpoint], downloads, waiting[place + 1 :], progress):
-                            progress.advance(overall)
-                            yield pair
-                    finally:
-                        lock.release()
-                if busy and len(busy) == len(waiting) and not patience:
-                    names = ", ".join(checkpoint.name for checkpoint in busy[:3])
-                    self.log.print(f"Another sweep works on {names} in {self.out}: waiting for it.")
-                patience = 1.0 if len(busy) == len(waiting) else 0.0
-                waiting = busy
-
-    def _of_checkpoint(
-        self, cells: list[Cell], downloads: Downloads, following: list[Checkpoint], progress: Progress
-    ) -> Iterator[tuple[Cell, Record]]:
-        checkpoint = cells[0].checkpoint
-        to_do = []
-        for cell in cells:
-            if (record := self._finished(cell)) is None:
-                to_do.append(cell)
-            else:
-                yield cell, record
-        if to_do and checkpoint in self.missing:
-            reason = f"CheckpointError: not cached, and the Hub cannot be reached: {self.missing[checkpoint]}"
-            yield from self._written(to_do, (failure(cell, self.options, reason) for cell in to_do))
-        elif to_do:
-            downloads.start(checkpoint, [other for other in following if other not in self.missing])
-            images = progress.add_task(checkpoint.name, total=None)
-
-            def show(cell: Cell, done: int, total: int) -> None:
-                description = f"{checkpoint.name} {cell.data.name} {cell.task_name}"
-                progress.update(images, description=description, completed=done, total=total)
-
-            yield from self._written(to_do, run_cells(to_do, self.options, self._log_file, show))
-            progress.remove_task(images)
-        downloads.finish(checkpoint)
+            shown = _Shown(progress, sum(map(len, groups.values())))
+            with start(shown.batches) as engine:
+                for cell, record in _Schedule(self, groups, engine, downloads).pairs():
+                    shown.finished(cell)
+                    yield cell, record
 
     def _finished(self, cell: Cell) -> Record | None:
         """The record of a cell for which nothing is left to do."""
@@ -119,19 +106,145 @@ class Run:
         absent = record["status"] == "ok" and file is not None and not self.options.rescore and not file.is_file()
         return None if absent else record
 
-    def _written(self, cells: list[Cell], records: Iterable[Record]) -> Iterator[tuple[Cell, Record]]:
-        for cell, record in zip(cells, records, strict=True):
-            path = record_path(self.out, cell.key(self.options))
-            write_record(path, record)
-            if not self.log.is_terminal:  # a log file has no progress bar
-                line = f"{path.stem}: {record['status']}, {record['seconds']:.1f} s"
-                self.log.print(line, highlight=False, soft_wrap=True)
-            yield cell, record
+    def _write(self, outcome: Outcome) -> None:
+        cell, record = outcome.cell, outcome.record
+        record["environment"]["commit"] = commit()
+        path = record_path(self.out, cell.key(self.options))
+        write_record(path, record)
+        if not self.log.is_terminal:  # a log file has no progress bar
+            again = "" if outcome.final else "; it is computed once more"
+            line = f"{path.stem}: {record['status']}, {record['seconds']:.1f} s{again}"
+            self.log.print(line, highlight=False, soft_wrap=True)
 
-    def _lock_file(self, checkpoint: Checkpoint) -> Path:
+    def _lock(self, checkpoint: Checkpoint) -> FileLock:
         folder = self.out / "locks"
         folder.mkdir(parents=True, exist_ok=True)
-        return folder / f"{hashlib.sha256(checkpoint.name.encode()).hexdigest()[:16]}.lock"
+        return FileLock(folder / f"{hashlib.sha256(checkpoint.name.encode()).hexdigest()[:16]}.lock")
 
     def _log_file(self, cell: Cell) -> Path:
         return self.out / "logs" / f"{record_path(self.out, cell.key(self.options)).stem}.log"
+
+
+class _Schedule:
+    """Which cell is computed next. Checkpoints are begun one after the other, for several workers the largest first, so
+    that no long one is left for the end; a worker keeps the checkpoint that it has in memory, and when none is left to
+    begin it helps with the one that has most left."""
+
+    def __init__(self, run: Run, groups: dict[Checkpoint, list[Cell]], engine: Engine, downloads: Downloads) -> None:
+        self.run, self.engine, self.downloads = run, engine, downloads
+        names = list(groups)
+        if len(engine.room()) > 1:
+            names.sort(key=lambda checkpoint: -sum(cell.images * macs_of(cell) for cell in groups[checkpoint]))
+        self.waiting = {checkpoint: groups[checkpoint] for checkpoint in names}
+        self.open: dict[Checkpoint, _Group] = {}
+        self.ready: deque[tuple[Cell, Record]] = deque()  # finished before
+        self.look_again = 0.0
+        self.told = False
+
+    def pairs(self) -> Iterator[tuple[Cell, Record]]:
+        try:
+            while self.waiting or self.open:
+                self._fill()
+                while self.ready:
+                    yield self.ready.popleft()
+                if any(group.in_flight for group in self.open.values()):
+                    for outcome in self.engine.poll(PATIENCE):
+                        self.run._write(outcome)
+                        if outcome.final:
+                            self._finish(outcome.cell.checkpoint)
+                            yield outcome.cell, outcome.record
+                elif self.waiting and not self.open:
+                    time.sleep(max(0.0, self.look_again - time.monotonic()))
+        finally:
+            for group in self.open.values():
+                group.lock.release()
+
+    def _fill(self) -> None:
+        """Give the engine what it has room for."""
+        room: list[Checkpoint | None] = self.engine.room()
+        while room:
+            # First those that go on with what they have in memory.
+            held = next((c for c in room if c is not None and c in self.open and self.open[c].to_do), None)
+            if held is not None:
+                room.remove(held)
+                group = self.open[held]
+            elif (found := self._begin() or self._most_left()) is None:
+                return
+            else:
+                room.pop()
+                group = found
+            cell = group.to_do.popleft()
+            group.in_flight += 1
+            self.engine.submit(cell, self.run._log_file(cell))
+
+    def _begin(self) -> _Group | None:
+        """The next checkpoint that no other sweep works on, with something to do. What is finished is `ready`."""
+        if not self.waiting or time.monotonic() < self.look_again:
+            return None
+        for checkpoint in list(self.waiting):
+            lock = self.run._lock(checkpoint)
+            try:
+                lock.acquire(timeout=0)
+            except Timeout:
+                continue
+            group = _Group(self.waiting.pop(checkpoint), lock)
+            self._sort(checkpoint, group)
+            if not group.to_do:
+                self._close(checkpoint, group)
+                continue
+            following = [other for other in self.waiting if other not in self.run.missing]
+            self.downloads.start(checkpoint, following)
+            self.open[checkpoint] = group
+            return group
+        self.look_again = time.monotonic() + 1.0
+        if self.waiting and not self.open and not self.told:
+            self.told = True
+            names = ", ".join(checkpoint.name for checkpoint in list(self.waiting)[:3])
+            self.run.log.print(f"Another sweep works on {names} in {self.run.out}: waiting for it.")
+        return None
+
+    def _sort(self, checkpoint: Checkpoint, group: _Group) -> None:
+        for cell in group.cells:
+            record = self.run._finished(cell)
+            if record is None and checkpoint in self.run.missing:
+                reason = f"CheckpointError: not cached, and the Hub cannot be reached: {self.run.missing[checkpoint]}"
+                record = failure(cell, self.run.options, reason)
+                self.run._write(Outcome(cell, record))
+            if record is None:
+                group.to_do.append(cell)
+            else:
+                self.ready.append((cell, record))
+
+    def _most_left(self) -> _Group | None:
+        group = max(self.open.values(), key=lambda group: len(group.to_do), default=None)
+        return group if group is not None and group.to_do else None
+
+    def _finish(self, checkpoint: Checkpoint) -> None:
+        group = self.open[checkpoint]
+        group.in_flight -= 1
+        if not group.to_do and not group.in_flight:
+            self._close(checkpoint, self.open.pop(checkpoint))
+
+    def _close(self, checkpoint: Checkpoint, group: _Group) -> None:
+        self.downloads.finish(checkpoint)
+        group.lock.release()
+
+
+class _Shown:
+    """Progress on the terminal: all cells, and the batches of each that is computed."""
+
+    def __init__(self, progress: Progress, total: int) -> None:
+        self.progress = progress
+        self.overall = progress.add_task("cells", total=total)
+        self.cells: dict[int, TaskID] = {}
+
+    def batches(self, cell: Cell, done: int, total: int) -> None:
+        if id(cell) not in self.cells:
+            description = f"{cell.checkpoint.name} {cell.data.name} {cell.task_name}"
+            self.cells[id(cell)] = self.progress.add_task(description, total=total)
+        self.progress.update(self.cells[id(cell)], completed=done, total=total)
+
+    def finished(self, cell: Cell) -> None:
+        self.progress.advance(self.overall)
+        if id(cell) in self.cells:
+            self.progress.remove_task(self.cells.pop(id(cell)))

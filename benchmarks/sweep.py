@@ -8,6 +8,7 @@ arguments, a sweep does only what is missing or failed.
 import argparse
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 from huggingface_hub import constants
@@ -16,11 +17,12 @@ from rich.console import Console
 from rich.prompt import Confirm
 
 from . import checkpoints, sample
-from .arguments import asked_cells, asked_options, asked_what, parser
-from .cells import Cell, show_size
+from .arguments import asked_cells, asked_options, asked_what, asked_workers, parser
+from .cells import Cell, Options, show_size
 from .checkpoints import Checkpoint, CheckpointError, unreachable_hub
-from .datasets import DataError
+from .datasets import DataError, ImageSet
 from .downloads import Downloads
+from .engines import Engine, EngineError, LocalEngine, Progress
 from .estimate import estimate
 from .expected import keep_expected
 from .push import choose, push
@@ -37,6 +39,7 @@ def main(arguments: list[str] | None = None) -> int:
     screen, log = _console(), Console(stderr=True)
     try:
         options = asked_options(args, out)
+        workers = asked_workers(args, options)
         models, data, tasks = asked_what(args)
         missing = {} if args.rescore else _not_to_be_had(models)
         with ThreadPoolExecutor(16) as pool:  # the Hub is asked for the hashes of many checkpoints at once
@@ -73,8 +76,11 @@ def main(arguments: list[str] | None = None) -> int:
     interrupted = False
     try:
         with Downloads(args.prefetch, args.free_cache) as downloads:
-            for cell, record in run.records(cells, downloads):
+            for cell, record in run.records(cells, partial(_engine, args, workers, options, data), downloads):
                 records[id(cell)] = record
+    except EngineError as error:
+        log.print(f"benchmarks.sweep: {error}", markup=False, highlight=False, soft_wrap=True)
+        return 2
     except KeyboardInterrupt:
         interrupted = True
         log.print(f"Stopped after {len(records)} of {len(cells)} cells; start again to do the rest.")
@@ -90,6 +96,20 @@ def main(arguments: list[str] | None = None) -> int:
     if args.push_best and not _pushed(cells, records, rows, args, log, screen):
         return 1
     return 1 if any(record["status"] == "failed" for record in in_order) else 0
+
+
+def _engine(
+    args: argparse.Namespace, workers: list[Options], options: Options, data: list[ImageSet], progress: Progress
+) -> Engine:
+    if args.engine == "local":
+        return LocalEngine(workers, progress)
+    try:
+        from .ray_engine import RayEngine
+    except ModuleNotFoundError as error:
+        if error.name != "ray":
+            raise
+        raise EngineError("--engine ray needs Ray, which is not installed: pip install -e '.[ray]'") from None
+    return RayEngine(options, args.address, args.cpus_per_cell, data)
 
 
 def _describe(cell: Cell) -> tuple[str, str, str, str, str]:

@@ -1,5 +1,8 @@
 """Class-specific residual attention for any timm image classifier, without retraining."""
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from .config import CSRAConfig
 from .errors import UnsupportedModelError
 from .hub import create_model, from_pretrained, push_to_hub, save_pretrained
@@ -7,17 +10,34 @@ from .inspection import Explanation, explain
 from .patching import is_wrapped, score_maps, unwrap, wrap
 from .version import __version__ as __version__
 
+if TYPE_CHECKING:
+    from .evaluation.tuning import TuneResult, tune
+    from .visualize import overlay
+
+_WITH_EXTRAS = {"tune": ".evaluation.tuning", "TuneResult": ".evaluation.tuning", "overlay": ".visualize"}
+
+
+def __getattr__(name: str) -> Any:
+    """Names that need an extra are imported when they are used."""
+    if name in _WITH_EXTRAS:
+        return getattr(import_module(_WITH_EXTRAS[name], __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
 __all__ = [
     "CSRAConfig",
     "Explanation",
+    "TuneResult",
     "UnsupportedModelError",
     "create_model",
     "explain",
     "from_pretrained",
     "is_wrapped",
+    "overlay",
     "push_to_hub",
     "save_pretrained",
     "score_maps",
+    "tune",
     "unwrap",
     "wrap",
 ]

@@ -122,14 +122,10 @@ def _said(model: nn.Module, head: Head, layout: Layout, locations: tuple[Tensor,
 
 
 def _linear_classifier(model: Any, layout: Layout) -> nn.Linear | None:
-    """The classifier whose product may be made in parts: a plain linear layer that nobody watches. Compilers and tracers
-    see the whole head instead: how large a part is depends on N."""
-    if (
-        torch.compiler.is_compiling()
-        or torch.jit.is_tracing()
-        or layout.adapter is not None
-        or not hasattr(model, "get_classifier")
-    ):
+    """The classifier whose product may be made in parts: a plain linear layer that nobody watches. Compilers and
+    tracers see the whole head instead: how large a part is depends on N."""
+    recorded = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    if recorded or layout.adapter is not None or not hasattr(model, "get_classifier"):
         return None
     classifier = model.get_classifier()
     plain = type(classifier) in (nn.Linear, Linear) and type(classifier.weight) is nn.Parameter  # not a quantised one

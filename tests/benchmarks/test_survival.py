@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -20,22 +19,12 @@ from torch import nn
 
 from benchmarks.cells import Cell, Options
 from benchmarks.checkpoints import Checkpoint
-from benchmarks.engines import run_cells
+from benchmarks.engines import Engine, LocalEngine, Outcome
 from benchmarks.sources import load_image_set
 from benchmarks.sweep import main
 from timm_csra.evaluation.scoring import DEFAULT, PLAIN
 
 ROOT = Path(__file__).resolve().parents[2]
-
-
-@pytest.fixture
-def photos(tmp_path: Path) -> Path:
-    rng = np.random.default_rng(0)
-    for index in range(12):
-        folder = tmp_path / "photos" / ("cat", "dog")[index % 2]
-        folder.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(rng.integers(0, 256, (40, 60, 3), dtype=np.uint8)).save(folder / f"{index}.png")
-    return tmp_path / "photos"
 
 
 def save(folder: Path, seed: int = 0, **arguments: object) -> str:
@@ -93,21 +82,30 @@ def run(tmp_path: Path, photos: Path, checkpoint: Checkpoint, count: int = 2) ->
     data = load_image_set(photos)
     cells = [Cell(checkpoint, data, "single", (64 + 32 * i,) * 2) for i in range(count)]
     options = Options((PLAIN, DEFAULT), workers=0, batch_size=12)
-    log: Callable[[Cell], Path] = lambda cell: tmp_path / "logs" / f"{cell.size}.log"  # noqa: E731
-    return list(run_cells(cells, options, log, lambda *_: None))
+    with LocalEngine([options]) as engine:
+        return [record for cell in cells for record in computed(engine, cell, tmp_path / "logs" / f"{cell.size}.log")]
+
+
+def computed(engine: Engine, cell: Cell, log: Path) -> list[dict]:
+    """All records of a cell: one, or two where its process has died."""
+    engine.submit(cell, log)
+    outcomes: list[Outcome] = []
+    while not outcomes or not outcomes[-1].final:
+        outcomes += engine.poll(1)
+    return [outcome.record for outcome in outcomes]
 
 
 @pytest.mark.parametrize("name", ["SIGSEGV", "SIGKILL"])
-def test_a_dead_process_is_a_failed_record_each(tmp_path: Path, photos: Path, name: str) -> None:
+def test_a_dead_process_is_a_failed_record_and_is_tried_once_more(tmp_path: Path, photos: Path, name: str) -> None:
     records = run(tmp_path, photos, Dies("local-dir", folder(tmp_path / name)))
-    assert [record["status"] for record in records] == ["failed", "failed"]
-    assert all(f"the process of this checkpoint died of {name}" in record["reason"] for record in records)
-    assert "last words" in (tmp_path / "logs" / "(64, 64).log").read_text()
-    assert [record["img_size"] for record in records] == [64, 96]
+    assert [record["status"] for record in records] == ["failed"] * 4
+    assert all(f"the process of this cell died of {name}" in record["reason"] for record in records)
+    assert (tmp_path / "logs" / "(64, 64).log").read_text().count("last words") == 2
+    assert [(record["img_size"], record["attempts"]) for record in records] == [(64, 1), (64, 2), (96, 1), (96, 2)]
 
 
 def test_an_exit_code_is_told(tmp_path: Path, photos: Path) -> None:
-    (record,) = run(tmp_path, photos, Exits("local-dir", folder(tmp_path / "x")), count=1)
+    _, record = run(tmp_path, photos, Exits("local-dir", folder(tmp_path / "x")), count=1)
     assert "ended with exit code 7" in record["reason"]
 
 

@@ -13,7 +13,7 @@ Targets: a class index for each image `(n,)`; or `(n, K)`, bool, or int8 with 1 
 of the ranking.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
@@ -27,6 +27,7 @@ from torch import Tensor
 from torchmetrics.functional.classification import multiclass_accuracy, multiclass_calibration_error
 
 Rows = NDArray[np.intp]  # which images, with repetitions in a resample
+Samples = Sequence[Rows] | NDArray[np.intp]  # several of them; `(B, m)` where all have the same length
 Logits = Callable[[], Tensor]  # gives `(n, K)`, the same at every call
 CHUNK = 2**22  # logits that a metric looks at in one step
 
@@ -37,8 +38,8 @@ class Evaluation(Protocol):
     def value(self, rows: Rows) -> float:
         """The metric on the images `rows` `(m,)`; NaN where it is undefined."""
 
-    def resampled(self, rows: Rows) -> NDArray[np.float64]:
-        """The metric on each of B resamples `(B, m)` of the images: `(B,)`."""
+    def resampled(self, samples: Samples) -> NDArray[np.float64]:
+        """The metric on each of B choices of images, such as resamples `(B, m)`: `(B,)`."""
 
 
 @dataclass(frozen=True)
@@ -50,10 +51,12 @@ class PerImage:
     binary: bool = False
 
     def value(self, rows: Rows) -> float:
-        return float(self.resampled(rows[None])[0])
+        return float(_mean_of_counted(self.values[rows]))
 
-    def resampled(self, rows: Rows) -> NDArray[np.float64]:
-        return _mean_of_counted(self.values[rows])
+    def resampled(self, samples: Samples) -> NDArray[np.float64]:
+        if isinstance(samples, np.ndarray):
+            return _mean_of_counted(self.values[samples])
+        return np.array([self.value(rows) for rows in samples])
 
 
 @dataclass(frozen=True)
@@ -69,13 +72,13 @@ class MeanAveragePrecision:
     points: int | None = None
 
     def value(self, rows: Rows) -> float:
-        return float(self.resampled(rows[None])[0])
+        return float(self.resampled([rows])[0])
 
-    def resampled(self, rows: Rows) -> NDArray[np.float64]:
+    def resampled(self, samples: Samples) -> NDArray[np.float64]:
         """A resample is a weight for each image, so that each class is ranked once for all resamples."""
-        weights = _weights(rows, len(self.targets))
+        weights = _weights(samples, len(self.targets))
         targets = self.targets.to(torch.int8).T.numpy()
-        total, counted = np.zeros(len(rows)), np.zeros(len(rows), dtype=int)
+        total, counted = np.zeros(len(samples)), np.zeros(len(samples), dtype=int)
         for scores, target in zip(self.logits().T.numpy(), targets, strict=True):
             precision = weighted_average_precision(scores, target, weights, self.points)
             total += np.nan_to_num(precision)
@@ -157,10 +160,10 @@ class F1:
         return cls(guesses, csr_array(predicted.multiply(judged > 0)), csr_array(judged > 0), per_class)
 
     def value(self, rows: Rows) -> float:
-        return float(self.resampled(rows[None])[0])
+        return float(self.resampled([rows])[0])
 
-    def resampled(self, rows: Rows) -> NDArray[np.float64]:
-        weights = _weights(rows, self.hits.shape[0])
+    def resampled(self, samples: Samples) -> NDArray[np.float64]:
+        weights = _weights(samples, self.hits.shape[0])
         hits, guesses, positives = (
             (part.astype(np.float32).T @ weights).astype(np.float64).T
             for part in (self.hits, self.guesses, self.positives)
@@ -190,9 +193,12 @@ def _threshold_f1(per_class: bool) -> "Metric":
     return lambda logits, targets: F1.of(csr_array((logits() > 0).numpy().astype(np.int8)), targets, per_class)
 
 
-def _weights(rows: Rows, count: int) -> NDArray[np.float32]:
-    """How often each of `count` images is in each of B resamples, `(count, B)`."""
-    return np.stack([np.bincount(sample, minlength=count) for sample in rows], axis=1).astype(np.float32)
+def _weights(samples: Samples, count: int) -> NDArray[np.float32]:
+    """How often each of `count` images is in each of B samples, `(count, B)`."""
+    weights = np.empty((len(samples), count), dtype=np.float32)
+    for row, sample in zip(weights, samples, strict=True):
+        row[:] = np.bincount(sample, minlength=count)
+    return np.ascontiguousarray(weights.T)
 
 
 def _mean_of_counted(values: NDArray[np.float64]) -> NDArray[np.float64]:

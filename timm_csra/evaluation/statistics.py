@@ -20,7 +20,7 @@ from .scoring import DEFAULT, PLAIN, Setting
 
 CONFIDENCE = 0.95
 RESAMPLES = 1000
-BATCH = 100  # resamples at a time, so that memory stays bounded
+BATCH = 2**24  # images of all resamples at a time, so that memory stays bounded
 
 
 @dataclass(frozen=True)
@@ -29,9 +29,9 @@ class Comparison:
 
     Attributes:
         metric: `top1`, `mAP`, ...
-        protocol: `fixed`, `crossfit` or `best`; `curve` for one lam of the curve.
-        settings: the setting that was measured; for `crossfit` the one chosen for each half.
-        baseline: the metric at lam = 0 on the same images (for `crossfit`, mean of the halves).
+        protocol: `fixed`, `crossfit` or `best`; `curve` for one lam of the curve; `nested` of `tune`.
+        settings: the setting that was measured; for `crossfit` and `nested` the one chosen for each part.
+        baseline: the metric at lam = 0 on the same images (of several parts, their mean).
         value: the metric with `settings`.
         interval: 95 % bounds of the gain, or None.
         p_value: two-sided, of no gain at all, or None. It knows nothing of other comparisons.
@@ -56,19 +56,35 @@ class Comparison:
 Grid = Mapping[Setting, Evaluation]
 
 
-def halves(strata: NDArray[np.integer] | int, seed: int) -> tuple[Rows, Rows]:
-    """Split images at random into two halves, each class evenly.
+def folds_of(strata: NDArray[np.integer] | int, seed: int, count: int) -> list[Rows]:
+    """Split images at random into folds, each class evenly.
 
     Args:
         strata: class of every image `(n,)`, or n where there are no classes to balance.
         seed: of the random split.
+        count: of folds.
 
     Returns:
-        Sorted image indices of the two halves; the first has one more where n is odd.
+        Sorted image indices of each fold; the first ones have one more where n is no multiple of `count`.
     """
     classes = np.zeros(strata, dtype=int) if isinstance(strata, int) else strata
     order = np.lexsort((np.random.default_rng(seed).random(len(classes)), classes))
-    return np.sort(order[0::2]), np.sort(order[1::2])
+    return [np.sort(order[fold::count]) for fold in range(count)]
+
+
+def halves(strata: NDArray[np.integer] | int, seed: int) -> tuple[Rows, Rows]:
+    """`folds_of` two."""
+    first, second = folds_of(strata, seed, 2)
+    return first, second
+
+
+def on_parts(
+    metric: str, protocol: str, grid: Grid, parts: Sequence[Rows], settings: tuple[Setting, ...], seed: int
+) -> Comparison:
+    """A setting for each part of the images, against the plain model on the same parts: the metric is computed within
+    each part and averaged, never on scores pooled from several settings, whose logits have different scales."""
+    (comparison,) = _compare(metric, protocol, grid, parts, [settings], seed)
+    return comparison
 
 
 def fixed(metric: str, grid: Grid, count: int, seed: int | None) -> Comparison:
@@ -88,25 +104,23 @@ def curve(metric: str, grid: Grid, count: int, seed: int | None) -> list[Compari
 
 
 def crossfit(metric: str, grid: Grid, split: tuple[Rows, Rows], seed: int) -> Comparison:
-    """Chosen on each half, measured on the other. The metric is computed within each half and averaged, never on
-    scores pooled from two settings, whose logits have different scales."""
-    first, second = split
-    chosen = (_best(grid, second), _best(grid, first))
-    (comparison,) = _compare(metric, "crossfit", grid, [first, second], [chosen], seed)
-    return comparison
+    """Chosen on each half, measured on the other."""
+    on_halves = {setting: evaluation.resampled(split) for setting, evaluation in grid.items()}
+    on_first, on_second = ({setting: values[half] for setting, values in on_halves.items()} for half in (0, 1))
+    chosen = (_best(on_second), _best(on_first))
+    return on_parts(metric, "crossfit", grid, split, chosen, seed)
 
 
-def best(metric: str, grid: Grid, count: int) -> Comparison:
-    """The setting that looks best on all images, measured on them: optimistic, so neither interval nor test."""
-    rows = np.arange(count)
-    (comparison,) = _compare(metric, "best", grid, [rows], [(_best(grid, rows),)], None)
-    return comparison
+def best(metric: str, values: Mapping[Setting, float]) -> Comparison:
+    """The setting that looks best on all images, measured on them: optimistic, so neither interval nor test. `values`
+    of the metric on all images, for every setting."""
+    setting = _best(values)
+    return Comparison(metric, "best", (setting,), values[PLAIN], values[setting])
 
 
-def _best(grid: Grid, rows: Rows) -> Setting:
+def _best(values: Mapping[Setting, float]) -> Setting:
     """The highest value, the smallest lam among equals; the plain model where the metric is undefined."""
-    values = {setting: evaluation.value(rows) for setting, evaluation in sorted(grid.items())}
-    defined = {setting: value for setting, value in values.items() if not np.isnan(value)}
+    defined = {setting: value for setting, value in sorted(values.items()) if not np.isnan(value)}
     return max(defined, key=lambda setting: defined[setting], default=PLAIN)
 
 
@@ -164,7 +178,7 @@ def _bootstrap(
             list(parts),
             gains,
             n_resamples=RESAMPLES,
-            batch=BATCH,
+            batch=max(1, min(RESAMPLES, BATCH // sum(map(len, parts)))),
             vectorized=True,
             method="percentile",
             confidence_level=CONFIDENCE,

@@ -1,0 +1,233 @@
+"""The engine of a cluster: each cell is a Ray task with the resources it needs. Extra `ray`.
+
+Records and logs come back to the driver, which writes them just as it does those of this machine: a folder may be begun
+here and finished on a cluster, or the other way round. The code of both packages travels with the job; what it runs on
+(Python, torch, timm, ...) is compared on every node, and a node that differs is refused.
+"""
+
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Self
+
+import ray
+import torch
+from ray.exceptions import GetTimeoutError, RayError, RayTaskError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+import timm_csra
+
+from .cells import Cell, Options, versions
+from .checkpoints import Checkpoint
+from .datasets import ImageSet
+from .engines import ATTEMPTS, KEEP_MEMORY, EngineError, Outcome
+from .environment import PACKAGES
+from .estimate import memory_of
+from .measure import failure
+from .records import Record
+from .worker import Compute, Models, compute, output_to
+
+AHEAD = 2  # cells that a slot of the cluster has at a time, one of them waiting, so that none idles
+LOG_BYTES = 2**20  # of a cell's output that travel back
+ANSWER = 300.0  # seconds that a node may take to answer before the run starts
+
+
+class RayEngine:
+    """Cells as tasks of a Ray cluster.
+
+    Args:
+        options: how a cell is measured; `device` says whether it asks for a GPU.
+        address: of the cluster: `auto`, `ray://host:port`; None starts one on this machine.
+        cpus: that a cell takes.
+        data: the image sets, whose files every node must see.
+        compute: the function that tasks run, for measuring the engine itself.
+
+    Raises:
+        EngineError: no such cluster, a node with other versions or without the data.
+    """
+
+    def __init__(
+        self,
+        options: Options,
+        address: str | None = None,
+        cpus: int = 1,
+        data: Sequence[ImageSet] = (),
+        compute: Compute = compute,
+    ) -> None:
+        self._options, self._cpus = options, cpus
+        self._gpus = 0 if torch.device(options.device).type == "cpu" else 1
+        self._ours = not ray.is_initialized()
+        if self._ours:
+            _connect(address)
+        self._needed = _software()
+        self._images = {id(images): (images, ray.put(images)) for images in data}
+        self._compute = ray.put(compute)
+        self._task = ray.remote(_compute_cell).options(
+            num_cpus=cpus, num_gpus=self._gpus, max_retries=ATTEMPTS - 1, retry_exceptions=False
+        )
+        self._in_flight: dict[Any, tuple[Cell, Path, float]] = {}
+        self._slots, self._looked = 1, -1.0
+        self._check_nodes(data)
+
+    def room(self) -> list[Checkpoint | None]:
+        if time.monotonic() - self._looked > 1.0:  # nodes come and go
+            total = ray.cluster_resources()
+            slots = min(total.get("CPU", 0) // self._cpus, total.get("GPU", 0) // self._gpus if self._gpus else 1e9)
+            self._slots, self._looked = max(1, int(slots)), time.monotonic()
+        return [None] * (AHEAD * self._slots - len(self._in_flight))
+
+    def submit(self, cell: Cell, log: Path) -> None:
+        key = id(cell.data)
+        if key not in self._images:
+            self._images[key] = (cell.data, ray.put(cell.data))
+        task = self._task.options(memory=self._memory(cell), name=f"{cell.checkpoint.name} {cell.task_name}")
+        light = replace(cell, data=None)  # type: ignore[arg-type]
+        reference = task.remote(light, [self._images[key][1]], self._options, self._cpus, [self._compute], self._needed)
+        self._in_flight[reference] = cell, log, time.perf_counter()
+
+    def poll(self, seconds: float) -> list[Outcome]:
+        waiting = list(self._in_flight)
+        done, rest = ray.wait(waiting, timeout=seconds)
+        if done and rest:
+            done += ray.wait(rest, num_returns=len(rest), timeout=0)[0]
+        return [self._outcome(reference) for reference in done]
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for reference in self._in_flight:
+            ray.cancel(reference, force=True)
+        if self._ours:
+            ray.shutdown()
+
+    def _outcome(self, reference: Any) -> Outcome:
+        cell, log, started = self._in_flight.pop(reference)
+        try:
+            record, said = ray.get(reference)
+        except RayTaskError as error:
+            if isinstance(error.cause, EngineError):
+                raise EngineError(str(error.cause)) from None
+            raise
+        except RayError as error:  # the worker or its node is gone, also after it was tried again
+            first = str(error).strip().splitlines()[0]
+            why = f"the process of this cell died, {ATTEMPTS} times: {type(error).__name__}: {first}"
+            return Outcome(cell, failure(cell, self._options, why, time.perf_counter() - started))
+        if said:
+            log.parent.mkdir(parents=True, exist_ok=True)
+            with log.open("ab") as file:
+                file.write(said)
+        return Outcome(cell, record)
+
+    def _memory(self, cell: Cell) -> int:
+        """Bytes to ask for; not more than the largest node has, where it would wait for ever."""
+        nodes = (node["Resources"].get("memory", 0) for node in ray.nodes() if node["Alive"])
+        return int(min(memory_of(cell, self._options), max(nodes, default=0)))
+
+    def _check_nodes(self, data: Sequence[ImageSet]) -> None:
+        """Every node that could get a cell has the same software and sees the data."""
+        kind = "GPU" if self._gpus else "CPU"
+        nodes = [node for node in ray.nodes() if node["Alive"] and node["Resources"].get(kind, 0) > 0]
+        files = sorted({str(path) for images in data for path in _sample(images)})
+        report = ray.remote(_report).options(num_cpus=0, max_retries=0)
+        pin = partial(NodeAffinitySchedulingStrategy, soft=False)
+        asked = {
+            node["NodeManagerAddress"] + " " + node["NodeID"][:8]: report.options(
+                scheduling_strategy=pin(node["NodeID"])
+            ).remote(files)
+            for node in nodes
+        }
+        for name, reference in asked.items():
+            try:
+                software, absent = ray.get(reference, timeout=ANSWER)
+            except (GetTimeoutError, RayError) as error:
+                raise EngineError(f"node {name} does not answer: {str(error).strip().splitlines()[0]}") from error
+            _compare(name, software, self._needed)
+            if absent:
+                raise EngineError(
+                    f"node {name}: found no {absent[0]}{f' and {len(absent) - 1} more' if len(absent) > 1 else ''} of "
+                    f"{len(files)} files looked for, expected every node to see the data under the same path. Mount it "
+                    "there, e.g. by NFS, or leave the node out."
+                )
+
+
+def _connect(address: str | None) -> None:
+    packages = [str(Path(str(module.__file__)).parent) for module in (timm_csra, sys.modules[__package__])]
+    environment: dict[str, Any] = {"env_vars": KEEP_MEMORY}
+    if address:  # a cluster that others have started gets the code of this checkout
+        environment["py_modules"] = packages
+        environment["excludes"] = ["__pycache__"]
+    try:
+        ray.init(address=address, runtime_env=environment, log_to_driver=False, logging_level="ERROR")
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        raise EngineError(
+            f"--address {address}: {str(error).strip().splitlines()[0]} Start a cluster with `ray start --head`, or "
+            "leave out --address to start one on this machine."
+        ) from error
+
+
+def _software() -> dict[str, str]:
+    python = ".".join(map(str, sys.version_info[:2]))
+    return {"python": python, **versions(*PACKAGES), "timm_csra": timm_csra.__version__}
+
+
+def _compare(where: str, found: dict[str, str], expected: dict[str, str]) -> None:
+    differ = [f"{name} {found.get(name)} (expected {v})" for name, v in expected.items() if found.get(name) != v]
+    if differ:
+        raise EngineError(
+            f"node {where}: found {', '.join(differ)}, the versions of the driver. Records of different versions must "
+            "not be mixed: install the same ones there, or leave the node out."
+        )
+
+
+def _sample(images: ImageSet) -> list[Path]:
+    """Up to a hundred of the files, evenly spread; an archive stands for itself."""
+    files = [path for path in images.paths if isinstance(path, Path) and path.is_absolute()] if not images.store else []
+    return files[:: max(1, len(files) // 100)]
+
+
+def _report(files: list[str]) -> tuple[dict[str, str], list[str]]:
+    return _software(), [file for file in files if not os.path.exists(file)]
+
+
+class _Held:
+    """What stays in a worker process from one task to the next."""
+
+    models: Models | None = None
+    images: dict[str, ImageSet]
+    compute: Callable[..., Record] | None = None
+
+
+_held = _Held()
+_held.images = {}
+
+
+def _compute_cell(
+    cell: Cell, data: list[Any], options: Options, cpus: int, function: list[Any], needed: dict[str, str]
+) -> tuple[Record, bytes]:
+    """What runs on a node. The references come in lists, so that Ray does not fetch what is there already."""
+    if _held.models is None:
+        context = ray.get_runtime_context()
+        _compare(context.get_node_id()[:8], _software(), needed)  # it may have joined after the run has started
+        if options.device == "cpu":
+            torch.set_num_threads(cpus)
+        _held.models, _held.compute = Models(options.device), ray.get(function[0])
+    name = data[0].hex()
+    if name not in _held.images:
+        _held.images[name] = ray.get(data[0])
+    assert _held.compute is not None
+    with tempfile.TemporaryDirectory() as folder:
+        log = Path(folder) / "log"
+        with output_to(log):
+            record = _held.compute(replace(cell, data=_held.images[name]), options, _held.models, _every)
+        said = log.read_bytes()[-LOG_BYTES:]
+    return record, said
+
+
+def _every(batches: Any) -> Any:
+    return batches

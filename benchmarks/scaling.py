@@ -1,0 +1,154 @@
+"""What metrics and intervals cost, in time and memory, and how that grows with images, classes and settings.
+
+The scores are synthetic; the metrics, protocols, intervals and tests on them are the sweep's own. Every size is
+measured in a process of its own: seconds, and the peak of memory above the scores themselves. The sizes of ImageNet,
+which are the default, take a while.
+"""
+
+import argparse
+import json
+import math
+import multiprocessing
+import platform
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from timm_csra.evaluation.scoring import Scores, Setting, settings_grid
+
+from .cells import Cell, Options
+from .checkpoints import Checkpoint
+from .datasets import ImageSet
+from .engines import keep_memory
+from .kept import Scored
+from .measure import results
+from .overhead import peak_of
+
+TEMPERATURES = (1.0, 5.0, 20.0, math.inf)
+POSITIVES = 3  # labels of an image of the task multilabel
+
+
+@dataclass(frozen=True)
+class Size:
+    task: str
+    images: int
+    classes: int
+    settings: int
+
+
+@dataclass(frozen=True)
+class Cost:
+    """`seconds` of the phases, `scores_mb` that the scores take, `extra_mb` the peak of memory above them."""
+
+    size: Size
+    metrics_seconds: float
+    statistics_seconds: float
+    scores_mb: float
+    extra_mb: float
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Measure, print, and write OUT."""
+    args = _parser().parse_args(arguments)
+    screen, log = Console(width=None if sys.stdout.isatty() else 120), Console(stderr=True)
+    keep_memory()
+    sizes = [size for task in args.task.split(",") for size in _sizes(task, args)]
+    costs = []
+    for size in track(sizes, "sizes", console=log, transient=True):
+        costs.append(_in_process(size))
+        log.print(str(costs[-1]), highlight=False, soft_wrap=True)
+    screen.print(_table(costs))
+    machine = f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    screen.print(f"{machine}. Memory is above the scores.", highlight=False)
+    if args.out:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.write_text(json.dumps({"machine": machine, "costs": [asdict(c) for c in costs]}, indent=1) + "\n")
+    return 0
+
+
+def _sizes(task: str, args: argparse.Namespace) -> list[Size]:
+    """The size asked for, and with --grow half of it along each axis."""
+    full = Size(task, args.images, args.classes, args.settings)
+    if not args.grow:
+        return [full]
+    return [
+        full,
+        Size(task, args.images // 2, args.classes, args.settings),
+        Size(task, args.images, args.classes // 2, args.settings),
+        Size(task, args.images, args.classes, args.settings // 2),
+    ]
+
+
+def synthetic(size: Size) -> tuple[Scored, tuple[Setting, ...]]:
+    """Scores in which the right classes stand out a little, and that many settings."""
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.randint(size.classes, (size.images, 1 if size.task == "single" else POSITIVES), generator=generator)
+    present = torch.zeros(size.images, size.classes, dtype=torch.bool).scatter_(1, labels, True)
+
+    def logits() -> torch.Tensor:
+        return torch.randn(size.images, size.classes, generator=generator).add_(present, alpha=2)
+
+    scores = Scores(logits(), {temperature: logits() for temperature in TEMPERATURES})
+    lams = [0.1 * (1 + i) for i in range(max(1, size.settings // len(TEMPERATURES)))]
+    facts: dict[str, Any] = {"groups": None}
+    return Scored(scores, labels[:, 0] if size.task == "single" else present, facts), tuple(
+        settings_grid(lams, list(TEMPERATURES))
+    )
+
+
+def measure(size: Size) -> Cost:
+    scored, settings = synthetic(size)
+    data = ImageSet("synthetic", (), (), tuple(map(str, range(size.classes))), multilabel=size.task == "multilabel")
+    cell = Cell(Checkpoint("timm", "synthetic"), data, size.task, (224, 224))
+    held = [scored.scores.base, *scored.scores.attention.values(), scored.targets]
+    with peak_of(torch.device("cpu")) as peak:
+        record = results(cell, scored, Options(settings), 0.0)
+    phases = record["phases"]
+    return Cost(
+        Size(size.task, size.images, size.classes, len(settings)),
+        phases["metrics"],
+        phases["statistics"],
+        sum(tensor.nbytes for tensor in held) / 2**20,
+        peak.megabytes,
+    )
+
+
+def _in_process(size: Size) -> Cost:
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(measure, (size,))
+
+
+def _table(costs: list[Cost]) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for name in ("task", "images", "classes", "settings", "metrics", "intervals, tests", "scores", "memory"):
+        table.add_column(name, justify="left" if name == "task" else "right", no_wrap=True)
+    for cost in costs:
+        size = (f"{count:,}" for count in (cost.size.images, cost.size.classes, cost.size.settings))
+        times = (f"{seconds:.1f} s" for seconds in (cost.metrics_seconds, cost.statistics_seconds))
+        table.add_row(cost.size.task, *size, *times, f"{cost.scores_mb:,.0f} MB", f"{cost.extra_mb:,.0f} MB")
+    return table
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.scaling",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--task", default="single,multilabel", help="default: %(default)s")
+    parser.add_argument("--images", type=int, default=50_000, help="default: %(default)s")
+    parser.add_argument("--classes", type=int, default=1000, help="default: %(default)s")
+    parser.add_argument("--settings", type=int, default=80, help="default: %(default)s")
+    parser.add_argument("--grow", action="store_true", help="also half of the images, of the classes, of the settings")
+    parser.add_argument("--out", type=Path, help="a JSON file")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

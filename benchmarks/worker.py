@@ -1,0 +1,63 @@
+"""What runs where cells are computed: the model in memory, the output of a cell, the function that computes it."""
+
+import os
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .cells import Cell, Options
+from .checkpoints import Checkpoint, CheckpointError
+from .measure import Loaded, run_cell
+from .records import Record
+
+Track = Callable[[Iterable[Any]], Iterable[Any]]  # wraps the batches of a cell, to show progress
+Compute = Callable[[Cell, Options, "Models", Track], Record]
+
+
+def compute(cell: Cell, options: Options, models: "Models", track: Track) -> Record:
+    """Measure one cell; whatever goes wrong in it is in the record."""
+    return run_cell(cell, partial(models.get, cell), options, track)
+
+
+class Models:
+    """The one model in memory: neighbouring cells of a checkpoint and size share it."""
+
+    def __init__(self, device: str) -> None:
+        self.device = device
+        self._checkpoint: Checkpoint | None = None
+        self._loaded: Loaded | None = None
+
+    def get(self, cell: Cell) -> Loaded:
+        if isinstance(cell.size, str):  # it could not be asked for its size; now the reason comes out
+            cell.checkpoint.input_size()
+            raise CheckpointError(f"could not tell the input size at first; run again for {cell.size}")
+        if self._loaded is None or (self._checkpoint, self._loaded.size) != (cell.checkpoint, cell.size):
+            self._loaded = None  # free the last one first
+            if torch.device(self.device).type != "cpu":
+                torch.accelerator.empty_cache()
+            self._loaded = Loaded(cell.checkpoint.create(cell.size).to(self.device), cell.size)
+            self._checkpoint = cell.checkpoint
+        return self._loaded
+
+
+@contextmanager
+def output_to(log: Path) -> Iterator[None]:
+    """Everything that is printed, by C++ too, goes to the file."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("ab") as file:
+        kept = [os.dup(stream) for stream in (1, 2)]
+        try:
+            for stream in (1, 2):
+                os.dup2(file.fileno(), stream)
+            yield
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            for stream, copy in zip((1, 2), kept, strict=True):
+                os.dup2(copy, stream)
+                os.close(copy)

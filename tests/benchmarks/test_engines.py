@@ -1,0 +1,250 @@
+"""One suite for both engines: the same records, the same survival. Ray runs as a real cluster of several nodes."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+import torch
+from ray.cluster_utils import Cluster
+from rich.console import Console
+
+from benchmarks import ray_engine
+from benchmarks.cells import Cell, Options
+from benchmarks.checkpoints import Checkpoint
+from benchmarks.datasets import ImageSet
+from benchmarks.downloads import Downloads
+from benchmarks.engines import EngineError, LocalEngine
+from benchmarks.measure import failure, run_cell
+from benchmarks.ray_engine import RayEngine
+from benchmarks.records import read_records
+from benchmarks.run import Run
+from benchmarks.sources import load_image_set
+from benchmarks.worker import Models
+from timm_csra.evaluation.scoring import DEFAULT, PLAIN, Setting
+
+from .test_survival import ROOT, save
+
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("cluster")]
+OPTIONS = Options((PLAIN, DEFAULT, Setting(0.5, (1.0, math.inf))), workers=0, batch_size=4)
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Cluster]:
+    """A head that computes nothing and two nodes of one CPU each, on this machine."""
+    os.environ["PYTHONPATH"] = str(ROOT)
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+    for _ in range(2):
+        cluster.add_node(num_cpus=1)
+    ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
+    cluster.wait_for_nodes()
+    yield cluster
+    ray.shutdown()
+    cluster.shutdown()
+
+
+@pytest.fixture(params=["local", "ray"])
+def engine(request: pytest.FixtureRequest) -> Any:
+    """A function that starts an engine of two workers, one thread each."""
+    if request.param == "ray":
+        request.getfixturevalue("cluster")
+        return lambda compute=None: RayEngine(OPTIONS, cpus=1, **({"compute": compute} if compute else {}))
+    return lambda compute=None: LocalEngine([OPTIONS] * 2, **({"compute": compute} if compute else {}))
+
+
+def cells_of(models: list[Checkpoint], photos: Path, sizes: tuple[int, ...] = (64, 96)) -> list[Cell]:
+    data = load_image_set(photos)
+    tasks = (("single", None), ("mosaic", 2))
+    return [Cell(m, data, task, (s, s), str(s), grid) for m in models for s in sizes for task, grid in tasks]
+
+
+def run(out: Path, cells: list[Cell], engine: Any, compute: Any = None, retry_failed: bool = False) -> list[dict]:
+    run = Run(OPTIONS, out, {}, retry_failed, Console(file=(out.parent / "told").open("a"), width=200))
+    return [record for _, record in run.records(cells, lambda progress: engine(compute), Downloads(False, False))]
+
+
+def stable(record: dict) -> dict:
+    """What does not depend on when and where."""
+    varying = ("seconds", "phases", "environment", "cost")
+    return {name: value for name, value in record.items() if name not in varying}
+
+
+def test_records_are_the_same_and_bit_identical(engine: Any, tmp_path: Path, photos: Path) -> None:
+    models = [Checkpoint("local-dir", save(tmp_path / f"m{i}", i).removeprefix("local-dir:")) for i in range(2)]
+    cells = cells_of(models, photos)
+    records = run(tmp_path / "out", cells, engine)
+    assert len(records) == len(cells) == 8
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        here = Models("cpu")
+        expected = {json.dumps(c.key(OPTIONS)): stable(run_cell(c, partial(here.get, c), OPTIONS)) for c in cells}
+    finally:
+        torch.set_num_threads(threads)
+    stored = {json.dumps(record["key"]): stable(record) for record in read_records(tmp_path / "out")}
+    assert {json.dumps(record["key"]): stable(record) for record in records} == stored
+    assert json.loads(json.dumps(expected)) == stored
+    assert all(record["status"] == "ok" for record in records)
+    assert all(len(record["environment"]["commit"]) >= 40 for record in records)
+
+
+def test_begun_on_one_engine_and_finished_on_the_other(cluster: Cluster, tmp_path: Path, photos: Path) -> None:
+    model = Checkpoint("local-dir", save(tmp_path / "m").removeprefix("local-dir:"))
+    cells = cells_of([model], photos)
+    run(tmp_path / "out", cells[:2], lambda _: LocalEngine([OPTIONS]))
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out" / "records").iterdir()}
+    assert len(before) == 2
+    records = run(tmp_path / "out", cells, lambda _: RayEngine(OPTIONS, cpus=1))
+    after = {path: path.stat().st_mtime_ns for path in (tmp_path / "out" / "records").iterdir()}
+    assert before.items() <= after.items(), "a finished cell was computed again"
+    assert len(after) == len(records) == 4
+
+
+def counting(folder: str, cell: Cell, options: Options, models: Models, track: Any) -> dict:
+    """A cell that only tells that it has been computed, where, and, by its checkpoint's name, may fail or die."""
+    with open(folder, "a") as file:
+        file.write(f"{cell.checkpoint.id} {os.getpid()}\n")
+    if cell.checkpoint.id.startswith("broken"):
+        print("what went wrong", flush=True)
+        return failure(cell, options, "ValueError: broken")
+    first = Path(f"{folder}.{cell.checkpoint.id}")
+    if cell.checkpoint.id.startswith("dies") and (cell.checkpoint.id == "dies always" or not first.exists()):
+        first.touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    if cell.checkpoint.id.startswith("slow"):
+        time.sleep(1)
+    record = failure(cell, options, "")
+    return record | {"status": "ok", "where": ray.get_runtime_context().get_node_id() if ray.is_initialized() else ""}
+
+
+def trivial(names: list[str]) -> list[Cell]:
+    data = ImageSet("nothing", (), (), ("a", "b"))
+    return [Cell(Checkpoint("timm", name), data, "single", (64, 64)) for name in names]
+
+
+def counted(told: Path) -> dict[str, int]:
+    names = [line.rsplit(" ", 1)[0] for line in told.read_text().splitlines()]
+    return {name: names.count(name) for name in names}
+
+
+def test_failures_and_deaths(engine: Any, tmp_path: Path) -> None:
+    """What fails is not tried again; what dies is, once; all others are computed once, whatever happens beside them."""
+    told = tmp_path / "computed"
+    names = ["a", "broken", "dies once", "b", "dies always", "c"]
+    records = run(tmp_path / "out", trivial(names), engine, partial(counting, str(told)))
+    found = {record["model"]: record for record in records}
+    assert {name: record["status"] for name, record in found.items()} == {
+        name: "failed" if name in ("broken", "dies always") else "ok" for name in names
+    }
+    assert found["broken"]["reason"] == "ValueError: broken"
+    assert "the process of this cell died" in found["dies always"]["reason"]
+    assert counted(told) == {name: 2 if name.startswith("dies") else 1 for name in names}
+    log = next(path for path in (tmp_path / "out" / "logs").iterdir() if path.name.startswith("broken"))
+    assert "what went wrong" in log.read_text()
+    assert {r["model"]: r["status"] for r in read_records(tmp_path / "out")} == {
+        name: record["status"] for name, record in found.items()
+    }
+    again = run(tmp_path / "out", trivial(names), engine, partial(counting, str(told)), retry_failed=True)
+    assert len(again) == len(names)
+    expected = {"a": 1, "b": 1, "c": 1, "broken": 2, "dies once": 2, "dies always": 4}
+    assert counted(told) == expected
+
+
+def test_a_worker_that_somebody_kills(engine: Any, tmp_path: Path) -> None:
+    told = tmp_path / "computed"
+    cells = trivial([f"slow {i}" for i in range(4)])
+    folder = Run(OPTIONS, tmp_path / "out", {}, False, Console(quiet=True))
+    killed = None
+    for _ in folder.records(cells, lambda _: engine(partial(counting, str(told))), Downloads(False, False)):
+        if killed is None:
+            time.sleep(0.5)  # until what has been given out next is being computed
+            killed, pid = told.read_text().splitlines()[-1].rsplit(" ", 1)
+            os.kill(int(pid), signal.SIGKILL)
+    assert [record["status"] for record in read_records(tmp_path / "out")] == ["ok"] * 4
+    assert counted(told) == {cell.checkpoint.id: 1 + (cell.checkpoint.id == killed) for cell in cells}
+
+
+@pytest.mark.parametrize("name", ["local", "ray"])
+def test_ctrl_c_loses_nothing(name: str, tmp_path: Path, photos: Path) -> None:
+    models = ",".join(save(tmp_path / f"m{i}", i) for i in range(3))
+    command = [sys.executable, "-m", "benchmarks.sweep", "--models", models, "--data", str(photos), "--workers", "0"]
+    command += ["--device", "cpu", "--out", str(tmp_path / "out"), "--img-size", "64,96,128,160", "--engine", name]
+    command += ["--jobs", "2"] if name == "local" else ["--cpus-per-cell", "1"]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    records = tmp_path / "out" / "records"
+    deadline = time.monotonic() + 180
+    while not (records.is_dir() and len(list(records.glob("[!.]*.json"))) >= 2):
+        assert process.poll() is None, process.communicate()[1].decode()
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    told = process.communicate(timeout=60)[1].decode()
+    assert process.returncode == 130, told
+    assert "start again to do the rest" in told
+    before = {path: path.stat().st_mtime_ns for path in records.glob("[!.]*.json")}
+    assert 2 <= len(before) < 12
+    assert all(json.loads(path.read_text())["status"] == "ok" for path in before)
+    assert subprocess.run(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE).returncode == 0
+    after = {path: path.stat().st_mtime_ns for path in records.glob("[!.]*.json")}
+    assert before.items() <= after.items()
+    assert len(after) == 12
+
+
+def test_a_node_is_lost_and_another_joins(cluster: Cluster, tmp_path: Path) -> None:
+    told = tmp_path / "computed"
+    cells = trivial([f"slow {i}" for i in range(12)])
+    doomed = cluster.add_node(num_cpus=1)
+    cluster.wait_for_nodes()
+    folder = Run(OPTIONS, tmp_path / "out", {}, False, Console(quiet=True))
+    joined, where = None, []
+    start = lambda _: RayEngine(OPTIONS, cpus=1, compute=partial(counting, str(told)))  # noqa: E731
+    for count, (_, record) in enumerate(folder.records(cells, start, Downloads(False, False))):
+        where.append(record.get("where"))
+        if count == 2:
+            cluster.remove_node(doomed, allow_graceful=False)
+            joined = cluster.add_node(num_cpus=1)
+    stored = read_records(tmp_path / "out")
+    assert [record["status"] for record in stored] == ["ok"] * 12
+    assert joined is not None
+    assert len(set(where)) >= 3
+    cluster.remove_node(joined)
+
+
+def test_nodes_are_asked_before_anything_runs(
+    cluster: Cluster, tmp_path: Path, photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = load_image_set(photos)
+    RayEngine(OPTIONS, cpus=1, data=[data])
+    for path in photos.rglob("*.png"):
+        path.unlink()
+    with pytest.raises(EngineError, match="found no .*png and 11 more of 12 files looked for, expected every node to"):
+        RayEngine(OPTIONS, cpus=1, data=[data])
+    monkeypatch.setattr(ray_engine, "_software", lambda: {"python": "3.11", "timm": "9.9"})
+    with pytest.raises(EngineError, match=r"node .*: found timm 1\.\S+ \(expected 9\.9\), the versions of the driver"):
+        RayEngine(OPTIONS, cpus=1)
+
+
+def test_a_node_that_joins_with_other_versions_ends_the_run(cluster: Cluster, tmp_path: Path) -> None:
+    engine = RayEngine(OPTIONS, cpus=1)
+    engine._needed = engine._needed | {"timm": "9.9"}  # as if the cluster had been another one when it was asked
+    with pytest.raises(EngineError, match=r"found timm 1\.\S+ \(expected 9\.9\)"):
+        run(tmp_path / "out", trivial(["a"]), lambda _: engine)
+    assert read_records(tmp_path / "out") == []
+
+
+def test_no_cluster_at_the_address(tmp_path: Path, photos: Path) -> None:
+    command = [sys.executable, "-m", "benchmarks.sweep", "--models", save(tmp_path / "m"), "--data", str(photos)]
+    command += ["--device", "cpu", "--out", str(tmp_path / "out"), "--engine", "ray", "--address", "127.0.0.1:9"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "--address 127.0.0.1:9: " in done.stderr
+    assert "Start a cluster with `ray start --head`, or leave out --address" in done.stderr

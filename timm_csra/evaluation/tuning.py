@@ -1,0 +1,219 @@
+"""Which lam and T for one's own checkpoint and pictures, and whether any: chosen by cross-validation, judged by what
+the choice gains on images that had no part in it."""
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from ..config import CSRAConfig
+from ..errors import describe
+from ..patching import wrap
+from .metrics import MULTI_LABEL, SINGLE_LABEL, Evaluation, Logits, Metric, Rows, Samples, evaluate
+from .scoring import PLAIN, Scores, Setting, score, settings_grid
+from .statistics import Comparison, folds_of, on_parts
+
+Model = TypeVar("Model", bound=nn.Module)
+LAMS = (0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 1.0)
+TEMPERATURES = (1.0, 5.0, math.inf)
+OwnMetric = Callable[[Tensor, Tensor], Any]
+
+
+@dataclass(frozen=True)
+class TuneResult:
+    """What `tune` found; `str()` of it is meant to be read.
+
+    Attributes:
+        metric: its name.
+        images: how many were used.
+        nested: what choosing a setting gains on images that had no part in the choice, with a paired 95 % interval;
+            percent and points, or in the units of a metric of one's own. `settings` are the choices of the folds.
+        chosen: the setting that all folds together choose.
+        settings: for each setting the mean gain over folds, and its standard error.
+    """
+
+    metric: str
+    images: int
+    nested: Comparison
+    chosen: Setting
+    settings: Mapping[Setting, tuple[float, float]] = field(repr=False)
+
+    @property
+    def helps(self) -> bool:
+        """Whether the nested interval lies above 0."""
+        return self.nested.interval is not None and self.nested.interval[0] > 0
+
+    @property
+    def recommended(self) -> Setting:
+        """`chosen` where it helps, else the plain model."""
+        return self.chosen if self.helps else PLAIN
+
+    @property
+    def lam(self) -> float:
+        return self.recommended.lam
+
+    @property
+    def temperature(self) -> tuple[float, ...]:
+        return self.recommended.temperature
+
+    def apply(self, model: Model) -> Model:
+        """`wrap` the model, in place, with what is recommended; with lam = 0 it says what the plain model says."""
+        return wrap(model, self.lam, self.temperature)
+
+    def __str__(self) -> str:
+        nested, show = self.nested, CSRAConfig(self.chosen.lam, self.chosen.temperature)
+        interval = "no interval" if nested.interval is None else "[{:+.2f}, {:+.2f}]".format(*nested.interval)
+        gain = f"{self.metric} {nested.baseline:.2f} -> {nested.value:.2f}, {nested.gain:+.2f} {interval}"
+        if self.helps:
+            verdict = f"CSRA helps here: use lam={show.lam:g}, temperature={show.temperature}."
+        elif nested.interval is not None and nested.interval[1] < 0:
+            verdict = "CSRA does harm here: use lam=0, the plain model."
+        else:
+            verdict = "No evidence that CSRA helps here: use lam=0, the plain model."
+        ranked = sorted(self.settings.items(), key=lambda item: -item[1][0])[:5]
+        rows = "\n".join(
+            f"    lam {setting.lam:<5g} T {_heads(setting):<8} {mean:+.2f} +- {error:.2f}"
+            for setting, (mean, error) in ranked
+        )
+        return (
+            f"{verdict}\n  on held-out images  {gain} (n = {self.images}, {len(nested.settings)} folds)\n"
+            f"  settings of the folds  {', '.join(f'{s.lam:g}' for s in nested.settings)}\n"
+            f"  best of {len(self.settings)} settings by cross-validation, gain and standard error over folds\n{rows}"
+        )
+
+
+def _heads(setting: Setting) -> str:
+    return "+".join(f"{temperature:g}" for temperature in setting.temperature)
+
+
+def tune(
+    model: nn.Module,
+    loader: Iterable[tuple[Tensor, Tensor]],
+    *,
+    metric: str | OwnMetric | None = None,
+    lams: Iterable[float] | None = None,
+    temperatures: Iterable[float | tuple[float, ...]] | None = None,
+    folds: int = 5,
+    seed: int = 0,
+) -> TuneResult:
+    """Does class-specific residual attention help this checkpoint on these pictures, and with which settings?
+
+    Every image runs once, and is scored for every setting. The images are divided into folds. On each fold, the setting
+    is measured that the other folds choose (nested cross-validation): the one of smallest lam whose mean gain is within
+    one standard error of the best (Breiman et al., "Classification and Regression Trees", 1984, 3.4.3). The plain model
+    is among the settings. Nothing is trained, so that a fold's figures serve every choice that does not use it.
+
+    Args:
+        model: a timm classifier in eval mode, plain or wrapped (its own settings are not used, nothing is changed).
+        loader: gives `(images (N, C, H, W), targets)`; targets are class indices `(N,)`, or `(N, K)` with 1 for each
+            class in the picture, over the head's K classes. A few hundred images are few.
+        metric: `top1` or `top5`; with several labels `mAP`, `lrap`, `recall_at_k`, `CF1_top3` or `OF1_top3`; or a
+            function of logits `(n, K)` and targets, higher being better. None for `top1` or `mAP`.
+        lams: to try; None for 0.02 to 1.
+        temperatures: to try with each, a tuple for several heads; None for 1, 5 and infinity.
+        folds: at least 3.
+        seed: of the folds and of the bootstrap.
+
+    Returns:
+        A `TuneResult`. It recommends lam = 0 unless the interval of the nested gain lies above 0.
+
+    Raises:
+        UnsupportedModelError: the model cannot be wrapped.
+        ValueError: too few images for the folds, a metric that does not fit the targets, a model in training mode.
+
+    Example:
+        >>> import timm, torch
+        >>> model = timm.create_model('test_resnet', num_classes=3).eval()
+        >>> loader = [(torch.randn(10, 3, 64, 64), torch.arange(10) % 3)]
+        >>> tune(model, loader, folds=3).lam
+        0.0
+    """
+    if model.training:
+        raise ValueError(f"{describe(model)}: found a model in training mode, expected eval: call model.eval() first.")
+    settings = settings_grid(LAMS if lams is None else lams, TEMPERATURES if temperatures is None else temperatures)
+    device = next(model.parameters()).device
+    scores, targets = score(model, loader, settings, device=device)
+    return choose(scores, targets, settings, metric=metric, folds=folds, seed=seed)
+
+
+def choose(
+    scores: Scores,
+    targets: Tensor,
+    settings: Sequence[Setting],
+    *,
+    metric: str | OwnMetric | None = None,
+    folds: int = 5,
+    seed: int = 0,
+    combine: Callable[[Tensor], Tensor] = lambda logits: logits,
+) -> TuneResult:
+    """`tune` on scores that are there already; `combine` makes logits of classes of those of the head."""
+    if folds < 3 or len(targets) < 2 * folds:
+        raise ValueError(f"found {len(targets)} images for {folds} folds; expected at least 3 folds of 2 images.")
+    name, function = _metric(metric, targets)
+
+    def evaluation(setting: Setting) -> Evaluation:
+        return evaluate(lambda: combine(scores.logits(setting)), targets, {name: function})[name]
+
+    grid = {setting: evaluation(setting) for setting in settings}
+    parts = folds_of(targets.numpy() if targets.ndim == 1 else len(targets), seed, folds)
+    table = {setting: evaluation.resampled(parts) for setting, evaluation in grid.items()}
+    every = np.arange(folds)
+    chosen = tuple(_one_standard_error(table, every[every != fold]) for fold in every)
+    nested = on_parts(name, "nested", grid, parts, chosen, seed)
+    summary = {setting: _gain(table, setting, every) for setting in settings if setting != PLAIN}
+    return TuneResult(name, len(targets), nested, _one_standard_error(table, every), summary)
+
+
+def _metric(metric: str | OwnMetric | None, targets: Tensor) -> tuple[str, Metric]:
+    known = SINGLE_LABEL if targets.ndim == 1 else MULTI_LABEL
+    if metric is None:
+        metric = next(iter(known))
+    if not isinstance(metric, str):
+        own = metric
+        return getattr(own, "__name__", "metric"), lambda logits, targets: _Own(own, logits, targets)
+    if metric not in known:
+        kind = "class indices (N,)" if targets.ndim == 1 else "several labels (N, K)"
+        raise ValueError(f"metric: found {metric!r} for targets that are {kind}; expected {', '.join(known)}.")
+    return metric, known[metric]
+
+
+@dataclass(frozen=True)
+class _Own:
+    """A metric that somebody else has written."""
+
+    function: OwnMetric
+    logits: Logits
+    targets: Tensor
+
+    def value(self, rows: Rows) -> float:
+        return float(self.resampled([rows])[0])
+
+    def resampled(self, samples: Samples) -> NDArray[np.float64]:
+        logits, every = self.logits(), map(torch.as_tensor, samples)
+        return np.array([float(self.function(logits[rows], self.targets[rows])) for rows in every])
+
+
+Table = Mapping[Setting, NDArray[np.float64]]  # of each setting the metric on every fold
+
+
+def _gain(table: Table, setting: Setting, folds: NDArray[np.intp]) -> tuple[float, float]:
+    """Mean over these folds of the gain over the plain model, and its standard error; NaN where it is undefined."""
+    gains = (table[setting] - table[PLAIN])[folds]
+    return float(gains.mean()), float(gains.std(ddof=1) / math.sqrt(len(gains)))
+
+
+def _one_standard_error(table: Table, folds: NDArray[np.intp]) -> Setting:
+    """The smallest lam whose gain is within one standard error of the best; the best temperature of that lam."""
+    gains = {setting: _gain(table, setting, folds) for setting in sorted(table)}
+    defined = {setting: gain for setting, gain in gains.items() if not math.isnan(gain[0])}
+    if not defined:
+        return PLAIN
+    highest, error = max(defined.values())
+    near = [setting for setting, (mean, _) in defined.items() if mean >= highest - error]
+    smallest = min(setting.lam for setting in near)
+    return max((setting for setting in near if setting.lam == smallest), key=lambda setting: defined[setting][0])
