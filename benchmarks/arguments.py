@@ -5,6 +5,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -36,6 +37,40 @@ def _positive(text: str) -> int:
     return number
 
 
+def add_labels(group: Any) -> None:
+    """Options about what is in the data."""
+    group.add_argument("--split", help="of torch/, hfds/ (default: validation) and VOC (default: test)")
+    group.add_argument("--data-dir", metavar="DIR", help="where torch/ and hfds/ keep their files")
+    group.add_argument("--limit", type=_positive, metavar="N", help="only the first N rows of the data")
+    group.add_argument(
+        "--class-map",
+        metavar="MAP",
+        help="for multilabel: which synsets of the head stand for each class of the data, coco80-to-imagenet1k or a "
+        "JSON file of its form",
+    )
+    group.add_argument(
+        "--class-scores",
+        choices=COMBINE,
+        default=COMBINE[0],
+        help="how several synsets become one score: the largest logit, or the log of the summed probabilities "
+        "(default: %(default)s)",
+    )
+
+
+def add_images(parser: argparse.ArgumentParser) -> None:
+    """Options about what a model gets to see of an image."""
+    images = parser.add_argument_group("images", "from the checkpoint, unless given")
+    images.add_argument(
+        "--img-size", default="1x", help="pixels or multiples, e.g. 224 or 1x,2x (default: %(default)s)"
+    )
+    images.add_argument("--crop-mode", choices=("center", "squash", "border"))
+    images.add_argument("--crop-pct", type=float, metavar="SHARE")
+    images.add_argument("--grid", default="2", metavar="G", help="mosaics of G x G, e.g. 2,3 (default: %(default)s)")
+    images.add_argument(
+        "--skip-bad-images", action="store_true", help="leave out what cannot be read, and say how many"
+    )
+
+
 def parser(description: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.sweep",
@@ -49,26 +84,11 @@ def parser(description: str) -> argparse.ArgumentParser:
     )
     what.add_argument("--models", metavar="SPEC", help=checkpoints.HELP)
     what.add_argument("--data", nargs="+", metavar="DATA", help="one or several sets of photographs, see below")
-    what.add_argument("--split", help="of torch/, hfds/ (default: validation) and VOC (default: test)")
-    what.add_argument("--data-dir", metavar="DIR", help="where torch/ and hfds/ keep their files")
+    add_labels(what)
     what.add_argument("--task", metavar="TASKS", help=f"some of {','.join(TASKS)} (default: single)")
-    what.add_argument("--limit", type=_positive, metavar="N", help="only the first N rows of the data")
     what.add_argument("--lams", default="0,0.02,0.05,0.1,0.2,0.3,0.5,1", help="default: %(default)s; 0 and 0.1 always")
     what.add_argument(
         "--temperatures", default="1,5,inf", help="1+inf is one setting of two heads (default: %(default)s)"
-    )
-    what.add_argument(
-        "--class-map",
-        metavar="MAP",
-        help="for multilabel: which synsets of the head stand for each class of the data, coco80-to-imagenet1k or a "
-        "JSON file of its form",
-    )
-    what.add_argument(
-        "--class-scores",
-        choices=COMBINE,
-        default=COMBINE[0],
-        help="how several synsets become one score: the largest logit, or the log of the summed probabilities "
-        "(default: %(default)s)",
     )
     what.add_argument(
         "--activation",
@@ -87,16 +107,7 @@ def parser(description: str) -> argparse.ArgumentParser:
         action="store_true",
         help="also the plain model on five crops of a picture (mean, max), and at 2x, with what they cost",
     )
-    images = parser.add_argument_group("images", "from the checkpoint, unless given")
-    images.add_argument(
-        "--img-size", default="1x", help="pixels or multiples, e.g. 224 or 1x,2x (default: %(default)s)"
-    )
-    images.add_argument("--crop-mode", choices=("center", "squash", "border"))
-    images.add_argument("--crop-pct", type=float, metavar="SHARE")
-    images.add_argument("--grid", default="2", metavar="G", help="mosaics of G x G, e.g. 2,3 (default: %(default)s)")
-    images.add_argument(
-        "--skip-bad-images", action="store_true", help="leave out what cannot be read, and say how many"
-    )
+    add_images(parser)
     how = parser.add_argument_group("how")
     how.add_argument("--out", type=Path, help="folder of records and summary (default: results, or results/sample)")
     how.add_argument("--dry-run", action="store_true", help="say what would run, with sizes and an estimate, and stop")

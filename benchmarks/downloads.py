@@ -1,6 +1,5 @@
 """Weights from the Hub just in time: the next checkpoint is fetched while one computes, and removed afterwards."""
 
-from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
 from .checkpoints import Checkpoint
@@ -26,15 +25,15 @@ class Downloads:
     def __exit__(self, *error: object) -> None:
         self._thread.shutdown(wait=False, cancel_futures=True)
 
-    def start(self, checkpoint: Checkpoint, following: Sequence[Checkpoint]) -> None:
-        """`checkpoint` is computed now; begin to fetch the first that follows. A download that still runs is waited for
+    def start(self, checkpoint: Checkpoint, following: Checkpoint | None) -> None:
+        """`checkpoint` is computed now; begin to fetch the one that follows. A download that still runs is waited for
         where the weights are read: huggingface_hub locks each file. One that fails is tried again, and recorded, by the
         cell itself."""
         self._claim(checkpoint)
         self._coming.pop(checkpoint, None)
-        if self.prefetch and following and following[0] not in self._coming:
-            self._claim(following[0])
-            self._coming[following[0]] = self._thread.submit(following[0].download)
+        if self.prefetch and following is not None and following not in self._coming:
+            self._claim(following)
+            self._coming[following] = self._thread.submit(following.download)
 
     def finish(self, checkpoint: Checkpoint) -> None:
         """All cells of `checkpoint` are done."""
@@ -42,5 +41,5 @@ class Downloads:
             checkpoint.forget()
 
     def _claim(self, checkpoint: Checkpoint) -> None:
-        if checkpoint not in self._coming and not checkpoint.is_cached():
+        if self.free and checkpoint not in self._coming and not checkpoint.is_cached():
             self._ours.add(checkpoint)

@@ -120,7 +120,7 @@ def _measure(
         # A size that is not known yet is for `load` to explain.
         if not isinstance(cell.size, str) and (reason := cell.checkpoint.why_not_at(cell.size)):
             raise NotApplicableError(f"the model cannot be built for {show_size(cell.size)} pixels: {reason}")
-        scored = _score(cell, _loaded(cell, load), options, track)
+        scored = score_cell(cell, _loaded(cell, load), options, track)
         if file is not None:
             write_scores(file, scored)
     return results(cell, scored, options, time.perf_counter() - started)
@@ -138,7 +138,10 @@ def _loaded(cell: Cell, load: Callable[[], Loaded]) -> Loaded:
         raise
 
 
-def _score(cell: Cell, loaded: Loaded, options: Options, track: Callable[[Iterable[Any]], Iterable[Any]]) -> Scored:
+def score_cell(
+    cell: Cell, loaded: Loaded, options: Options, track: Callable[[Iterable[Any]], Iterable[Any]] = iter
+) -> Scored:
+    """Run every image of a cell once, for all settings."""
     model, explanation = loaded.model, loaded.explanation
     if not model.num_classes:
         raise NotApplicableError("the checkpoint has no classifier (num_classes=0)")

@@ -6,12 +6,12 @@ here and finished on a cluster, or the other way round. The code of both package
 """
 
 import os
+import socket
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -63,12 +63,12 @@ class RayEngine:
         self._gpus = 0 if torch.device(options.device).type == "cpu" else 1
         self._ours = not ray.is_initialized()
         if self._ours:
-            _connect(address)
+            _connect(address or os.environ.get("RAY_ADDRESS"))
         self._needed = _software()
         self._images = {id(images): (images, ray.put(images)) for images in data}
         self._compute = ray.put(compute)
-        self._task = ray.remote(_compute_cell).options(
-            num_cpus=cpus, num_gpus=self._gpus, max_retries=ATTEMPTS - 1, retry_exceptions=False
+        self._task = ray.remote(num_cpus=cpus, num_gpus=self._gpus, max_retries=ATTEMPTS - 1, retry_exceptions=False)(
+            _compute_cell
         )
         self._in_flight: dict[Any, tuple[Cell, Path, float]] = {}
         self._slots, self._looked = 1, -1.0
@@ -134,14 +134,12 @@ class RayEngine:
         kind = "GPU" if self._gpus else "CPU"
         nodes = [node for node in ray.nodes() if node["Alive"] and node["Resources"].get(kind, 0) > 0]
         files = sorted({str(path) for images in data for path in _sample(images)})
-        report = ray.remote(_report).options(num_cpus=0, max_retries=0)
-        pin = partial(NodeAffinitySchedulingStrategy, soft=False)
-        asked = {
-            node["NodeManagerAddress"] + " " + node["NodeID"][:8]: report.options(
-                scheduling_strategy=pin(node["NodeID"])
-            ).remote(files)
-            for node in nodes
-        }
+        report = ray.remote(_report)
+        asked = {}
+        for node in nodes:
+            there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+            options = report.options(num_cpus=0, max_retries=0, scheduling_strategy=there)
+            asked[f"{node['NodeManagerAddress']} {node['NodeID'][:8]}"] = options.remote(files)
         for name, reference in asked.items():
             try:
                 software, absent = ray.get(reference, timeout=ANSWER)
@@ -158,17 +156,26 @@ class RayEngine:
 
 def _connect(address: str | None) -> None:
     packages = [str(Path(str(module.__file__)).parent) for module in (timm_csra, sys.modules[__package__])]
-    environment: dict[str, Any] = {"env_vars": KEEP_MEMORY}
-    if address:  # a cluster that others have started gets the code of this checkout
-        environment["py_modules"] = packages
-        environment["excludes"] = ["__pycache__"]
+    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
     try:
-        ray.init(address=address, runtime_env=environment, log_to_driver=False, logging_level="ERROR")
-    except (ConnectionError, RuntimeError, ValueError) as error:
+        if address is None:
+            ray.init("local", runtime_env={"env_vars": KEEP_MEMORY}, include_dashboard=False, **quiet)
+        else:  # one that others have started gets the code of this checkout
+            _reach(address)
+            code = {"py_modules": packages, "excludes": ["__pycache__"], "env_vars": KEEP_MEMORY}
+            ray.init(address=address, runtime_env=code, **quiet)
+    except (OSError, RuntimeError, ValueError) as error:
         raise EngineError(
             f"--address {address}: {str(error).strip().splitlines()[0]} Start a cluster with `ray start --head`, or "
             "leave out --address to start one on this machine."
         ) from error
+
+
+def _reach(address: str) -> None:
+    """Raises OSError at once where Ray would try for minutes."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if host and port.isdigit():
+        socket.create_connection((host, int(port)), timeout=10).close()
 
 
 def _software() -> dict[str, str]:
@@ -198,29 +205,30 @@ def _report(files: list[str]) -> tuple[dict[str, str], list[str]]:
 class _Held:
     """What stays in a worker process from one task to the next."""
 
-    models: Models | None = None
-    images: dict[str, ImageSet]
-    compute: Callable[..., Record] | None = None
+    def __init__(self) -> None:
+        self.run: str | None = None  # the function of the run that it is of: Ray may give a worker to the next one
+        self.models = Models("cpu")
+        self.images: dict[str, ImageSet] = {}
+        self.compute: Callable[..., Record] = compute
 
 
 _held = _Held()
-_held.images = {}
 
 
 def _compute_cell(
     cell: Cell, data: list[Any], options: Options, cpus: int, function: list[Any], needed: dict[str, str]
 ) -> tuple[Record, bytes]:
     """What runs on a node. The references come in lists, so that Ray does not fetch what is there already."""
-    if _held.models is None:
+    if _held.run != function[0].hex():
         context = ray.get_runtime_context()
         _compare(context.get_node_id()[:8], _software(), needed)  # it may have joined after the run has started
         if options.device == "cpu":
             torch.set_num_threads(cpus)
-        _held.models, _held.compute = Models(options.device), ray.get(function[0])
+        _held.run, _held.models, _held.images = function[0].hex(), Models(options.device), {}
+        _held.compute = ray.get(function[0])
     name = data[0].hex()
     if name not in _held.images:
         _held.images[name] = ray.get(data[0])
-    assert _held.compute is not None
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder) / "log"
         with output_to(log):

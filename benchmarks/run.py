@@ -135,7 +135,8 @@ class _Schedule:
         names = list(groups)
         if len(engine.room()) > 1:
             names.sort(key=lambda checkpoint: -sum(cell.images * macs_of(cell) for cell in groups[checkpoint]))
-        self.waiting = {checkpoint: groups[checkpoint] for checkpoint in names}
+        self.groups = groups
+        self.waiting = deque(names)
         self.open: dict[Checkpoint, _Group] = {}
         self.ready: deque[tuple[Cell, Record]] = deque()  # finished before
         self.look_again = 0.0
@@ -181,19 +182,22 @@ class _Schedule:
         """The next checkpoint that no other sweep works on, with something to do. What is finished is `ready`."""
         if not self.waiting or time.monotonic() < self.look_again:
             return None
-        for checkpoint in list(self.waiting):
+        for _ in range(len(self.waiting)):
+            checkpoint = self.waiting[0]
             lock = self.run._lock(checkpoint)
             try:
                 lock.acquire(timeout=0)
             except Timeout:
+                self.waiting.rotate(-1)
                 continue
-            group = _Group(self.waiting.pop(checkpoint), lock)
+            self.waiting.popleft()
+            group = _Group(self.groups[checkpoint], lock)
             self._sort(checkpoint, group)
             if not group.to_do:
                 self._close(checkpoint, group)
                 continue
-            following = [other for other in self.waiting if other not in self.run.missing]
-            self.downloads.start(checkpoint, following)
+            following = (other for other in self.waiting if other not in self.run.missing)
+            self.downloads.start(checkpoint, next(following, None))
             self.open[checkpoint] = group
             return group
         self.look_again = time.monotonic() + 1.0

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from functools import partial
@@ -15,6 +16,7 @@ from typing import Any
 import pytest
 import ray
 import torch
+from ray._private import services
 from ray.cluster_utils import Cluster
 from rich.console import Console
 
@@ -23,6 +25,7 @@ from benchmarks.cells import Cell, Options
 from benchmarks.checkpoints import Checkpoint
 from benchmarks.datasets import ImageSet
 from benchmarks.downloads import Downloads
+from benchmarks.engine_cost import Named
 from benchmarks.engines import EngineError, LocalEngine
 from benchmarks.measure import failure, run_cell
 from benchmarks.ray_engine import RayEngine
@@ -35,21 +38,30 @@ from timm_csra.evaluation.scoring import DEFAULT, PLAIN, Setting
 from .test_survival import ROOT, save
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("cluster")]
+LOOPBACK = "127.0.0.1"
 OPTIONS = Options((PLAIN, DEFAULT, Setting(0.5, (1.0, math.inf))), workers=0, batch_size=4)
 
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Cluster]:
     """A head that computes nothing and two nodes of one CPU each, on this machine."""
-    os.environ["PYTHONPATH"] = str(ROOT)
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+    patch = pytest.MonkeyPatch()
+    patch.setattr(services, "resolve_ip_for_localhost", lambda host: host)  # Ray would replace it by the machine's own
+    patch.setenv("PYTHONPATH", str(ROOT))
+    head = {"num_cpus": 0, "include_dashboard": False, "node_ip_address": LOOPBACK}
+    cluster = Cluster(initialize_head=True, head_node_args=head)
     for _ in range(2):
-        cluster.add_node(num_cpus=1)
-    ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
+        add_node(cluster)
+    ray.init(address=cluster.address, _node_ip_address=LOOPBACK, log_to_driver=False, logging_level="ERROR")
     cluster.wait_for_nodes()
     yield cluster
     ray.shutdown()
     cluster.shutdown()
+    patch.undo()
+
+
+def add_node(cluster: Cluster) -> Any:
+    return cluster.add_node(num_cpus=1, node_ip_address=LOOPBACK)
 
 
 @pytest.fixture(params=["local", "ray"])
@@ -75,7 +87,7 @@ def run(out: Path, cells: list[Cell], engine: Any, compute: Any = None, retry_fa
 def stable(record: dict) -> dict:
     """What does not depend on when and where."""
     varying = ("seconds", "phases", "environment", "cost")
-    return {name: value for name, value in record.items() if name not in varying}
+    return json.loads(json.dumps({name: value for name, value in record.items() if name not in varying}))
 
 
 def test_records_are_the_same_and_bit_identical(engine: Any, tmp_path: Path, photos: Path) -> None:
@@ -92,7 +104,7 @@ def test_records_are_the_same_and_bit_identical(engine: Any, tmp_path: Path, pho
         torch.set_num_threads(threads)
     stored = {json.dumps(record["key"]): stable(record) for record in read_records(tmp_path / "out")}
     assert {json.dumps(record["key"]): stable(record) for record in records} == stored
-    assert json.loads(json.dumps(expected)) == stored
+    assert expected == stored
     assert all(record["status"] == "ok" for record in records)
     assert all(len(record["environment"]["commit"]) >= 40 for record in records)
 
@@ -128,7 +140,7 @@ def counting(folder: str, cell: Cell, options: Options, models: Models, track: A
 
 def trivial(names: list[str]) -> list[Cell]:
     data = ImageSet("nothing", (), (), ("a", "b"))
-    return [Cell(Checkpoint("timm", name), data, "single", (64, 64)) for name in names]
+    return [Cell(Named("timm", name), data, "single", (64, 64)) for name in names]
 
 
 def counted(told: Path) -> dict[str, int]:
@@ -163,14 +175,24 @@ def test_a_worker_that_somebody_kills(engine: Any, tmp_path: Path) -> None:
     told = tmp_path / "computed"
     cells = trivial([f"slow {i}" for i in range(4)])
     folder = Run(OPTIONS, tmp_path / "out", {}, False, Console(quiet=True))
-    killed = None
-    for _ in folder.records(cells, lambda _: engine(partial(counting, str(told))), Downloads(False, False)):
-        if killed is None:
-            time.sleep(0.5)  # until what has been given out next is being computed
-            killed, pid = told.read_text().splitlines()[-1].rsplit(" ", 1)
-            os.kill(int(pid), signal.SIGKILL)
+    killed = []
+
+    def kill() -> None:
+        deadline = time.monotonic() + 60
+        while not told.exists() or not told.read_text().endswith("\n"):
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        name, pid = told.read_text().splitlines()[-1].rsplit(" ", 1)
+        time.sleep(0.3)  # of the second that the cell takes
+        os.kill(int(pid), signal.SIGKILL)
+        killed.append(name)
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    list(folder.records(cells, lambda _: engine(partial(counting, str(told))), Downloads(False, False)))
+    killer.join()
     assert [record["status"] for record in read_records(tmp_path / "out")] == ["ok"] * 4
-    assert counted(told) == {cell.checkpoint.id: 1 + (cell.checkpoint.id == killed) for cell in cells}
+    assert counted(told) == {cell.checkpoint.id: 1 + (cell.checkpoint.id in killed) for cell in cells}
 
 
 @pytest.mark.parametrize("name", ["local", "ray"])
@@ -202,7 +224,7 @@ def test_ctrl_c_loses_nothing(name: str, tmp_path: Path, photos: Path) -> None:
 def test_a_node_is_lost_and_another_joins(cluster: Cluster, tmp_path: Path) -> None:
     told = tmp_path / "computed"
     cells = trivial([f"slow {i}" for i in range(12)])
-    doomed = cluster.add_node(num_cpus=1)
+    doomed = add_node(cluster)
     cluster.wait_for_nodes()
     folder = Run(OPTIONS, tmp_path / "out", {}, False, Console(quiet=True))
     joined, where = None, []
@@ -211,7 +233,7 @@ def test_a_node_is_lost_and_another_joins(cluster: Cluster, tmp_path: Path) -> N
         where.append(record.get("where"))
         if count == 2:
             cluster.remove_node(doomed, allow_graceful=False)
-            joined = cluster.add_node(num_cpus=1)
+            joined = add_node(cluster)
     stored = read_records(tmp_path / "out")
     assert [record["status"] for record in stored] == ["ok"] * 12
     assert joined is not None

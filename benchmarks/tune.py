@@ -1,0 +1,106 @@
+"""Choose lam and T for a checkpoint from labelled pictures of one's own, or be told that the plain model is best.
+
+Every picture runs once and is scored for every setting. The setting is chosen by cross-validation (the smallest lam
+within one standard error of the best), and what the choice gains is measured on folds that had no part in it. lam = 0 is
+recommended unless the 95 % interval of that gain lies above 0.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import track
+
+import timm_csra
+from timm_csra.evaluation.tuning import LAMS, TEMPERATURES, choose
+
+from . import checkpoints, sources
+from .arguments import add_images, add_labels, asked_cells, asked_options, asked_what
+from .checkpoints import CheckpointError
+from .classes import COMBINE, NotApplicableError, combined
+from .datasets import DataError
+from .measure import score_cell
+from .worker import Models
+
+EPILOG = """
+examples:
+  python -m benchmarks.tune --models local-dir:my-checkpoint --data my-photos --task multilabel --metric lrap
+  python -m benchmarks.tune --models 'pypi:tf_efficientnet_lite0' --data imagenet/val --save tuned-checkpoint
+"""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Print what was found. Returns 0, or 2 where nothing could be started."""
+    args = _parser().parse_args(arguments)
+    log, screen = Console(stderr=True), Console(soft_wrap=True, highlight=False)
+    try:
+        options = asked_options(args, Path())
+        models, data, tasks = asked_what(args)
+        cells = [cell for model in models for cell in asked_cells(model, args.img_size, data, tasks, {})]
+        if len(cells) != 1:
+            raise ValueError(f"found {len(cells)} combinations of checkpoint, data and task; expected one.")
+        (cell,) = cells
+        loaded = Models(options.device).get(cell)
+        found = score_cell(
+            cell,
+            loaded,
+            options,
+            lambda batches: track(batches, cell.checkpoint.name, console=log, transient=True),
+        )
+        groups = found.facts["groups"]
+        how = options.class_map.combine if options.class_map else COMBINE[0]
+        result = choose(
+            found.scores,
+            found.targets,
+            options.settings,
+            metric=args.metric,
+            folds=args.folds,
+            seed=args.seed,
+            combine=(lambda logits: logits) if groups is None else (lambda logits: combined(logits, groups, how)),
+        )
+    except (CheckpointError, DataError, NotApplicableError, ValueError) as error:
+        log.print(f"benchmarks.tune: {error}", markup=False, highlight=False, soft_wrap=True)
+        return 2
+    screen.print(
+        f"{cell.checkpoint.name} on {cell.data.name}, {cell.task_name}, {loaded.size[0]} x {loaded.size[1]} pixels"
+    )
+    screen.print(str(result), markup=False)
+    if args.save:
+        timm_csra.save_pretrained(result.apply(loaded.model), args.save)
+        screen.print(f"saved with lam={result.lam:g} to {args.save}", markup=False)
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.tune",
+        description=__doc__,
+        epilog=EPILOG + sources.HELP,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--models", metavar="SPEC", required=True, help=f"one of: {checkpoints.HELP}")
+    parser.add_argument("--data", nargs=1, metavar="DATA", required=True, help="labelled photographs, see below")
+    parser.add_argument("--task", choices=("single", "multilabel", "mosaic"), help="default: single")
+    parser.add_argument(
+        "--metric", help="top1, top5, mAP, lrap, recall_at_k, CF1_top3, OF1_top3 (default: top1 or mAP)"
+    )
+    parser.add_argument("--lams", default=",".join(f"{lam:g}" for lam in LAMS), help="default: %(default)s")
+    temperatures = ",".join(f"{temperature:g}" for temperature in TEMPERATURES)
+    parser.add_argument("--temperatures", default=temperatures, help="1+inf is two heads (default: %(default)s)")
+    parser.add_argument("--folds", type=int, default=5, help="default: %(default)s")
+    parser.add_argument("--save", type=Path, metavar="FOLDER", help="save the checkpoint, wrapped as recommended")
+    add_labels(parser)
+    add_images(parser)
+    parser.add_argument("--batch-size", type=int, help="default: 64, on a CPU 16")
+    parser.add_argument("--workers", type=int, default=2, help="processes that read images (default: %(default)s)")
+    parser.add_argument("--device", default="auto", help="default: %(default)s")
+    parser.add_argument("--amp", choices=("none", "bf16", "fp16"), default="none", help="default: %(default)s")
+    parser.add_argument("--seed", type=int, default=0, help="of folds and bootstrap (default: %(default)s)")
+    sweeps = ("sample", "devices", "keep_scores", "rescore", "rivals", "time_plain")
+    parser.set_defaults(activation="softmax", average_precision="continuous", **dict.fromkeys(sweeps, False))
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,147 @@
+"""`tune` against the same protocol written out, and against data in which the truth is known."""
+
+import math
+
+import numpy as np
+import pytest
+import timm
+import torch
+from scipy import stats
+from torch import Tensor
+
+import timm_csra
+from timm_csra.evaluation.scoring import DEFAULT, PLAIN, Scores, Setting, settings_grid
+from timm_csra.evaluation.statistics import folds_of
+from timm_csra.evaluation.tuning import choose
+
+SETTINGS = settings_grid([0.1, 0.5, 1.0], [1.0, math.inf])
+
+
+def synthetic(seed: int, count: int = 200, signal: float = 0.0, classes: int = 5) -> tuple[Scores, Tensor]:
+    """Scores whose attention term knows nothing of the class, or `signal` of it."""
+    generator = torch.Generator().manual_seed(seed)
+    targets = torch.randint(classes, (count,), generator=generator)
+    right = torch.nn.functional.one_hot(targets, classes).float()
+
+    def noise() -> Tensor:
+        return torch.randn(count, classes, generator=generator)
+
+    attention = {temperature: signal * right + noise() for temperature in (1.0, math.inf)}
+    return Scores(0.7 * right + noise(), attention), targets
+
+
+def literal(scores: Scores, targets: Tensor, folds: int, seed: int) -> tuple[list[Setting], float]:
+    """Nested choice by one standard error, one image and one fold at a time."""
+    parts = folds_of(targets.numpy(), seed, folds)
+    hits = {
+        s: [100 * (scores.logits(s)[rows].argmax(1) == targets[rows]).double().mean().item() for rows in parts]
+        for s in SETTINGS
+    }
+    chosen, gains = [], []
+    for held_out in range(folds):
+        others = [fold for fold in range(folds) if fold != held_out]
+        table = {}
+        for setting in SETTINGS:
+            gain = [hits[setting][fold] - hits[PLAIN][fold] for fold in others]
+            table[setting] = (np.mean(gain), np.std(gain, ddof=1) / math.sqrt(len(gain)))
+        best, error = max(table.values())
+        near = [setting for setting in SETTINGS if table[setting][0] >= best - error]
+        lam = min(setting.lam for setting in near)
+        setting = max((s for s in near if s.lam == lam), key=lambda s: table[s][0])
+        chosen.append(setting)
+        gains.append(hits[setting][held_out] - hits[PLAIN][held_out])
+    return chosen, float(np.mean(gains))
+
+
+@pytest.mark.parametrize("signal", [0.0, 1.5])
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_nested_choice_by_hand(signal: float, seed: int) -> None:
+    scores, targets = synthetic(seed, signal=signal)
+    result = choose(scores, targets, SETTINGS, folds=4, seed=seed)
+    chosen, gain = literal(scores, targets, 4, seed)
+    assert list(result.nested.settings) == chosen
+    assert result.nested.gain == pytest.approx(gain)
+
+
+def test_no_signal_is_recommended_about_as_rarely_as_the_interval_says() -> None:
+    helped = sum(choose(*synthetic(seed), SETTINGS, seed=seed).helps for seed in range(60))
+    assert stats.binomtest(helped, 60, 0.025, alternative="greater").pvalue > 0.001
+
+
+def test_a_signal_is_found_and_applied() -> None:
+    result = choose(*synthetic(0, 500, signal=2.0), SETTINGS)
+    assert result.helps
+    assert result.lam > 0
+    assert f"CSRA helps here: use lam={result.lam:g}" in str(result)
+    model = timm.create_model("test_resnet").eval()
+    assert result.apply(model) is model
+    assert (model.csra.lam, model.csra.temperature) == (result.lam, result.temperature)
+
+
+def test_no_evidence_says_so_and_recommends_the_plain_model() -> None:
+    result = choose(*synthetic(3), SETTINGS)
+    assert result.recommended == PLAIN
+    assert str(result).startswith("No evidence that CSRA helps here: use lam=0, the plain model.")
+    model = result.apply(timm.create_model("test_resnet").eval())
+    x = torch.randn(1, 3, 160, 160)
+    assert torch.equal(model(x), timm_csra.unwrap(model)(x))
+
+
+def test_harm_says_so() -> None:
+    scores, targets = synthetic(0, 500, signal=-3.0)
+    result = choose(scores, targets, [PLAIN, DEFAULT, Setting(1.0, (1.0,))])
+    assert result.chosen == PLAIN
+    assert result.recommended == PLAIN
+
+
+def loader(model: torch.nn.Module, several: bool = False) -> list[tuple[Tensor, Tensor]]:
+    generator = torch.Generator().manual_seed(0)
+    classes = model.num_classes
+    labels = torch.randint(classes, (8,), generator=generator)
+    targets = torch.nn.functional.one_hot(labels, classes) if several else labels
+    return [(torch.randn(8, 3, 64, 64, generator=generator), targets) for _ in range(3)]
+
+
+@pytest.mark.parametrize("metric", [None, "top1", "mAP", "lrap"])
+def test_from_images_to_a_result_without_touching_the_model(metric: str | None) -> None:
+    model = timm.create_model("test_resnet", num_classes=4).eval()
+    several = metric in ("mAP", "lrap")
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    result = timm_csra.tune(
+        model, loader(model, several), metric=metric, lams=[0.1, 0.3], temperatures=[math.inf], folds=3
+    )
+    assert isinstance(result, timm_csra.TuneResult)
+    assert (result.metric, result.images) == (metric or "top1", 24)
+    assert not timm_csra.is_wrapped(model)
+    assert all(torch.equal(state[name], tensor) for name, tensor in model.state_dict().items())
+    assert set(result.settings) == {Setting(0.1, (math.inf,)), Setting(0.3, (math.inf,))}
+
+
+def test_a_metric_of_ones_own() -> None:
+    scores, targets = synthetic(0, 120, signal=1.0)
+
+    def share_right(logits: Tensor, labels: Tensor) -> Tensor:
+        return 100 * (logits.argmax(1) == labels).double().mean()
+
+    own, top1 = (choose(scores, targets, SETTINGS, metric=metric) for metric in (share_right, "top1"))
+    assert own.metric == "share_right"
+    assert own.nested.settings == top1.nested.settings
+    assert own.nested.gain == pytest.approx(top1.nested.gain)
+    assert own.nested.interval == pytest.approx(top1.nested.interval)
+
+
+def test_what_does_not_fit_is_refused() -> None:
+    model = timm.create_model("test_resnet", num_classes=4)
+    with pytest.raises(
+        ValueError, match=r"test_resnet: found a model in training mode, expected eval: call model.eval\(\)"
+    ):
+        timm_csra.tune(model, loader(model))
+    model.eval()
+    with pytest.raises(ValueError, match="metric: found 'mAP' for targets that are class indices"):
+        timm_csra.tune(model, loader(model), metric="mAP")
+    with pytest.raises(ValueError, match="metric: found 'top1' for targets that are several labels"):
+        timm_csra.tune(model, loader(model, several=True), metric="top1")
+    with pytest.raises(ValueError, match="found 24 images for 20 folds; expected at least 3 folds of 2 images"):
+        timm_csra.tune(model, loader(model), folds=20)
+    with pytest.raises(ValueError, match="lam must be finite"):
+        timm_csra.tune(model, loader(model), lams=[math.nan])
