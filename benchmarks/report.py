@@ -1,8 +1,8 @@
 """One self-contained page from the records of a sweep, with plots and tables to take along.
 
 Writes to RUN_DIR/report: `index.html` (no network needed), each plot as PNG and SVG, `results.md`, and `results.csv`
-with timm's column names. Gains are in percentage points over lam = 0, intervals 95 %, p-values corrected by Holm's method
-over the checkpoints of the same data, task, requested size, metric and protocol.
+with timm's column names. Gains are in percentage points over lam = 0, intervals 95 %, p-values corrected by Holm's
+method over the checkpoints of the same data, task, requested size, metric and protocol.
 """
 
 import argparse
@@ -147,8 +147,9 @@ def page(data: Record) -> str:
     """The page; the specifications of its plots are Altair's, filled with what is selected there."""
     text = json.dumps(data, allow_nan=False, separators=(",", ":"))
     specs = {name: chart.to_dict() for name, chart in charts().items()}
+    vega = vl_convert.javascript_bundle()  # type: ignore[call-arg]
     return Template(PAGE.read_text(encoding="utf-8")).substitute(
-        vega=vl_convert.javascript_bundle()  # type: ignore[call-arg].replace("</script", "<\\/script"),
+        vega=vega.replace("</script", "<\\/script"),
         specs=json.dumps(specs).replace("</", "<\\/"),
         data=text.replace("</", "<\\/"),
     )

@@ -1,8 +1,8 @@
 """Choose lam and T for a checkpoint from labelled pictures of one's own, or be told that the plain model is best.
 
 Every picture runs once and is scored for every setting. The setting is chosen by cross-validation (the smallest lam
-within one standard error of the best), and what the choice gains is measured on folds that had no part in it. lam = 0 is
-recommended unless the 95 % interval of that gain lies above 0.
+within one standard error of the best), and what the choice gains is measured on folds that had no part in it. lam = 0
+is recommended unless the 95 % interval of that gain lies above 0.
 """
 
 import argparse
