@@ -237,4 +237,6 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    from benchmarks.engine_cost import main as run  # under its name, by which workers find what is here
+
+    sys.exit(run())

