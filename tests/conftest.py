@@ -1,7 +1,10 @@
 """Shared test helpers: small random models, and the lookup of real data kept beside the checkout."""
 
 import os
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,6 +24,24 @@ def cuda() -> torch.device:
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device: this test did NOT run, and nothing here says how the reduction behaves on one")
     return torch.device("cuda")
+
+
+@pytest.fixture(scope="session")
+def chromium() -> Iterator[Any]:
+    """Debian's Chromium, headless; where there is none the test is skipped, or fails where it is required."""
+    executable = shutil.which("chromium")
+    if executable is None:
+        reason = "no Chromium: this test did NOT run; apt-get install chromium"
+        if os.environ.get("TIMM_CSRA_REQUIRE_DATA"):
+            pytest.fail(reason)
+        pytest.skip(reason)
+    from playwright.sync_api import sync_playwright
+
+    quiet = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"]
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=executable, args=[*quiet, "--disable-sync"])
+        yield browser
+        browser.close()
 
 
 @pytest.fixture(scope="session")

@@ -187,7 +187,7 @@ def build() -> gr.Blocks:
             "say is added: `logit = base + lam * attention`. Meant for pictures with several objects; on many pictures "
             "it changes little, and it can do harm. Logits are for ranking: they are no probabilities."
         )
-        seen = gr.State(None)
+        source, seen = gr.State(None), gr.State(None)
         with gr.Row():
             with gr.Column(min_width=280):
                 model = gr.Dropdown(
@@ -202,37 +202,34 @@ def build() -> gr.Blocks:
                     allow_custom_value=True,
                     elem_id="model",
                 )
-                picture = gr.Image(
-                    type="filepath", label="Picture", sources=["upload", "clipboard"], elem_id="picture", height=240
-                )
-                file = gr.UploadButton("Upload a picture", file_count="single", elem_id="upload")
+                file = gr.File(label="Picture", type="filepath", elem_id="upload", height=120)
                 if examples:
                     example = gr.Radio(list(examples), label="Or an example", elem_id="examples")
+                picture = gr.Image(label="As the model sees it", interactive=False, elem_id="picture", height=260)
             with gr.Column(min_width=280):
                 lam = gr.Slider(0, 2, value=0.1, step=0.01, label="lam", info="0 is the plain model", elem_id="lam")
                 maximum = gr.Checkbox(True, label="T = infinity: the most convinced place alone", elem_id="maximum")
-                temperature = gr.Slider(
-                    0.1, 20, value=1, step=0.1, label="T, where it is finite", elem_id="temperature"
-                )
+                temperature = gr.Slider(0.1, 20, value=1, step=0.1, label="T, if finite", elem_id="temperature")
                 with gr.Row():
                     headers = ["#", "class", "logit"]
                     before = gr.Dataframe(headers=headers, label="Plain model", interactive=False, elem_id="before")
                     after = gr.Dataframe(headers=headers, label="Wrapped", interactive=False, elem_id="after")
-        maps = gr.Gallery(
-            label="Where each class was seen, highest score (one colour scale)", columns=4, elem_id="maps"
-        )
+        maps = gr.Gallery(label="Where each class was seen, and its highest score", columns=4, elem_id="maps")
         shown, outputs = [seen, lam, temperature, maximum], [before, after, maps]
-        for changed in (picture.change, model.change):
-            changed(_look_quietly, [model, picture], seen).success(show, shown, outputs)
+        file.upload(lambda path: path, file, source)
         if examples:
-            example.change(lambda name: examples.get(name), example, picture)
+            example.change(examples.get, example, source)
+        for changed in (source.change, model.change):
+            changed(_look, [model, source], [seen, picture]).success(show, shown, outputs)
         for control in (lam, temperature, maximum):
             control.change(show, shown, outputs, show_progress="hidden", queue=True)
     return page
 
 
-def _look_quietly(name: str, path: str | None) -> Seen | None:
-    return look(name, path) if path else None
+def _look(name: str, path: str | None) -> tuple[Seen | None, Image.Image | None]:
+    """Nothing where there is no picture yet."""
+    seen = look(name, path) if path else None
+    return seen, seen.picture if seen else None
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -241,9 +238,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0 for everybody (default: %(default)s)")
     parser.add_argument("--port", type=int, default=7860, help="default: %(default)s")
     args = parser.parse_args(arguments)
-    build().launch(
-        server_name=args.host, server_port=args.port, max_file_size=MAX_FILE, allowed_paths=_example_folders()
-    )
+    folders = sorted({str(Path(path).parent) for path in installed_examples().values()})
+    build().launch(server_name=args.host, server_port=args.port, max_file_size=MAX_FILE, allowed_paths=folders)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,166 @@
+"""The page to try it: what it computes, against the library; and the page itself, in a real browser."""
+
+import math
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from PIL import Image
+
+import timm_csra
+
+pytest.importorskip("gradio", reason="the extra `demo` is not installed: nothing here says whether the page works")
+import gradio as gr
+
+from timm_csra import demo
+
+SCREENSHOTS = Path(os.environ.get("TIMM_CSRA_SCREENSHOTS", "screenshots"))
+
+
+@pytest.fixture
+def photo(tmp_path: Path) -> str:
+    Image.effect_noise((300, 200), 90).convert("RGB").save(tmp_path / "photo.png")
+    return str(tmp_path / "photo.png")
+
+
+@pytest.fixture
+def random_model(monkeypatch: pytest.MonkeyPatch) -> torch.nn.Module:
+    torch.manual_seed(0)
+    model = timm.create_model("test_resnet").eval()
+    torch.nn.init.normal_(model.get_classifier().weight)
+    monkeypatch.setattr(demo, "load", lambda name: model)
+    return model
+
+
+@pytest.mark.parametrize("temperature", [0.5, 3.0, math.inf])
+@pytest.mark.parametrize("lam", [0.0, 0.1, 1.5])
+def test_recombined_scores_are_what_the_wrapped_model_says(
+    lam: float, temperature: float, photo: str, random_model: torch.nn.Module
+) -> None:
+    seen = demo.look("any", photo)
+    config = timm.data.resolve_data_config(model=random_model) | {"crop_mode": "squash", "crop_pct": 1.0}
+    x = timm.data.create_transform(**config)(seen.picture)[None]
+    model = timm_csra.wrap(random_model, lam, temperature)
+    with torch.inference_mode():
+        torch.testing.assert_close(seen.logits(lam, temperature), model(x)[0], rtol=1e-4, atol=1e-3)
+    timm_csra.unwrap(random_model)
+
+
+def test_tables_and_maps(photo: str, random_model: torch.nn.Module) -> None:
+    seen = demo.look("any", photo)
+    before, after, maps = demo.show(seen, 1.0, 1.0, True)
+    assert [row[1] for row in before] == [seen.names[i] for i in seen.base.topk(6).indices]
+    assert [row[1] for row in after] == [seen.names[i] for i in seen.logits(1.0, math.inf).topk(6).indices]
+    assert {row[1] for row in before} | {row[1] for row in after} == {caption.rsplit(" (", 1)[0] for _, caption in maps}
+    assert all(picture.size == seen.picture.size for picture, _ in maps)
+    assert demo.show(None, 1.0, 1.0, True) == (None, None, [])
+
+
+def test_what_cannot_be_shown_is_told(tmp_path: Path, photo: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = tmp_path / "notes.png"
+    text.write_text("no picture")
+    with pytest.raises(gr.Error, match="This file cannot be read as a picture"):
+        demo.open_picture(str(text))
+    half = tmp_path / "half.png"
+    half.write_bytes(Path(photo).read_bytes()[:500])
+    with pytest.raises(gr.Error, match="This file cannot be read as a picture"):
+        demo.open_picture(str(half))
+    monkeypatch.setattr(demo, "PIXELS", 1000)
+    with pytest.raises(gr.Error, match=r"The picture has 300 x 200 pixels; expected at most"):
+        demo.open_picture(photo)
+    with pytest.raises(gr.Error, match="Choose a picture first"):
+        demo.look("resnet18", None)
+    with pytest.raises(gr.Error, match="timm has no model called 'resnet_of_tomorrow'"):
+        demo.load("resnet_of_tomorrow")
+
+
+def test_without_network_the_wheels_are_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(
+        gr.Error, match=r"resnet18.a1_in1k could not be downloaded.*Without network these work: tf_efficientnet_lite0"
+    ):
+        demo.load("resnet18.a1_in1k")
+
+
+# In the browser
+
+
+@pytest.fixture(scope="module")
+def page() -> Iterator[str]:
+    """The address of the app, on loopback."""
+    app = demo.build()
+    folders = sorted({str(Path(path).parent) for path in demo.installed_examples().values()})
+    _, url, _ = app.launch(
+        server_name="127.0.0.1", prevent_thread_lock=True, quiet=True, max_file_size="1mb", allowed_paths=folders
+    )
+    yield url
+    app.close()
+
+
+@pytest.mark.browser
+@pytest.mark.slow
+def test_a_person_tries_it(page: str, chromium, photo: str, tmp_path: Path) -> None:
+    from playwright.sync_api import expect
+
+    tab = chromium.new_page(viewport={"width": 1300, "height": 1000})
+    tab.goto(page)
+    tab.get_by_label("A cup, from scikit-image").click()
+    after, before = tab.locator("#after"), tab.locator("#before")
+    expect(before).to_contain_text("espresso", timeout=60_000)
+    expect(after).to_contain_text("espresso")
+    plain = before.inner_text()
+    assert len(tab.locator("#maps img").all()) >= 6
+
+    # lam moves the wrapped table alone; at 0 both say the same.
+    slider = tab.locator("#lam input[type=number]")
+    first = re.findall(r"\d+\.\d+", after.inner_text())
+    slider.fill("1.5")
+    slider.press("Enter")
+    expect(after).not_to_contain_text(first[0])
+    assert before.inner_text() == plain
+    SCREENSHOTS.mkdir(exist_ok=True, parents=True)
+    tab.screenshot(path=SCREENSHOTS / "demo.png", full_page=True)
+    slider.fill("0")
+    slider.press("Enter")
+    expect(after).to_contain_text(re.findall(r"\d+\.\d+", plain)[0])
+
+    # What is no picture, what is too large, and a name that there is not, are told in the page.
+    bad = tmp_path / "bad.png"
+    bad.write_bytes(b"no picture at all")
+    tab.locator("#upload input[type=file]").set_input_files(str(bad))
+    expect(tab.locator(".toast-body")).to_contain_text("This file cannot be read as a picture", timeout=20_000)
+    tab.screenshot(path=SCREENSHOTS / "demo-bad-file.png")
+    tab.reload()
+    huge = tmp_path / "huge.png"
+    huge.write_bytes(os.urandom(2 * 2**20))
+    tab.locator("#upload input[type=file]").set_input_files(str(huge))
+    expect(tab.locator(".toast-body")).to_contain_text(re.compile("maximum allowed size", re.I), timeout=20_000)
+    tab.reload()
+    tab.locator("#upload input[type=file]").set_input_files(photo)
+    expect(before).to_contain_text(re.compile(r"\d\.\d\d"), timeout=20_000)
+    tab.close()
+
+
+@pytest.mark.browser
+@pytest.mark.slow
+def test_no_network_is_told_in_the_page(page: str, chromium, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from playwright.sync_api import expect
+
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    tab = chromium.new_page(viewport={"width": 400, "height": 900})
+    tab.goto(page)
+    tab.get_by_label("A cup, from scikit-image").click()
+    expect(tab.locator("#before")).to_contain_text("espresso", timeout=60_000)
+    name = tab.locator("#model input")
+    name.fill("resnet18.a1_in1k")
+    name.press("Enter")
+    name.blur()
+    expect(tab.locator(".toast-body")).to_contain_text("could not be downloaded", timeout=30_000)
+    tab.screenshot(path=SCREENSHOTS / "demo-phone.png", full_page=True)
+    tab.close()
