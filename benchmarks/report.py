@@ -30,7 +30,7 @@ FIELDS = (  # of a row of the page
     *("p_holm", "verdict", "lam", "kind", "macs"),
 )
 TIMM_COLUMNS = ("model", "img_size", "top1", "top1_err", "top5", "top5_err", "param_count", "crop_pct", "interpolation")
-COLOURS = {"better": "#0a7d4f", "worse": "#c4371c", "no evidence": "#7a7f87"}
+COLOURS = {"better": "#1c9b69", "worse": "#dd5a3c", "no evidence": "#878d96"}
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -1,0 +1,205 @@
+"""The report: its figures against the records, and the page in a real browser, small and with 2,000 checkpoints."""
+
+import csv
+import json
+import os
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from benchmarks.records import write_record
+from benchmarks.report import main
+
+SCREENSHOTS = Path(os.environ.get("TIMM_CSRA_SCREENSHOTS", "screenshots"))
+TASKS = (("single", None, ("top1", "top5")), ("mosaic", 2, ("mAP", "lrap")), ("mosaic", 3, ("mAP", "lrap")), ("real", None, ("top1", "lrap")), ("multilabel", None, ("mAP", "lrap")))  # fmt: skip
+LAMS = (0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 1.0)
+
+
+def synthetic(folder: Path, checkpoints: int, sizes: int = 1) -> dict[str, float]:
+    """Records as a sweep writes them, with made-up figures; the gain of `fixed` by checkpoint, for mosaics 2x2."""
+    rng = np.random.default_rng(0)
+    gains = {}
+    for number in range(checkpoints):
+        model = f"checkpoint{number:04d}.tag"
+        for size in range(sizes):
+            for task, grid, metrics in TASKS:
+                results = []
+                for metric in metrics:
+                    base, gain, error = rng.uniform(30, 90), rng.normal(1, 2), rng.uniform(0.2, 1.5)
+                    for protocol in ("fixed", "crossfit", "best", *(["curve"] * len(LAMS))):
+                        lam = (
+                            LAMS[sum(r["protocol"] == "curve" and r["metric"] == metric for r in results)]
+                            if protocol == "curve"
+                            else 0.1
+                        )
+                        own = gain * lam / 0.1 if protocol == "curve" else gain
+                        results.append(
+                            {
+                                "metric": metric, "protocol": protocol, "lam": f"{lam:g}", "temperature": "inf",
+                                "baseline": base, "value": base + own, "gain": own,
+                                "ci_low": None if protocol == "best" else own - 2 * error,
+                                "ci_high": None if protocol == "best" else own + 2 * error,
+                                "p_value": float(np.exp(-((gain / error) ** 2))) if protocol in ("fixed", "crossfit") else None,
+                                "test": "paired t",
+                            }
+                        )  # fmt: skip
+                    if (task, grid, metric, size) == ("mosaic", 2, "mAP", 0):
+                        gains[model] = gain
+                pixels = 224 * (1 + size)
+                key = {
+                    "model": model,
+                    "data": "photos",
+                    "task": task,
+                    "img_size": pixels,
+                    "grid": grid,
+                    "settings": [[0, "inf"]],
+                    "seed": 0,
+                    "amp": "none",
+                }
+                record = {
+                    **key, "n": 500, "columns": 1000, "kind": "exact", "macs": int(rng.uniform(1e8, 1e10)), "status": "ok", "reason": None,
+                    "requested": f"{1 + size}x", "results": results, "key": key, "seconds": 1.0,
+                    "environment": {"device": "cpu", "platform": "Linux", "python": "3.11", "commit": "c0ffee", "packages": {"torch": "2.14"}},
+                }  # fmt: skip
+                path = folder / "records" / f"{model}--{task}{grid or ''}--{pixels}.json"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_text(json.dumps(record))
+    failed = {
+        **record,
+        "model": "broken",
+        "key": {**key, "model": "broken"},
+        "status": "failed",
+        "reason": "ValueError: <b>weights</b> do not fit",
+        "results": [],
+    }
+    write_record(folder / "records" / "broken.json", failed)
+    return gains
+
+
+def test_tables_say_what_the_records_say(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    gains = synthetic(tmp_path, 6)
+    assert main([str(tmp_path)]) == 0
+    report = tmp_path / "report"
+    rows = list(csv.DictReader((report / "results.csv").open()))
+    assert list(rows[0])[:9] == [
+        "model",
+        "img_size",
+        "top1",
+        "top1_err",
+        "top5",
+        "top5_err",
+        "param_count",
+        "crop_pct",
+        "interpolation",
+    ]
+    mosaics = {row["model"]: row for row in rows if (row["task"], row["metric"]) == ("mosaic 2x2", "mAP")}
+    assert {model: float(row["gain_fixed"]) for model, row in mosaics.items()} == pytest.approx(gains, abs=1e-4)
+    single = next(row for row in rows if row["task"] == "single")
+    assert float(single["top1"]) + float(single["top1_err"]) == pytest.approx(100, abs=1e-3)
+    text = (report / "results.md").read_text()
+    assert text.count("| checkpoint0000.tag |") == 10
+    assert "- 1 cells, failed: ValueError: <b>weights</b> do not fit" in text
+    for kind in ("png", "svg"):
+        plots = sorted(path.name for path in (report / "plots").glob(f"*.{kind}"))
+        assert len(plots) == 20
+        assert all((report / "plots" / name).stat().st_size > 3000 for name in plots)
+    page = (report / "index.html").read_text()
+    assert "src=" not in page.split("<script>")[0]
+    assert "<b>weights</b>" not in page.split('id="data"')[0]
+
+
+def test_nothing_to_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([str(tmp_path)]) == 2
+    assert "expected the --out folder of a sweep" in capsys.readouterr().err
+
+
+@pytest.mark.browser
+@pytest.mark.slow
+def test_a_person_reads_it(tmp_path: Path, chromium) -> None:
+    from playwright.sync_api import expect
+
+    gains = synthetic(tmp_path, 60, sizes=2)
+    assert main([str(tmp_path), "--no-plots"]) == 0
+    tab = chromium.new_page(viewport={"width": 1200, "height": 1000})
+    asked, errors = [], []
+    tab.on("request", lambda request: asked.append(request.url))
+    tab.on("pageerror", lambda error: errors.append(str(error)))
+    tab.goto((tmp_path / "report" / "index.html").as_uri())
+    expect(tab.locator("body[data-ready=yes]")).to_be_attached(timeout=20_000)
+    assert [url for url in asked if not url.startswith(("file:", "data:", "blob:"))] == []
+
+    tab.get_by_label("data · task · size").select_option("photos · mosaic 2x2 · 1x")
+    assert tab.get_by_label("metric").input_value() == "mAP"
+    rows = tab.locator("#table tbody tr")
+    ranked = sorted(gains, key=lambda model: -gains[model])
+    expect(rows).to_have_count(25)
+    expect(rows.first).to_contain_text(ranked[0])  # the largest gain first
+    expect(rows.first.locator("td").nth(4)).to_have_text(f"{gains[ranked[0]]:+.2f}")
+    counts = tab.locator("#counts").inner_text()
+    assert counts.startswith("60 checkpoints: ")
+
+    header = tab.get_by_role("button", name="gain", exact=True)
+    header.focus()
+    tab.keyboard.press("Enter")  # by keyboard: the other way round
+    expect(rows.first).to_contain_text(ranked[-1])
+    tab.get_by_role("button", name="Next").click()
+    expect(rows.first).to_contain_text(ranked[-26])
+    tab.get_by_label("model", exact=True).fill("0042")
+    expect(rows).to_have_count(1)
+    tab.get_by_role("button", name="show the curve of checkpoint0042.tag").click()
+    expect(rows.first).to_have_attribute("aria-selected", "true")
+    shown = tab.evaluate("views.curve.data('curves').map(row => row.who)")
+    assert "checkpoint0042.tag, 95 %" in shown
+    assert tab.evaluate("views.forest.data('rows').length") == 1  # the plots follow the table
+    assert tab.evaluate("views.size.data('sizes').length") == 2
+    tab.get_by_label("model", exact=True).fill("")
+    tab.get_by_label("verdict").select_option("better")
+    better = int(counts.split(": ")[1].split(" better")[0])
+    assert tab.evaluate("shown.length") == better
+    expect(tab.locator("#failures")).to_contain_text("1 cells, failed: ValueError: <b>weights</b> do not fit")
+    expect(tab.locator("#measured")).to_contain_text("c0ffee")
+    SCREENSHOTS.mkdir(exist_ok=True, parents=True)
+    tab.screenshot(path=SCREENSHOTS / "report.png", full_page=True)
+
+    tab.emulate_media(color_scheme="dark")
+    background = tab.evaluate("getComputedStyle(document.body).backgroundColor")
+    assert background == "rgb(20, 23, 27)"
+    tab.wait_for_timeout(500)
+    tab.screenshot(path=SCREENSHOTS / "report-dark.png")
+    tab.set_viewport_size({"width": 390, "height": 844})
+    tab.reload()
+    expect(tab.locator("body[data-ready=yes]")).to_be_attached(timeout=20_000)
+    assert tab.evaluate("document.documentElement.scrollWidth") <= 390, "a phone has to scroll sideways"
+    assert tab.evaluate("[...document.querySelectorAll('figure canvas')].every(c => c.clientHeight > 100 && c.clientWidth <= 390)")
+    tab.screenshot(path=SCREENSHOTS / "report-phone.png", full_page=True)
+    assert errors == []
+    tab.close()
+
+
+@pytest.mark.browser
+@pytest.mark.slow
+def test_two_thousand_checkpoints_stay_quick(tmp_path: Path, chromium) -> None:
+    from playwright.sync_api import expect
+
+    synthetic(tmp_path, 2000)
+    started = time.perf_counter()
+    assert main([str(tmp_path), "--no-plots"]) == 0
+    made = time.perf_counter() - started
+    page = tmp_path / "report" / "index.html"
+    tab = chromium.new_page()
+    started = time.perf_counter()
+    tab.goto(page.as_uri())
+    expect(tab.locator("body[data-ready=yes]")).to_be_attached(timeout=60_000)
+    loaded = time.perf_counter() - started
+    script = "() => { const t = performance.now(); by('search').value = '19'; by('search').oninput(); return performance.now() - t; }"
+    filtered = tab.evaluate(script) / 1000
+    print(
+        f"2,000 checkpoints x 5 tasks: made in {made:.1f} s, {page.stat().st_size / 2**20:.1f} MB, loaded in {loaded:.1f} s, filtered in {filtered:.2f} s"
+    )
+    assert tab.evaluate("shown.length") > 20
+    assert made < 120
+    assert loaded < 15
+    assert filtered < 1
+    tab.close()
