@@ -19,11 +19,13 @@ import timm_csra
 from timm_csra import Explanation, UnsupportedModelError
 from timm_csra.evaluation import statistics
 from timm_csra.evaluation.metrics import (
+    ALL,
     ANY_LABEL,
     MULTI_LABEL,
     SIGMOID,
     VOC2007,
     Evaluation,
+    Logits,
     Metric,
     calibration,
     evaluate,
@@ -206,9 +208,11 @@ def results(cell: Cell, scored: Scored, options: Options, seconds: float) -> Rec
     metrics = _metrics(cell, options, targets)
     clock = [time.perf_counter()]
 
-    def measured(logits: Callable[[], Tensor]) -> dict[str, Evaluation]:
-        classes = logits if groups is None else lambda: combined(logits(), groups, combine)
-        return evaluate(classes, targets, metrics)
+    def measured(logits: Logits) -> dict[str, Evaluation]:
+        def grouped(images: slice = ALL, classes: slice = ALL) -> Tensor:
+            return combined(logits(images), groups, combine)[:, classes]
+
+        return evaluate(logits if groups is None else grouped, targets, metrics)
 
     evaluations = {setting: measured(partial(scores.logits, setting)) for setting in options.settings}
     names = list(evaluations[PLAIN])
@@ -225,7 +229,7 @@ def results(cell: Cell, scored: Scored, options: Options, seconds: float) -> Rec
         )
     ]
     for rival, logits in {"max_pool": scores.attention[math.inf], **scores.pooled}.items():
-        for name, evaluation in measured(partial(_same, logits)).items():
+        for name, evaluation in measured(partial(_part, logits)).items():
             pair = {PLAIN: evaluations[PLAIN][name], DEFAULT: evaluation}
             comparison = statistics.fixed(name, pair, len(targets), seed)
             comparisons.append(replace(comparison, protocol=rival, settings=()))
@@ -242,8 +246,8 @@ def results(cell: Cell, scored: Scored, options: Options, seconds: float) -> Rec
     }
 
 
-def _same(logits: Tensor) -> Tensor:
-    return logits
+def _part(logits: Tensor, images: slice = ALL, classes: slice = ALL) -> Tensor:
+    return logits[images, classes]
 
 
 def _readable(batches: Iterable[Any], loader: Any, bad: list[int]) -> Iterator[tuple[Tensor, Tensor]]:

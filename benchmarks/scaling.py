@@ -31,6 +31,11 @@ from .measure import results
 from .overhead import peak_of
 
 TEMPERATURES = (1.0, 5.0, 20.0, math.inf)
+HEADS: tuple[float | tuple[float, ...], ...] = (
+    *TEMPERATURES,
+    *((temperature, math.inf) for temperature in TEMPERATURES[:3]),
+    (1.0, 5.0, math.inf),
+)
 POSITIVES = 3  # labels of an image of the task multilabel
 
 
@@ -95,11 +100,9 @@ def synthetic(size: Size) -> tuple[Scored, tuple[Setting, ...]]:
         return torch.randn(size.images, size.classes, generator=generator).add_(present, alpha=2)
 
     scores = Scores(logits(), {temperature: logits() for temperature in TEMPERATURES})
-    lams = [0.1 * (1 + i) for i in range(max(1, size.settings // len(TEMPERATURES)))]
+    lams = [0.1 * (1 + i) for i in range(max(1, size.settings // len(HEADS)))]
     facts: dict[str, Any] = {"groups": None}
-    return Scored(scores, labels[:, 0] if size.task == "single" else present, facts), tuple(
-        settings_grid(lams, list(TEMPERATURES))
-    )
+    return Scored(scores, labels[:, 0] if size.task == "single" else present, facts), tuple(settings_grid(lams, HEADS))
 
 
 def measure(size: Size) -> Cost:

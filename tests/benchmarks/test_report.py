@@ -172,7 +172,9 @@ def test_a_person_reads_it(tmp_path: Path, chromium) -> None:
     tab.reload()
     expect(tab.locator("body[data-ready=yes]")).to_be_attached(timeout=20_000)
     assert tab.evaluate("document.documentElement.scrollWidth") <= 390, "a phone has to scroll sideways"
-    assert tab.evaluate("[...document.querySelectorAll('figure canvas')].every(c => c.clientHeight > 100 && c.clientWidth <= 390)")
+    assert tab.evaluate(
+        "[...document.querySelectorAll('figure canvas')].every(c => c.clientHeight > 100 && c.clientWidth <= 390)"
+    )
     tab.screenshot(path=SCREENSHOTS / "report-phone.png", full_page=True)
     assert errors == []
     tab.close()

@@ -6,14 +6,15 @@ weightings of the images at once, ranking metrics without a loop over images. Tw
 thereby: its macro mAP counts a class without a positive as 0 (such classes are left out), and its multi-label metrics
 pass logits through a sigmoid, which ties large ones.
 
-Nothing of size `(n, K)` is kept for a setting: what needs the logits again, for a resample, asks for them again.
+Nothing of size `(n, K)` is made for a setting: metrics ask for the logits of some images or some classes at a time, and
+ask again for a resample.
 
 Targets: a class index for each image `(n,)`; or `(n, K)`, bool, or int8 with 1 present, 0 absent and -1 not judged (the
 `difficult` objects of Pascal VOC): for that class the image is left out of mAP and F1, and in that image the class out
 of the ranking.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
@@ -28,8 +29,17 @@ from torchmetrics.functional.classification import multiclass_accuracy, multicla
 
 Rows = NDArray[np.intp]  # which images, with repetitions in a resample
 Samples = Sequence[Rows] | NDArray[np.intp]  # several of them; `(B, m)` where all have the same length
-Logits = Callable[[], Tensor]  # gives `(n, K)`, the same at every call
-CHUNK = 2**22  # logits that a metric looks at in one step
+ALL = slice(None)
+
+
+class Logits(Protocol):
+    """Gives the logits of some images and classes, the same at every call."""
+
+    def __call__(self, images: slice = ALL, classes: slice = ALL) -> Tensor:
+        """`(n, K)`, or that part of it."""
+
+
+CHUNK = 2**20  # logits that a metric looks at in one step
 
 
 class Evaluation(Protocol):
@@ -79,10 +89,12 @@ class MeanAveragePrecision:
         weights = _weights(samples, len(self.targets))
         targets = self.targets.to(torch.int8).T.numpy()
         total, counted = np.zeros(len(samples)), np.zeros(len(samples), dtype=int)
-        for scores, target in zip(self.logits().T.numpy(), targets, strict=True):
-            precision = weighted_average_precision(scores, target, weights, self.points)
-            total += np.nan_to_num(precision)
-            counted += ~np.isnan(precision)
+        for classes in _slices(len(targets), len(self.targets)):
+            some = self.logits(classes=classes).T.contiguous().numpy()
+            for scores, target in zip(some, targets[classes], strict=True):
+                precision = weighted_average_precision(scores, target, weights, self.points)
+                total += np.nan_to_num(precision)
+                counted += ~np.isnan(precision)
         with np.errstate(invalid="ignore"):
             return 100 * total / counted
 
@@ -181,7 +193,7 @@ class F1:
 
 def _top_k_f1(k: int, per_class: bool) -> "Metric":
     def evaluate(logits: Logits, targets: Tensor) -> Evaluation:
-        top = _in_chunks(lambda part: part.topk(k, dim=1).indices, logits()).numpy()
+        top = _by_images(lambda part, _: part.topk(k, dim=1).indices, logits, targets).numpy()
         ones, starts = np.ones(top.size, dtype=np.int8), np.arange(0, top.size + 1, k)
         return F1.of(csr_array((ones, top.ravel(), starts), shape=targets.shape), targets, per_class)
 
@@ -190,7 +202,12 @@ def _top_k_f1(k: int, per_class: bool) -> "Metric":
 
 def _threshold_f1(per_class: bool) -> "Metric":
     """Probability 0.5 of a sigmoid is logit 0."""
-    return lambda logits, targets: F1.of(csr_array((logits() > 0).numpy().astype(np.int8)), targets, per_class)
+
+    def evaluate(logits: Logits, targets: Tensor) -> Evaluation:
+        above = _by_images(lambda part, _: part > 0, logits, targets).numpy()
+        return F1.of(csr_array(above.astype(np.int8)), targets, per_class)
+
+    return evaluate
 
 
 def _weights(samples: Samples, count: int) -> NDArray[np.float32]:
@@ -208,10 +225,16 @@ def _mean_of_counted(values: NDArray[np.float64]) -> NDArray[np.float64]:
         return np.where(counted, values, 0.0).sum(axis=-1) / counted.sum(axis=-1)
 
 
-def _in_chunks(of_images: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
-    """What a function says of images one by one, a bounded number of logits at a time."""
-    size = max(1, CHUNK // tensors[0].shape[1])
-    return torch.cat([of_images(*parts) for parts in zip(*(tensor.split(size) for tensor in tensors), strict=True)])
+def _slices(count: int, each: int) -> Iterator[slice]:
+    """Of `count` images or classes, with `each` logits, so that a bounded number of logits is looked at in one step."""
+    size = max(1, CHUNK // max(1, each))
+    return (slice(start, start + size) for start in range(0, count, size))
+
+
+def _by_images(metric: Callable[[Tensor, Tensor], Tensor], logits: Logits, targets: Tensor) -> Tensor:
+    """What a function says of the logits and targets of images one by one."""
+    classes = logits(slice(0, 1)).shape[1]
+    return torch.cat([metric(logits(images), targets[images]) for images in _slices(len(targets), classes)])
 
 
 def _accuracy(top_k: int) -> "Metric":
@@ -227,15 +250,18 @@ def _accuracy(top_k: int) -> "Metric":
         ).double()
 
     def evaluate(logits: Logits, targets: Tensor) -> Evaluation:
-        return PerImage(100.0 * _in_chunks(hits, logits(), targets).numpy(), binary=True)
+        return PerImage(100.0 * _by_images(hits, logits, targets).numpy(), binary=True)
 
     return evaluate
 
 
 def _any_label(logits: Logits, targets: Tensor) -> Evaluation:
     """Whether the top class is one of the image's labels; images without a label are not counted."""
-    correct = (targets > 0).gather(1, logits().argmax(dim=1, keepdim=True))[:, 0]
-    values = 100.0 * correct.double().numpy()
+
+    def right(part: Tensor, labels: Tensor) -> Tensor:
+        return (labels > 0).gather(1, part.argmax(dim=1, keepdim=True))[:, 0]
+
+    values = 100.0 * _by_images(right, logits, targets).double().numpy()
     return PerImage(np.where((targets > 0).any(dim=1).numpy(), values, np.nan), binary=True)
 
 
@@ -247,13 +273,14 @@ def _ranking(metric: Callable[[Tensor, Tensor], Tensor], at_least: int = 1) -> "
         targets = targets.to(torch.int8)
 
         def of_images(scores: Tensor, target: Tensor) -> Tensor:
-            return metric(scores.masked_fill(target < 0, -torch.inf), target > 0)
+            values = torch.full((len(target),), torch.nan, dtype=torch.float64)
+            counted = (target > 0).sum(dim=1) >= at_least
+            if counted.any():
+                judged = scores.masked_fill(target < 0, -torch.inf)
+                values[counted] = 100 * metric(judged[counted], target[counted] > 0)
+            return values
 
-        counted = (targets > 0).sum(dim=1) >= at_least
-        values = torch.full((len(targets),), torch.nan, dtype=torch.float64)
-        if counted.any():
-            values[counted] = 100 * _in_chunks(of_images, logits()[counted], targets[counted])
-        return PerImage(values.numpy())
+        return PerImage(_by_images(of_images, logits, targets).numpy())
 
     return evaluate
 
@@ -306,24 +333,19 @@ def evaluate(
     """Every metric that applies.
 
     Args:
-        logits: `(n, K)`; or a function that gives them, the same at every call, so that they need not be kept.
+        logits: `(n, K)`; or what gives them in parts, see `Logits`, so that they need not be kept.
         targets: class indices `(n,)`, or which classes are in the image `(n, K)`, see the head of this module.
         metrics: by id; None for `SINGLE_LABEL` or `MULTI_LABEL`, as the targets are.
 
     Returns:
         By metric id, those that K classes allow.
     """
-    held = [logits() if callable(logits) else logits]  # for all metrics here; asked for again by those that resample
-
-    def source() -> Tensor:
-        return held[0] if held else logits()  # type: ignore[operator]
-
+    if isinstance(logits, Tensor):
+        every = logits
+        return evaluate(lambda images=ALL, classes=ALL: every[images, classes], targets, metrics)
     chosen = metrics if metrics is not None else SINGLE_LABEL if targets.ndim == 1 else MULTI_LABEL
-    classes = held[0].shape[1]
-    found = {name: m(source, targets) for name, m in chosen.items() if classes >= _LEAST_CLASSES.get(name, 1)}
-    if callable(logits):
-        held.clear()
-    return found
+    classes = logits(slice(0, 1)).shape[1]
+    return {name: m(logits, targets) for name, m in chosen.items() if classes >= _LEAST_CLASSES.get(name, 1)}
 
 
 def calibration(logits: Tensor, targets: Tensor) -> dict[str, float]:

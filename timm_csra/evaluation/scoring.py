@@ -26,6 +26,7 @@ class Setting(NamedTuple):
     temperature: tuple[float, ...]
 
 
+ALL = slice(None)
 PLAIN = Setting(0.0, (math.inf,))  # lam = 0: the temperature does not matter
 DEFAULT = Setting(0.1, (math.inf,))
 
@@ -60,12 +61,13 @@ class Scores:
     dtype: torch.dtype = torch.float32
     pooled: dict[str, Tensor] = field(default_factory=dict)
 
-    def logits(self, setting: Setting) -> Tensor:
-        """What a model wrapped with `setting` says: base + lam * mean over heads of att, `(n, K)`."""
+    def logits(self, setting: Setting, images: slice = ALL, classes: slice = ALL) -> Tensor:
+        """What a model wrapped with `setting` says: base + lam * mean over heads of att, `(n, K)`, or a part of it."""
+        base = self.base[images, classes]
         if setting.lam == 0:
-            return self.base
-        heads = torch.stack([self.attention[temperature] for temperature in setting.temperature])
-        return (self.base + setting.lam * heads.mean(dim=0)).to(self.dtype).float()
+            return base
+        heads = torch.stack([self.attention[temperature][images, classes] for temperature in setting.temperature])
+        return (base + setting.lam * heads.mean(dim=0)).to(self.dtype).float()
 
 
 @torch.inference_mode()

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..config import CSRAConfig
 from ..errors import describe
 from ..patching import wrap
-from .metrics import MULTI_LABEL, SINGLE_LABEL, Evaluation, Logits, Metric, Rows, Samples, evaluate
+from .metrics import ALL, MULTI_LABEL, SINGLE_LABEL, Evaluation, Logits, Metric, Rows, Samples, evaluate
 from .scoring import PLAIN, Scores, Setting, score, settings_grid
 from .statistics import Comparison, folds_of, on_parts
 
@@ -157,7 +157,10 @@ def choose(
     name, function = _metric(metric, targets)
 
     def evaluation(setting: Setting) -> Evaluation:
-        return evaluate(lambda: combine(scores.logits(setting)), targets, {name: function})[name]
+        def logits(images: slice = ALL, classes: slice = ALL) -> Tensor:
+            return combine(scores.logits(setting, images))[:, classes]
+
+        return evaluate(logits, targets, {name: function})[name]
 
     grid = {setting: evaluation(setting) for setting in settings}
     parts = folds_of(targets.numpy() if targets.ndim == 1 else len(targets), seed, folds)
