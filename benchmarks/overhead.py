@@ -107,7 +107,7 @@ def measure(name: str, args: argparse.Namespace) -> Cost:
     explanation = timm_csra.explain(model, args.img_size)
     assert explanation.input_size is not None
     x = _images(explanation.input_size, args)
-    calls = {variant: call for variant in VARIANTS if (call := _call(model, variant, explanation, args))}
+    calls = {variant: call for variant in VARIANTS if (call := _call(model, variant, explanation, args)) is not None}
     seconds: dict[str, list[float]] = {variant: [] for variant in calls}
     with torch.inference_mode():
         for call in calls.values():
@@ -172,7 +172,7 @@ def _call(
     elif variant == "naive":
         call = _Naive(model, explanation)
     elif explanation.features == "NCHW" and allows_test_time_pool(explanation):
-        call = TestTimePoolHead(copy.deepcopy(model), original_pool=7)
+        call = TestTimePoolHead(copy.deepcopy(model), original_pool=7).to(args.device, DTYPES[args.dtype])
     else:
         return None
     return torch.compile(call) if args.compile else call

@@ -11,7 +11,6 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-import numpy as np
 import torch
 from matplotlib.axes import Axes
 from PIL import Image
@@ -85,9 +84,7 @@ def _draw(
     axes[0, 0].set_title("input", fontsize=9)
     _rank(axes[1, 0], names, order, title)
     for axis, index in zip(axes[:, 1:].flat, order["wrapped"], strict=False):
-        axis.imshow(picture)
-        scores = np.kron(maps[index].numpy(), np.ones((8, 8)))
-        axis.imshow(scores, cmap="inferno", alpha=0.6, extent=(0, picture.width, picture.height, 0))
+        axis.imshow(timm_csra.overlay(picture, maps[index]))
         axis.set_title(f"{names[index]} ({maps[index].max():.1f})", fontsize=9)
     for axis in axes.flat:
         axis.set_axis_off()

@@ -13,7 +13,19 @@ import pytest
 import timm_csra
 
 ROOT = Path(__file__).resolve().parents[1]
-EXTRAS = ["torchmetrics", "scipy", "rich", "matplotlib", "skimage", "sklearn", "benchmarks", "onnx"]
+EXTRAS = [
+    "torchmetrics",
+    "scipy",
+    "rich",
+    "matplotlib",
+    "skimage",
+    "sklearn",
+    "benchmarks",
+    "onnx",
+    "gradio",
+    "altair",
+    "ray",
+]
 
 
 def python(code: str) -> subprocess.CompletedProcess[str]:
@@ -28,6 +40,17 @@ def test_importing_the_library_needs_no_extra() -> None:
 def test_a_missing_extra_is_named() -> None:
     result = python("import sys; sys.modules['torchmetrics'] = None; import timm_csra.evaluation")
     assert "evaluation needs torchmetrics, which is not installed: pip install 'timm-csra[tune]'" in result.stderr
+    result = python("import sys; sys.modules['statsmodels'] = None; import timm_csra; timm_csra.tune")
+    assert "evaluation needs statsmodels, which is not installed: pip install 'timm-csra[tune]'" in result.stderr
+    result = python("import sys; sys.modules['matplotlib'] = None; import timm_csra; timm_csra.overlay")
+    assert "visualize needs matplotlib, which is not installed: pip install 'timm-csra[demo]'" in result.stderr
+    result = python("import sys; sys.modules['gradio'] = None; import timm_csra.demo")
+    assert "demo needs gradio, which is not installed: pip install 'timm-csra[demo]'" in result.stderr
+
+
+def test_an_unknown_name_is_an_attribute_error() -> None:
+    with pytest.raises(AttributeError, match="module 'timm_csra' has no attribute 'wrapp'"):
+        _ = timm_csra.wrapp
 
 
 def test_everything_can_be_imported_and_public_names_are_documented() -> None:

@@ -41,7 +41,7 @@ def test_unknown_models_are_named(capsys: pytest.CaptureFixture[str]) -> None:
     assert "no timm architecture is called resnet_of_tomorrow" in capsys.readouterr().err
 
 
-@pytest.mark.slow
+@pytest.mark.benchmark
 def test_wrapping_is_cheap_in_time_and_memory(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "overhead.json"
     models = ["--models", "resnet18,mobilenetv3_small_100", "--batch-size", "4"]

@@ -1,0 +1,5 @@
+"""The app of a Hugging Face Space: what `python -m timm_csra.demo` serves."""
+
+from timm_csra.demo import MAX_FILE, build
+
+build().launch(max_file_size=MAX_FILE)
