@@ -84,7 +84,7 @@ class Cost:
 def main(arguments: list[str] | None = None) -> int:
     """Measure, print, and write OUT. Returns 0, or 2 where nothing could be started."""
     args = _parser().parse_args(arguments)
-    screen, log = Console(width=None if sys.stdout.isatty() else 160), Console(stderr=True)
+    screen, log = Console(width=None if sys.stdout.isatty() else 220), Console(stderr=True)
     names = args.models.split(",")
     if unknown := [name for name in names if not timm.is_model(name)]:
         log.print(f"benchmarks.overhead: no timm architecture is called {', '.join(unknown)}.", highlight=False)

@@ -30,7 +30,8 @@ FIELDS = (  # of a row of the page
     *("p_holm", "verdict", "lam", "kind", "macs"),
 )
 TIMM_COLUMNS = ("model", "img_size", "top1", "top1_err", "top5", "top5_err", "param_count", "crop_pct", "interpolation")
-COLOURS = {"better": "#1c9b69", "worse": "#dd5a3c", "no evidence": "#878d96"}
+NOT_TESTED = "not tested"
+COLOURS = {"better": "#1c9b69", "worse": "#dd5a3c", "no evidence": "#878d96", NOT_TESTED: "#5b8fc9"}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -78,7 +79,7 @@ def page_data(records: Sequence[Record], rows: Sequence[Row]) -> Record:
             *(number(row["img_size"]), row["n"]),
             *(_rounded(row.get(name)) for name in ("baseline", "gain", "ci_low", "ci_high")),
             None if row.get("p_holm") is None else float(f"{row['p_holm']:.2g}"),
-            *(number(row.get("verdict") or ""), number(row.get("lam") or ""), number(row.get("kind") or "")),
+            *(number(row.get("verdict") or NOT_TESTED), number(row.get("lam") or ""), number(row.get("kind") or "")),
             row.get("macs"),
         ]
         for row in rows
@@ -97,7 +98,7 @@ def page_data(records: Sequence[Record], rows: Sequence[Row]) -> Record:
         "fields": list(FIELDS),
         "rows": table,
         "curves": curves,
-        "verdicts": list(VERDICTS),
+        "verdicts": [*VERDICTS, NOT_TESTED],
         "headline": [
             [f"{data} · {task}{'' if grid == 'None' else f' {grid}x{grid}'} · {size}", metric, protocol, dict(counts)]
             for (data, task, grid, size, metric, protocol), counts in headline(rows).items()

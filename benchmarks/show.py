@@ -45,7 +45,7 @@ def _show(args: argparse.Namespace) -> None:
     model = checkpoint.create(size)
     requested = {"input_size": (3, *size), "crop_mode": "squash", "crop_pct": 1.0}
     config = resolve_input_data_config(model, args=requested)
-    tiles = [Path(args.image)] if args.image else [sample.path_of(photo) for photo in sample.PHOTOGRAPHS[:4]]
+    tiles = [_path(args.image)] if args.image else [sample.path_of(photo) for photo in sample.PHOTOGRAPHS[:4]]
     interpolation = str_to_pil_interp(config["interpolation"])
     picture = mosaic([open_image(path) for path in tiles], 1 if args.image else 2, size, interpolation)
 
@@ -63,6 +63,17 @@ def _show(args: argparse.Namespace) -> None:
     for heading, classes in order.items():
         print(f"{heading:8} {', '.join(names[index] for index in classes)}")
     print(f"written to {args.out}")
+
+
+def _path(image: str) -> Path:
+    """`sample:coffee` is a photograph of the embedded sample."""
+    if not image.startswith("sample:"):
+        return Path(image)
+    photographs = {Path(photo.file).stem: photo for photo in sample.PHOTOGRAPHS}
+    name = image.removeprefix("sample:")
+    if name not in photographs:
+        raise DataError(f"{image}: no such photograph in the sample; expected one of {', '.join(photographs)}.")
+    return sample.path_of(photographs[name])
 
 
 def _readable(names: set[str]) -> str:
@@ -111,7 +122,7 @@ def _rank(axis: Axes, names: list[str], order: dict[str, list[int]], title: str)
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.show", description=__doc__)
-    parser.add_argument("image", nargs="?", help="any picture that Pillow reads; it is squashed to the input size")
+    parser.add_argument("image", nargs="?", help="any picture that Pillow reads, squashed to the input size; or sample:NAME, such as sample:coffee")
     parser.add_argument("--model", default="pypi:tf_efficientnet_lite0", metavar="SPEC", help=checkpoints.HELP)
     parser.add_argument("--lam", type=float, default=0.1, help="default: %(default)s")
     parser.add_argument("--img-size", type=int, help="pixels (default: the checkpoint's own)")

@@ -110,6 +110,17 @@ def test_tables_say_what_the_records_say(tmp_path: Path, capsys: pytest.CaptureF
     assert "<b>weights</b>" not in page.split('id="data"')[0]
 
 
+def test_what_was_not_tested_is_drawn_too(tmp_path: Path) -> None:
+    synthetic(tmp_path, 3)
+    for path in (tmp_path / "records").glob("*.json"):
+        record = json.loads(path.read_text())
+        record["results"] = [result | {"p_value": None, "ci_low": None, "ci_high": None} for result in record["results"]]
+        path.write_text(json.dumps(record))
+    assert main([str(tmp_path)]) == 0
+    plot = next((tmp_path / "report" / "plots").glob("forest-*mosaic_2x2*.svg")).read_text()
+    assert plot.lower().count('fill="#5b8fc9"') >= 3
+
+
 def test_nothing_to_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([str(tmp_path)]) == 2
     assert "expected the --out folder of a sweep" in capsys.readouterr().err
