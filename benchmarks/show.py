@@ -122,7 +122,11 @@ def _rank(axis: Axes, names: list[str], order: dict[str, list[int]], title: str)
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.show", description=__doc__)
-    parser.add_argument("image", nargs="?", help="any picture that Pillow reads, squashed to the input size; or sample:NAME, such as sample:coffee")
+    parser.add_argument(
+        "image",
+        nargs="?",
+        help="any picture that Pillow reads, squashed to the input size; or sample:NAME, such as sample:coffee",
+    )
     parser.add_argument("--model", default="pypi:tf_efficientnet_lite0", metavar="SPEC", help=checkpoints.HELP)
     parser.add_argument("--lam", type=float, default=0.1, help="default: %(default)s")
     parser.add_argument("--img-size", type=int, help="pixels (default: the checkpoint's own)")

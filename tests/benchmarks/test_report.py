@@ -114,7 +114,9 @@ def test_what_was_not_tested_is_drawn_too(tmp_path: Path) -> None:
     synthetic(tmp_path, 3)
     for path in (tmp_path / "records").glob("*.json"):
         record = json.loads(path.read_text())
-        record["results"] = [result | {"p_value": None, "ci_low": None, "ci_high": None} for result in record["results"]]
+        record["results"] = [
+            result | {"p_value": None, "ci_low": None, "ci_high": None} for result in record["results"]
+        ]
         path.write_text(json.dumps(record))
     assert main([str(tmp_path)]) == 0
     plot = next((tmp_path / "report" / "plots").glob("forest-*mosaic_2x2*.svg")).read_text()
