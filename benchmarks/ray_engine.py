@@ -17,7 +17,7 @@ from typing import Any, Self
 
 import ray
 import torch
-from ray.exceptions import GetTimeoutError, RayError, RayTaskError
+from ray.exceptions import GetTimeoutError, NodeDiedError, RayError, RayTaskError, TaskUnschedulableError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 import timm_csra
@@ -143,6 +143,8 @@ class RayEngine:
         for name, reference in asked.items():
             try:
                 software, absent = ray.get(reference, timeout=ANSWER)
+            except (NodeDiedError, TaskUnschedulableError):
+                continue  # it has left since it was listed
             except (GetTimeoutError, RayError) as error:
                 raise EngineError(f"node {name} does not answer: {str(error).strip().splitlines()[0]}") from error
             _compare(name, software, self._needed)

@@ -82,6 +82,24 @@ def test_sweep_from_a_hub_and_then_from_the_cache(hub: Hub, tmp_path: Path) -> N
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group("cluster")
+@pytest.mark.parametrize("engine", [["--jobs", "2"], ["--engine", "ray", "--cpus-per-cell", "1"]], ids=["local", "ray"])
+def test_workers_of_one_node_download_weights_once(engine: list[str], hub: Hub, tmp_path: Path) -> None:
+    """Both workers begin with the same checkpoint, at two sizes."""
+    for index, name in enumerate(["cat", "dog"] * 4):
+        folder = tmp_path / "animals" / name
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (64, 64), (30 * index, 99, 200)).save(folder / f"{index}.png")
+    arguments = ["--models", "hf-hub:user/animals", "--data", str(tmp_path / "animals"), "--img-size", "64,96"]
+    with hub.serve() as url:
+        result, records = sweep(url, tmp_path / "cache", tmp_path / "out", *arguments, *engine)
+    assert result.returncode == 0, result.stderr
+    assert [record["status"] for record in records] == ["ok", "ok"]
+    downloads = [request for request in hub.requests if request.startswith("GET") and "/blobs/" in request]
+    assert len(downloads) == 1, downloads
+
+
+@pytest.mark.slow
 def test_what_gains_is_pushed_with_its_record(tmp_path: Path, real_data: Path) -> None:
     hub = Hub()
     with hub.serve() as url:
