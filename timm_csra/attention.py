@@ -8,7 +8,7 @@ make one, exactly, whatever T is.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -67,16 +67,27 @@ class Attention(NamedTuple):
         return cls(highest, tuple(x.sum(dim=1) for x in w), tuple((x * below).sum(dim=1) for x in w))
 
     @classmethod
-    def of_classes(cls, parts: Sequence["Attention"]) -> "Attention":
-        """Of all classes, from that of the same locations for some classes each."""
-        if len(parts) == 1:
-            return parts[0]
-        highest, weights, weighted = zip(*parts, strict=True)
-        return cls(
-            torch.cat(highest, dim=1),
-            tuple(torch.cat(classes, dim=1) for classes in zip(*weights, strict=True)),
-            tuple(torch.cat(classes, dim=1) for classes in zip(*weighted, strict=True)),
-        )
+    def of_classes(cls, parts: Iterable["Attention"], classes: int) -> "Attention":
+        """Of all K classes, from that of the same locations for some classes each, in order. Each part is copied as it
+        comes and let go: small results kept between large scores would leave memory in pieces."""
+        start, whole = 0, None
+        for part in parts:
+            whole = part._empty(classes) if whole is None else whole
+            span = slice(start, start + part.highest.shape[1])
+            whole.highest[:, span] = part.highest
+            for mine, theirs in zip(whole.weights + whole.weighted, part.weights + part.weighted, strict=True):
+                mine[:, span] = theirs
+            start = span.stop
+        assert whole is not None and start == classes
+        return whole
+
+    def _empty(self, classes: int) -> "Attention":
+        """As many tensors of these dtypes, for K classes."""
+
+        def of(tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+            return tuple(tensor.new_empty(len(tensor), classes) for tensor in tensors)
+
+        return Attention(of([self.highest])[0], of(self.weights), of(self.weighted))
 
     def merge(self, other: "Attention", temperatures: Sequence[float]) -> "Attention":
         """Of the locations of both."""

@@ -9,7 +9,7 @@ reduced over the locations at once: the same numbers, without ever holding the s
 """
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, cast
 
@@ -77,12 +77,14 @@ def _by_classes(
     """The attention of locations `(N, l, D)` as the classifier sees them, some classes at a time."""
     weight, bias, rows = classifier.weight, classifier.bias, inputs.flatten(0, 1)
     size = max(64, (PRODUCT if rows.device.type == "cpu" else PRODUCT_OF_ACCELERATORS) // len(rows))
-    parts = []
-    for start in range(0, len(weight), size):
-        span = slice(start, start + size)
-        scores = F.linear(rows, weight[span], None if bias is None else bias[span])
-        parts.append(Attention.of(scores.unflatten(0, inputs.shape[:2]), temperatures, valid))
-    return Attention.of_classes(parts)
+
+    def parts() -> Iterator[Attention]:
+        for start in range(0, len(weight), size):
+            span = slice(start, start + size)
+            scores = F.linear(rows, weight[span], None if bias is None else bias[span])
+            yield Attention.of(scores.unflatten(0, inputs.shape[:2]), temperatures, valid)
+
+    return next(parts()) if size >= len(weight) else Attention.of_classes(parts(), len(weight))
 
 
 def location_scores(model: nn.Module, head: Head, features: Any) -> tuple[Tensor, ...]:
