@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 import timm_csra
 from timm_csra import Explanation, UnsupportedModelError
-from timm_csra.evaluation import statistics
 from timm_csra.evaluation.metrics import (
     ALL,
     ANY_LABEL,
@@ -30,7 +29,8 @@ from timm_csra.evaluation.metrics import (
     calibration,
     evaluate,
 )
-from timm_csra.evaluation.scoring import DEFAULT, PLAIN, Scores, Setting, allows_test_time_pool, score
+from timm_csra.evaluation.scoring import DEFAULT, PLAIN, Scores, allows_test_time_pool, score
+from timm_csra.evaluation.statistics import Comparison, Key, Table, best, crossfit, halves, without_choice
 from timm_csra.hub import weights_sha256
 
 from .cells import AMP, Cell, Options, show_size, show_temperature
@@ -214,31 +214,25 @@ def results(cell: Cell, scored: Scored, options: Options, seconds: float) -> Rec
 
         return evaluate(logits if groups is None else grouped, targets, metrics)
 
-    evaluations = {setting: measured(partial(scores.logits, setting)) for setting in options.settings}
-    names = list(evaluations[PLAIN])
-    rows = np.arange(len(targets))
-    values = {name: {s: evaluations[s][name].value(rows) for s in options.settings} for name in names}
+    evaluations: dict[Key, dict[str, Evaluation]] = {s: measured(partial(scores.logits, s)) for s in options.settings}
+    for name, logits in {"max_pool": scores.attention[math.inf], **scores.pooled}.items():
+        evaluations[name] = measured(partial(_part, logits))
+    images = np.arange(len(targets))
+    tables = {
+        metric: Table.of(metric, {key: of[metric] for key, of in evaluations.items()}, [images])
+        for metric in evaluations[PLAIN]
+    }
     clock.append(time.perf_counter())
     independent = cell.task != "mosaic" or cell.data.tilings is None
     seed = options.seed if independent else None
-    comparisons = [
-        comparison
-        for name in names
-        for comparison in _compare(
-            name, {s: evaluations[s][name] for s in options.settings}, values[name], targets, seed
-        )
-    ]
-    for rival, logits in {"max_pool": scores.attention[math.inf], **scores.pooled}.items():
-        for name, evaluation in measured(partial(_part, logits)).items():
-            pair = {PLAIN: evaluations[PLAIN][name], DEFAULT: evaluation}
-            comparison = statistics.fixed(name, pair, len(targets), seed)
-            comparisons.append(replace(comparison, protocol=rival, settings=()))
+    comparisons = [comparison for table in tables.values() for comparison in _compare(table, targets, seed)]
     clock.append(time.perf_counter())
     metric_seconds, statistics_seconds = np.diff(clock).tolist()
     return facts | {
         "results": [_result(comparison) for comparison in comparisons],
         "all_settings": [
-            {"lam": s.lam, "temperature": show_temperature(s)} | {name: _json(values[name][s]) for name in names}
+            {"lam": s.lam, "temperature": show_temperature(s)}
+            | {name: _json(float(table.values[s][0])) for name, table in tables.items()}
             for s in options.settings
         ],
         "calibration": _calibration(scores, targets) if cell.task == "single" else None,
@@ -335,19 +329,15 @@ def _load(cell: Cell, loaded: Loaded, options: Options) -> tuple[Any, Record, Al
     return loader, {name: value for name, value in config.items() if name != "input_size"}, alignment
 
 
-def _compare(
-    name: str, grid: statistics.Grid, values: dict[Setting, float], targets: Tensor, seed: int | None
-) -> Iterator[statistics.Comparison]:
-    count = len(targets)
-    yield statistics.fixed(name, grid, count, seed)
-    if seed is not None and count >= 4:
-        split = statistics.halves(targets.numpy() if targets.ndim == 1 else count, seed)
-        yield statistics.crossfit(name, grid, split, seed)
-    yield statistics.best(name, values)
-    yield from statistics.curve(name, grid, count, seed)
+def _compare(table: Table, targets: Tensor, seed: int | None) -> Iterator[Comparison]:
+    yield from without_choice(table, seed)
+    if seed is not None and len(targets) >= 4:
+        split = halves(targets.numpy() if targets.ndim == 1 else len(targets), seed)
+        yield crossfit(Table.of(table.metric, {s: table.evaluations[s] for s in table.settings}, split), seed)
+    yield best(table)
 
 
-def _result(comparison: statistics.Comparison) -> Record:
+def _result(comparison: Comparison) -> Record:
     low, high = comparison.interval or (None, None)
     return {
         "metric": comparison.metric,

@@ -21,12 +21,20 @@ from timm_csra.evaluation.metrics import (
     ANY_LABEL,
     SIGMOID,
     VOC2007,
+    Evaluation,
+    Rows,
     calibration,
     evaluate,
     weighted_average_precision,
+    weights_of,
 )
 
 N, K = 60, 12
+
+
+def value(evaluation: Evaluation, rows: Rows, count: int = N) -> float:
+    """On some of the images, with repetitions."""
+    return evaluation.weighted(weights_of([rows], count))[0]
 
 
 @pytest.fixture(params=["small", "large", "tied"])
@@ -51,18 +59,17 @@ def test_map_equals_sklearn_over_classes_with_a_positive(logits: torch.Tensor, l
     expected = average_precision_score(labels[:, occurring], logits[:, occurring], average="macro")
     rows = np.arange(N)
     evaluation = evaluate(logits, labels)["mAP"]
-    assert evaluation.value(rows) == pytest.approx(100 * expected, abs=1e-4)
+    assert value(evaluation, rows) == pytest.approx(100 * expected, abs=1e-4)
     some = np.array([1, 5, 5, 8, 13, 40, 41, 41, 41])
     occurring = labels[some].any(0)
     expected = average_precision_score(labels[some][:, occurring], logits[some][:, occurring], average="macro")
-    assert evaluation.value(some) == pytest.approx(100 * expected, abs=1e-4)
-    assert evaluation.resampled(some[None])[0] == pytest.approx(100 * expected, abs=1e-4)
+    assert value(evaluation, some) == pytest.approx(100 * expected, abs=1e-4)
 
 
 def test_lrap_equals_sklearn_on_labelled_images(logits: torch.Tensor, labels: torch.Tensor) -> None:
     counted = labels.any(1)
     expected = label_ranking_average_precision_score(labels[counted], logits[counted])
-    assert evaluate(logits, labels)["lrap"].value(np.arange(N)) == pytest.approx(100 * expected, abs=1e-4)
+    assert value(evaluate(logits, labels)["lrap"], np.arange(N)) == pytest.approx(100 * expected, abs=1e-4)
 
 
 def test_recall_at_k_with_k_the_number_of_labels(labels: torch.Tensor) -> None:
@@ -72,7 +79,7 @@ def test_recall_at_k_with_k_the_number_of_labels(labels: torch.Tensor) -> None:
         wanted = set(np.flatnonzero(labels[row]))
         if wanted:
             recalls.append(len(wanted & set(np.argsort(-logits[row].numpy())[: len(wanted)])) / len(wanted))
-    assert evaluate(logits, labels)["recall_at_k"].value(np.arange(N)) == pytest.approx(100 * np.mean(recalls))
+    assert value(evaluate(logits, labels)["recall_at_k"], np.arange(N)) == pytest.approx(100 * np.mean(recalls))
 
 
 def test_accuracy_equals_sklearn() -> None:
@@ -81,10 +88,10 @@ def test_accuracy_equals_sklearn() -> None:
     evaluations = evaluate(logits, targets)
     for name, k in (("top1", 1), ("top5", 5)):
         expected = 100 * top_k_accuracy_score(targets, logits, k=k, labels=range(K))
-        assert evaluations[name].value(np.arange(N)) == pytest.approx(expected)
+        assert value(evaluations[name], np.arange(N)) == pytest.approx(expected)
         some = np.array([0, 3, 3, 50])
         expected = 100 * top_k_accuracy_score(targets[some], logits[some], k=k, labels=range(K))
-        assert evaluations[name].value(some) == pytest.approx(expected)
+        assert value(evaluations[name], some) == pytest.approx(expected)
     assert list(evaluate(logits[:, :5], targets % 5)) == ["top1"]
 
 
@@ -92,8 +99,8 @@ def test_resamples_equal_the_metric_on_each_resample(labels: torch.Tensor) -> No
     logits = torch.randn(N, K, generator=torch.Generator().manual_seed(3))
     resamples = np.random.default_rng(0).integers(0, N, size=(7, N))
     for evaluation in (*evaluate(logits, labels).values(), *evaluate(logits, torch.arange(N) % K).values()):
-        expected = [evaluation.value(rows) for rows in resamples]
-        np.testing.assert_allclose(evaluation.resampled(resamples), expected, atol=1e-4)
+        expected = [value(evaluation, rows) for rows in resamples]
+        np.testing.assert_allclose(evaluation.weighted(weights_of(resamples, N)), expected, atol=1e-4)
 
 
 def test_undefined_where_nothing_is_positive() -> None:
@@ -101,8 +108,8 @@ def test_undefined_where_nothing_is_positive() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for evaluation in evaluate(torch.randn(4, 3), nothing).values():
-            assert np.isnan(evaluation.value(np.arange(4)))
-            assert np.isnan(evaluation.resampled(np.zeros((2, 4), dtype=int))).all()
+            assert np.isnan(value(evaluation, np.arange(4), 4))
+            assert np.isnan(evaluation.weighted(weights_of([[0] * 4, [1]], 4))).all()
 
 
 @given(st.data())
@@ -144,9 +151,9 @@ def test_f1_equals_sklearn(logits: torch.Tensor, labels: torch.Tensor) -> None:
             for score in (precision_score, recall_score)
         )
         expected = 200 * precision * recall / (precision + recall)
-        assert evaluations[f"C{name}"].value(np.arange(N)) == pytest.approx(expected)
+        assert value(evaluations[f"C{name}"], np.arange(N)) == pytest.approx(expected)
         overall = 100 * f1_score(labels.numpy(), predicted, average="micro")
-        assert evaluations[f"O{name}"].value(np.arange(N)) == pytest.approx(overall)
+        assert value(evaluations[f"O{name}"], np.arange(N)) == pytest.approx(overall)
     assert "CF1_top3" not in evaluate(logits[:, :3], labels[:, :3])
 
 
@@ -163,29 +170,29 @@ def test_what_is_not_judged_is_left_out(logits: torch.Tensor, labels: torch.Tens
         if truth.any():
             expected.append(100 * average_precision_score(truth, scores))
             eleven.append(100 * eleven_point_average_precision(truth, scores))
-    assert evaluate(logits, targets)["mAP"].value(rows) == pytest.approx(np.mean(expected))
-    assert evaluate(logits, targets, VOC2007)["mAP"].value(rows) == pytest.approx(np.mean(eleven))
+    assert value(evaluate(logits, targets)["mAP"], rows) == pytest.approx(np.mean(expected))
+    assert value(evaluate(logits, targets, VOC2007)["mAP"], rows) == pytest.approx(np.mean(eleven))
     lrap = [
         label_ranking_average_precision_score(labels[i : i + 1, judged[i]], logits[i : i + 1, judged[i]])
         for i in range(N)
         if (labels[i].numpy() & judged[i]).any()
     ]
-    assert evaluate(logits, targets)["lrap"].value(rows) == pytest.approx(100 * np.mean(lrap), abs=1e-4)
+    assert value(evaluate(logits, targets)["lrap"], rows) == pytest.approx(100 * np.mean(lrap), abs=1e-4)
     top = np.zeros((N, K), dtype=bool)
     top[np.arange(N)[:, None], logits.topk(3, dim=1).indices.numpy()] = True
     micro = 100 * f1_score(labels.numpy()[judged], top[judged])
-    assert evaluate(logits, targets)["OF1_top3"].value(rows) == pytest.approx(micro)
+    assert value(evaluate(logits, targets)["OF1_top3"], rows) == pytest.approx(micro)
 
 
 def test_any_of_several_right_names(labels: torch.Tensor) -> None:
     logits = torch.randn(N, K, generator=torch.Generator().manual_seed(6))
     evaluations = evaluate(logits, labels, ANY_LABEL)
     hits = [bool(labels[i, logits[i].argmax()]) for i in range(N) if labels[i].any()]
-    assert evaluations["top1"].value(np.arange(N)) == pytest.approx(100 * np.mean(hits))
+    assert value(evaluations["top1"], np.arange(N)) == pytest.approx(100 * np.mean(hits))
     several = labels.sum(1) >= 2
     assert 0 < several.sum() < N
     expected = label_ranking_average_precision_score(labels[several], logits[several])
-    assert evaluations["lrap"].value(np.arange(N)) == pytest.approx(100 * expected, abs=1e-4)
+    assert value(evaluations["lrap"], np.arange(N)) == pytest.approx(100 * expected, abs=1e-4)
 
 
 def test_calibration() -> None:

@@ -1,13 +1,15 @@
 """Protocols and intervals, against direct computation."""
 
+from collections.abc import Mapping, Sequence
+
 import numpy as np
 import pytest
 import torch
 from scipy import stats
 
-from timm_csra.evaluation.metrics import PerImage, evaluate
+from timm_csra.evaluation.metrics import Evaluation, PerImage, Rows, evaluate
 from timm_csra.evaluation.scoring import DEFAULT, PLAIN, Setting
-from timm_csra.evaluation.statistics import best, crossfit, curve, fixed, halves
+from timm_csra.evaluation.statistics import Comparison, Table, best, crossfit, halves, without_choice
 
 HIGH = Setting(0.5, (1.0,))
 
@@ -20,8 +22,16 @@ def grid(seed: int = 0, count: int = 400, gain: float = 10.0) -> dict[Setting, P
     }
 
 
-def on_all(settings: dict[Setting, PerImage]) -> dict[Setting, float]:
-    return {setting: evaluation.value(np.arange(len(evaluation.values))) for setting, evaluation in settings.items()}
+def on_all(metric: str, settings: Mapping[Setting, Evaluation], count: int) -> Table:
+    return Table.of(metric, settings, [np.arange(count)])
+
+
+def fixed(metric: str, settings: Mapping[Setting, Evaluation], count: int, seed: int | None) -> Comparison:
+    return without_choice(on_all(metric, settings, count), seed)[0]
+
+
+def crossfitted(metric: str, settings: Mapping[Setting, Evaluation], split: Sequence[Rows], seed: int) -> Comparison:
+    return crossfit(Table.of(metric, settings, split), seed)
 
 
 def test_halves_are_stratified_disjoint_and_seeded() -> None:
@@ -66,19 +76,19 @@ def test_crossfit_measures_each_choice_on_the_other_half() -> None:
     good_on_first = np.where(np.arange(20) < 10, 8.0, -6.0)
     good_on_second = np.where(np.arange(20) < 10, -2.0, 4.0)
     settings = {PLAIN: PerImage(plain), DEFAULT: PerImage(good_on_first), HIGH: PerImage(good_on_second)}
-    comparison = crossfit("top1", settings, (first, second), seed=0)
+    comparison = crossfitted("top1", settings, (first, second), seed=0)
     assert comparison.settings == (HIGH, DEFAULT)  # chosen on the second half for the first, and the reverse
     assert comparison.gain == pytest.approx((-2.0 - 6.0) / 2)
     assert comparison.interval == pytest.approx((-4.0, -4.0))
-    assert best("top1", on_all(settings)).settings == (DEFAULT,)
-    assert best("top1", on_all(settings)).gain == pytest.approx(1.0)
-    assert best("top1", on_all(settings)).interval is None
+    assert best(on_all("top1", settings, 20)).settings == (DEFAULT,)
+    assert best(on_all("top1", settings, 20)).gain == pytest.approx(1.0)
+    assert best(on_all("top1", settings, 20)).interval is None
 
 
 def test_crossfit_interval_resamples_within_halves() -> None:
     settings = grid(count=400)
     split = halves(400, seed=0)
-    comparison = crossfit("top1", settings, split, seed=0)
+    comparison = crossfitted("top1", settings, split, seed=0)
     parts = [
         settings[setting].values[rows] - settings[PLAIN].values[rows]
         for setting, rows in zip(comparison.settings, split, strict=True)
@@ -90,24 +100,35 @@ def test_crossfit_interval_resamples_within_halves() -> None:
 
 def test_among_equals_the_smallest_lam_is_chosen() -> None:
     same = PerImage(np.ones(8))
-    assert best("top1", on_all({HIGH: same, DEFAULT: same, PLAIN: same})).settings == (PLAIN,)
+    assert best(on_all("top1", {HIGH: same, DEFAULT: same, PLAIN: same}, 8)).settings == (PLAIN,)
     undefined = PerImage(np.full(8, np.nan))
-    comparison = crossfit("mAP", dict.fromkeys((PLAIN, DEFAULT), undefined), halves(8, 0), seed=0)
+    comparison = crossfitted("mAP", dict.fromkeys((PLAIN, DEFAULT), undefined), halves(8, 0), seed=0)
     assert comparison.settings == (PLAIN, PLAIN)
     assert comparison.interval is None
 
 
 def test_the_curve_holds_fixed_and_shares_its_resamples() -> None:
     settings = grid() | {Setting(0.3, DEFAULT.temperature): grid()[HIGH]}
-    points = curve("lrap", settings, 400, seed=0)
+    one, *points = without_choice(on_all("lrap", settings, 400), seed=0)
     assert [point.settings[0].lam for point in points] == [0.1, 0.3]  # HIGH has another temperature
-    one = fixed("lrap", settings, 400, seed=0)
     assert (points[0].gain, points[0].interval) == (one.gain, one.interval)
     assert points[0].p_value is None
     assert one.p_value is not None
     assert points[1].interval is not None
     assert points[1].interval[0] < points[1].gain < points[1].interval[1]
-    assert curve("lrap", settings, 400, seed=None)[0].interval is None
+    assert all(point.interval is None for point in without_choice(on_all("lrap", settings, 400), seed=None))
+
+
+def test_rivals_are_compared_under_their_names_on_the_same_resamples() -> None:
+    settings = grid()
+    table = Table.of("lrap", settings | {"crops": settings[DEFAULT], "other": settings[HIGH]}, [np.arange(400)])
+    first, crops, other, *curve = without_choice(table, seed=0)
+    assert [comparison.protocol for comparison in (first, crops, other)] == ["fixed", "crops", "other"]
+    assert {comparison.protocol for comparison in curve} == {"curve"}
+    assert (crops.settings, crops.value, crops.interval) == ((), first.value, first.interval)
+    assert crops.p_value == first.p_value
+    assert other.gain > first.gain
+    assert best(table).settings == (HIGH,)  # of the settings alone
 
 
 def test_p_values_of_means_over_images() -> None:
@@ -120,12 +141,12 @@ def test_p_values_of_means_over_images() -> None:
     assert same.p_value == 1.0
 
     split = halves(400, seed=0)
-    comparison = crossfit("lrap", settings, split, seed=0)
+    comparison = crossfitted("lrap", settings, split, seed=0)
     differences = np.concatenate(
         [settings[setting].values[rows] - plain[rows] for setting, rows in zip(comparison.settings, split, strict=True)]
     )
     assert comparison.p_value == pytest.approx(stats.ttest_1samp(differences, 0).pvalue)
-    assert best("lrap", on_all(settings)).p_value is None
+    assert best(on_all("lrap", settings, 400)).p_value is None
 
 
 def test_p_values_of_hits_are_mcnemars() -> None:

@@ -1,4 +1,4 @@
-"""Metrics in percent, with what comparing settings needs: subsets and resamples of the images.
+"""Metrics in percent, with what comparing settings needs: any weighting of the images, be it a part or a resample.
 
 Accuracy and calibration are torchmetrics'. The others are written here, and tested against torchmetrics and
 scikit-learn, because 80 settings of 50,000 images and 1,000 classes need them in bulk: average precision of many
@@ -27,8 +27,8 @@ from scipy.sparse import csc_array, csr_array
 from torch import Tensor
 from torchmetrics.functional.classification import multiclass_accuracy, multiclass_calibration_error
 
-Rows = NDArray[np.intp]  # which images, with repetitions in a resample
-Samples = Sequence[Rows] | NDArray[np.intp]  # several of them; `(B, m)` where all have the same length
+Rows = NDArray[np.integer]  # which images, with repetitions in a resample
+Weights = NDArray[np.float32]  # `(n, B)`: how often each of n images is in each of B samples of them, whole numbers
 ALL = slice(None)
 
 
@@ -43,13 +43,25 @@ CHUNK = 2**20  # logits that a metric looks at in one step
 
 
 class Evaluation(Protocol):
-    """One metric of one setting, for any choice of images. Percent."""
+    """One metric of one setting, for any samples of the images. Percent."""
 
-    def value(self, rows: Rows) -> float:
-        """The metric on the images `rows` `(m,)`; NaN where it is undefined."""
+    def weighted(self, weights: Weights) -> NDArray[np.float64]:
+        """The metric on each of B samples of the images: `(B,)`, NaN where it is undefined."""
 
-    def resampled(self, samples: Samples) -> NDArray[np.float64]:
-        """The metric on each of B choices of images, such as resamples `(B, m)`: `(B,)`."""
+
+def weights_of(samples: Sequence[Rows] | NDArray[np.integer], count: int) -> Weights:
+    """Of samples, each a row of image indices below `count`.
+
+    Example:
+        >>> weights_of([[0, 2], [1, 1, 1]], 3)
+        array([[1., 0.],
+               [0., 3.],
+               [1., 0.]], dtype=float32)
+    """
+    weights = np.empty((len(samples), count), dtype=np.float32)
+    for row, sample in zip(weights, samples, strict=True):
+        row[:] = np.bincount(sample, minlength=count)
+    return np.ascontiguousarray(weights.T)
 
 
 @dataclass(frozen=True)
@@ -60,13 +72,13 @@ class PerImage:
     values: NDArray[np.float64]
     binary: bool = False
 
-    def value(self, rows: Rows) -> float:
-        return float(_mean_of_counted(self.values[rows]))
-
-    def resampled(self, samples: Samples) -> NDArray[np.float64]:
-        if isinstance(samples, np.ndarray):
-            return _mean_of_counted(self.values[samples])
-        return np.array([self.value(rows) for rows in samples])
+    def weighted(self, weights: Weights) -> NDArray[np.float64]:
+        counted = ~np.isnan(self.values)
+        terms = np.stack([np.where(counted, self.values, 0.0), counted])
+        parts = _slices(*weights.shape)  # sums are made in float64, of some weights at a time
+        total, count = sum((terms[:, rows] @ weights[rows] for rows in parts), np.zeros((2, weights.shape[1])))
+        with np.errstate(invalid="ignore"):
+            return total / count
 
 
 @dataclass(frozen=True)
@@ -81,14 +93,10 @@ class MeanAveragePrecision:
     targets: Tensor
     points: int | None = None
 
-    def value(self, rows: Rows) -> float:
-        return float(self.resampled([rows])[0])
-
-    def resampled(self, samples: Samples) -> NDArray[np.float64]:
-        """A resample is a weight for each image, so that each class is ranked once for all resamples."""
-        weights = _weights(samples, len(self.targets))
+    def weighted(self, weights: Weights) -> NDArray[np.float64]:
+        """Each class is ranked once for all samples."""
         targets = self.targets.to(torch.int8).T.numpy()
-        total, counted = np.zeros(len(samples)), np.zeros(len(samples), dtype=int)
+        total, counted = np.zeros(weights.shape[1]), np.zeros(weights.shape[1], dtype=int)
         for classes in _slices(len(targets), len(self.targets)):
             some = self.logits(classes=classes).T.contiguous().numpy()
             for scores, target in zip(some, targets[classes], strict=True):
@@ -102,7 +110,7 @@ class MeanAveragePrecision:
 def weighted_average_precision(
     scores: NDArray[np.floating],
     targets: NDArray[np.integer],
-    weights: NDArray[np.float32],
+    weights: Weights,
     points: int | None = None,
 ) -> NDArray[np.float64]:
     """Average precision of one class, for many weightings of the images.
@@ -113,7 +121,7 @@ def weighted_average_precision(
     Args:
         scores: `(n,)`.
         targets: `(n,)`, 1 positive, 0 negative, -1 not judged.
-        weights: `(n, B)`, how often each image counts: whole numbers.
+        weights: `(n, B)`.
         points: see `MeanAveragePrecision`.
 
     Returns:
@@ -128,8 +136,9 @@ def weighted_average_precision(
     gained = _sums(level, weights[positive], len(levels))
     positives = _from_the_top(gained)
     everything = _from_the_top(_sums(reached, weights, len(levels) + 1)[1:])
+    # 0 where what is above has no weight.
+    precision = np.divide(positives, everything, out=np.zeros_like(positives), where=everything > 0)
     with np.errstate(invalid="ignore"):
-        precision = np.nan_to_num(positives / everything)  # 0 / 0 where what is above has no weight
         if points is None:
             return (gained * precision).sum(axis=0) / positives[0]
         highest = np.maximum.accumulate(precision, axis=0)  # at this recall or more: this level or a lower one
@@ -139,7 +148,7 @@ def weighted_average_precision(
         return np.where(positives[0] > 0, np.take_along_axis(highest, at, axis=0).mean(axis=0), np.nan)
 
 
-def _sums(group: NDArray[np.intp], weights: NDArray[np.float32], groups: int) -> NDArray[np.float64]:
+def _sums(group: NDArray[np.intp], weights: Weights, groups: int) -> NDArray[np.float64]:
     """Weights of the images of each group, `(groups, B)`: exact in float32 up to 2^24 images."""
     one = np.ones(len(group), dtype=np.float32)
     chooses = csc_array((one, group, np.arange(len(group) + 1)), shape=(groups, len(group)))
@@ -171,11 +180,7 @@ class F1:
         guesses = predicted - predicted.multiply(judged < 0)
         return cls(guesses, csr_array(predicted.multiply(judged > 0)), csr_array(judged > 0), per_class)
 
-    def value(self, rows: Rows) -> float:
-        return float(self.resampled([rows])[0])
-
-    def resampled(self, samples: Samples) -> NDArray[np.float64]:
-        weights = _weights(samples, self.hits.shape[0])
+    def weighted(self, weights: Weights) -> NDArray[np.float64]:
         hits, guesses, positives = (
             (part.astype(np.float32).T @ weights).astype(np.float64).T
             for part in (self.hits, self.guesses, self.positives)
@@ -208,14 +213,6 @@ def _threshold_f1(per_class: bool) -> "Metric":
         return F1.of(csr_array(above.astype(np.int8)), targets, per_class)
 
     return evaluate
-
-
-def _weights(samples: Samples, count: int) -> NDArray[np.float32]:
-    """How often each of `count` images is in each of B samples, `(count, B)`."""
-    weights = np.empty((len(samples), count), dtype=np.float32)
-    for row, sample in zip(weights, samples, strict=True):
-        row[:] = np.bincount(sample, minlength=count)
-    return np.ascontiguousarray(weights.T)
 
 
 def _mean_of_counted(values: NDArray[np.float64]) -> NDArray[np.float64]:

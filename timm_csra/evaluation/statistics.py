@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from scipy.stats import DegenerateDataWarning, bootstrap, norm, ttest_1samp
 from statsmodels.stats.contingency_tables import mcnemar
 
-from .metrics import Evaluation, PerImage, Rows
+from .metrics import Evaluation, PerImage, Rows, weights_of
 from .scoring import DEFAULT, PLAIN, Setting
 
 CONFIDENCE = 0.95
@@ -29,7 +29,7 @@ class Comparison:
 
     Attributes:
         metric: `top1`, `mAP`, ...
-        protocol: `fixed`, `crossfit` or `best`; `curve` for one lam of the curve; `nested` of `tune`.
+        protocol: `fixed`, `crossfit` or `best`; `curve` for one lam of the curve; `nested` of `tune`; or a rival.
         settings: the setting that was measured; for `crossfit` and `nested` the one chosen for each part.
         baseline: the metric at lam = 0 on the same images (of several parts, their mean).
         value: the metric with `settings`.
@@ -52,8 +52,34 @@ class Comparison:
         return self.value - self.baseline
 
 
-# Evaluations of one metric for every setting, on all n images.
-Grid = Mapping[Setting, Evaluation]
+Key = Setting | str  # a setting, or another way to use the plain model, by its name
+
+
+@dataclass(frozen=True)
+class Table:
+    """One metric of every setting, and of its rivals, on parts of the images.
+
+    Attributes:
+        metric: its name.
+        evaluations: of each setting, `PLAIN` among them, and rival.
+        parts: images; together they are all n, once each.
+        values: the metric on every part.
+    """
+
+    metric: str
+    evaluations: Mapping[Key, Evaluation]
+    parts: Sequence[Rows]
+    values: Mapping[Key, NDArray[np.float64]]
+
+    @classmethod
+    def of(cls, metric: str, evaluations: Mapping[Key, Evaluation], parts: Sequence[Rows]) -> "Table":
+        weights = weights_of(parts, sum(map(len, parts)))
+        return cls(metric, evaluations, parts, {key: one.weighted(weights) for key, one in evaluations.items()})
+
+    @property
+    def settings(self) -> list[Setting]:
+        """In order of lam."""
+        return sorted(key for key in self.values if isinstance(key, Setting))
 
 
 def folds_of(strata: NDArray[np.integer] | int, seed: int, count: int) -> list[Rows]:
@@ -78,44 +104,42 @@ def halves(strata: NDArray[np.integer] | int, seed: int) -> tuple[Rows, Rows]:
     return first, second
 
 
-def on_parts(
-    metric: str, protocol: str, grid: Grid, parts: Sequence[Rows], settings: tuple[Setting, ...], seed: int
-) -> Comparison:
+def without_choice(table: Table, seed: int | None) -> list[Comparison]:
+    """Everything that was set before looking, against the plain model on all images, on the same resamples: `DEFAULT`
+    (`fixed`), then each rival under its own name, then the temperature of `DEFAULT` with every lam (`curve`).
+
+    The curve's intervals make a band that holds point by point, not for the whole curve at once, and it has no tests:
+    it shows, `fixed` and `crossfit` decide.
+
+    Args:
+        table: of all images as one part.
+        seed: of the bootstrap, None for neither interval nor test.
+    """
+    curve = [setting for setting in table.settings if setting.lam and setting.temperature == DEFAULT.temperature]
+    rivals = [key for key in table.values if isinstance(key, str)]
+    choices: list[tuple[str, Key]] = [("fixed", DEFAULT), *zip(rivals, rivals, strict=True)]
+    return _compare(table, [(name, (key,)) for name, key in choices + [("curve", setting) for setting in curve]], seed)
+
+
+def crossfit(table: Table, seed: int) -> Comparison:
+    """Chosen on each half, measured on the other. `table` is of `halves`."""
+    on_first, on_second = ({setting: table.values[setting][half] for setting in table.settings} for half in (0, 1))
+    return on_parts(table, "crossfit", (_best(on_second), _best(on_first)), seed)
+
+
+def on_parts(table: Table, protocol: str, settings: Sequence[Setting], seed: int) -> Comparison:
     """A setting for each part of the images, against the plain model on the same parts: the metric is computed within
     each part and averaged, never on scores pooled from several settings, whose logits have different scales."""
-    (comparison,) = _compare(metric, protocol, grid, parts, [settings], seed)
+    (comparison,) = _compare(table, [(protocol, settings)], seed)
     return comparison
 
 
-def fixed(metric: str, grid: Grid, count: int, seed: int | None) -> Comparison:
-    """`DEFAULT` against `PLAIN` on all images; `seed` of the bootstrap, None for neither interval nor test."""
-    (comparison,) = _compare(metric, "fixed", grid, [np.arange(count)], [(DEFAULT,)], seed)
-    return comparison
-
-
-def curve(metric: str, grid: Grid, count: int, seed: int | None) -> list[Comparison]:
-    """The gain at every lam of the grid with the temperature of `DEFAULT`, each with its interval: a band over lam.
-
-    The same resamples serve all of them. The band holds point by point, not for the whole curve at once, and there are
-    no tests: it shows, `fixed` and `crossfit` decide.
-    """
-    settings = [(setting,) for setting in sorted(grid) if setting.lam and setting.temperature == DEFAULT.temperature]
-    return _compare(metric, "curve", grid, [np.arange(count)], settings, seed)
-
-
-def crossfit(metric: str, grid: Grid, split: tuple[Rows, Rows], seed: int) -> Comparison:
-    """Chosen on each half, measured on the other."""
-    on_halves = {setting: evaluation.resampled(split) for setting, evaluation in grid.items()}
-    on_first, on_second = ({setting: values[half] for setting, values in on_halves.items()} for half in (0, 1))
-    chosen = (_best(on_second), _best(on_first))
-    return on_parts(metric, "crossfit", grid, split, chosen, seed)
-
-
-def best(metric: str, values: Mapping[Setting, float]) -> Comparison:
-    """The setting that looks best on all images, measured on them: optimistic, so neither interval nor test. `values`
-    of the metric on all images, for every setting."""
+def best(table: Table) -> Comparison:
+    """The setting that looks best on all images, measured on them: optimistic, so neither interval nor test. `table` is
+    of all images as one part."""
+    values = {setting: float(table.values[setting][0]) for setting in table.settings}
     setting = _best(values)
-    return Comparison(metric, "best", (setting,), values[PLAIN], values[setting])
+    return Comparison(table.metric, "best", (setting,), values[PLAIN], values[setting])
 
 
 def _best(values: Mapping[Setting, float]) -> Setting:
@@ -124,61 +148,58 @@ def _best(values: Mapping[Setting, float]) -> Setting:
     return max(defined, key=lambda setting: defined[setting], default=PLAIN)
 
 
-def _compare(
-    metric: str,
-    protocol: str,
-    grid: Grid,
-    parts: Sequence[Rows],
-    choices: Sequence[tuple[Setting, ...]],
-    seed: int | None,
-) -> list[Comparison]:
-    """Each choice of one setting for each part of the images, against the plain model on the same parts."""
-    baseline = float(np.mean([grid[PLAIN].value(rows) for rows in parts]))
-    values = [
-        float(np.mean([grid[setting].value(rows) for setting, rows in zip(choice, parts, strict=True)]))
-        for choice in choices
-    ]
+def _compare(table: Table, choices: Sequence[tuple[str, Sequence[Key]]], seed: int | None) -> list[Comparison]:
+    """Each protocol, and what it chose for every part of the images, against the plain model on the same parts."""
+    baseline = float(table.values[PLAIN].mean())
     comparisons = [
-        Comparison(metric, protocol, choice, baseline, value) for choice, value in zip(choices, values, strict=True)
+        Comparison(
+            table.metric,
+            protocol,
+            tuple(key for key in chosen if isinstance(key, Setting)),
+            baseline,
+            float(np.mean([table.values[key][part] for part, key in enumerate(chosen)])),
+        )
+        for protocol, chosen in choices
     ]
-    if seed is None or np.isnan(baseline) or not choices or any(len(rows) < 2 for rows in parts):
+    if seed is None or np.isnan(baseline) or any(len(rows) < 2 for rows in table.parts):
         return comparisons
+    chosen = [keys for _, keys in choices]
     return [
         replace(
             comparison,
             interval=None if np.isnan(low) or np.isnan(high) else (float(low), float(high)),
-            **({} if protocol == "curve" else _tested(grid, parts, comparison, float(error))),
+            **({} if comparison.protocol == "curve" else _tested(table, keys, comparison.gain, float(error))),
         )
-        for comparison, low, high, error in zip(comparisons, *_bootstrap(grid, parts, choices, seed), strict=True)
+        for comparison, keys, low, high, error in zip(
+            comparisons, chosen, *_bootstrap(table, chosen, seed), strict=True
+        )
     ]
 
 
 def _bootstrap(
-    grid: Grid, parts: Sequence[Rows], choices: Sequence[tuple[Setting, ...]], seed: int
+    table: Table, choices: Sequence[Sequence[Key]], seed: int
 ) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
     """95 % percentile bootstrap of the gain of each choice: low, high and standard error. Images are resampled within
-    each part, for all settings alike."""
+    each part, the same for all choices, and what several choices use is evaluated once."""
+    count = sum(map(len, table.parts))
 
     def gains(*samples: Rows, axis: int = -1) -> NDArray[np.float64]:
-        plain = [grid[PLAIN].resampled(rows) for rows in samples]
-        return np.stack(
-            [
-                np.mean(
-                    [grid[s].resampled(rows) - base for s, rows, base in zip(choice, samples, plain, strict=True)],
-                    axis=0,
-                )
-                for choice in choices
-            ]
-        )
+        total = np.zeros((len(choices), len(samples[0])))
+        for part, rows in enumerate(samples):
+            weights = weights_of(rows, count)
+            used = dict.fromkeys([PLAIN, *(choice[part] for choice in choices)])
+            values = {key: table.evaluations[key].weighted(weights) for key in used}
+            total += [values[choice[part]] - values[PLAIN] for choice in choices]
+        return total / len(samples)
 
     with warnings.catch_warnings():
         # With so few images that a resample leaves the metric undefined there is no interval: NaN says so.
         warnings.simplefilter("ignore", DegenerateDataWarning)
         result = bootstrap(
-            list(parts),
+            [rows.astype(np.int32) for rows in table.parts],
             gains,
             n_resamples=RESAMPLES,
-            batch=max(1, min(RESAMPLES, BATCH // sum(map(len, parts)))),
+            batch=max(1, min(RESAMPLES, BATCH // count)),
             vectorized=True,
             method="percentile",
             confidence_level=CONFIDENCE,
@@ -189,14 +210,15 @@ def _bootstrap(
     return low, high, result.standard_error
 
 
-def _tested(grid: Grid, parts: Sequence[Rows], comparison: Comparison, error: float) -> dict[str, Any]:
+def _tested(table: Table, chosen: Sequence[Key], gain: float, error: float) -> dict[str, Any]:
     """Two-sided p-value and its test: McNemar's exact one for hits and misses, the paired t-test for other means over
     images, and for what is no mean over images (mAP, F1) z = gain / bootstrap standard error."""
-    used = [(grid[PLAIN], grid[setting], rows) for setting, rows in zip(comparison.settings, parts, strict=True)]
+    evaluations = table.evaluations
+    used = [(evaluations[PLAIN], evaluations[key], rows) for key, rows in zip(chosen, table.parts, strict=True)]
     if not all(isinstance(evaluation, PerImage) for evaluation in (used[0][0], used[0][1])):
         if np.isnan(error):
             return {}
-        z = comparison.gain / error if error else np.copysign(np.inf, comparison.gain) if comparison.gain else 0.0
+        z = gain / error if error else np.copysign(np.inf, gain) if gain else 0.0
         return {"p_value": float(2 * norm.sf(abs(z))), "test": "bootstrap z"}
     plain = np.concatenate([evaluation.values[rows] for evaluation, _, rows in used])  # type: ignore[attr-defined]
     value = np.concatenate([evaluation.values[rows] for _, evaluation, rows in used])  # type: ignore[attr-defined]
@@ -204,8 +226,8 @@ def _tested(grid: Grid, parts: Sequence[Rows], comparison: Comparison, error: fl
     plain, value = plain[counted], value[counted]
     if used[0][0].binary:  # type: ignore[attr-defined]
         hits = (True, False)
-        table = [[np.sum(((plain > 0) == a) & ((value > 0) == b)) for b in hits] for a in hits]
-        return {"p_value": float(mcnemar(table, exact=True).pvalue), "test": "McNemar exact"}
+        counts = [[np.sum(((plain > 0) == a) & ((value > 0) == b)) for b in hits] for a in hits]
+        return {"p_value": float(mcnemar(counts, exact=True).pvalue), "test": "McNemar exact"}
     difference = value - plain
     if len(difference) < 2:
         return {}

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from ..config import CSRAConfig
 from ..errors import describe
 from ..patching import wrap
-from .metrics import ALL, MULTI_LABEL, SINGLE_LABEL, Evaluation, Logits, Metric, Rows, Samples, evaluate
+from .metrics import ALL, MULTI_LABEL, SINGLE_LABEL, Evaluation, Logits, Metric, Weights, evaluate
 from .scoring import PLAIN, Scores, Setting, score, settings_grid
-from .statistics import Comparison, folds_of, on_parts
+from .statistics import Comparison, Table, folds_of, on_parts
 
 Model = TypeVar("Model", bound=nn.Module)
 LAMS = (0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 1.0)
@@ -162,12 +162,11 @@ def choose(
 
         return evaluate(logits, targets, {name: function})[name]
 
-    grid = {setting: evaluation(setting) for setting in settings}
     parts = folds_of(targets.numpy() if targets.ndim == 1 else len(targets), seed, folds)
-    table = {setting: evaluation.resampled(parts) for setting, evaluation in grid.items()}
+    table = Table.of(name, {setting: evaluation(setting) for setting in settings}, parts)
     every = np.arange(folds)
     chosen = tuple(_one_standard_error(table, every[every != fold]) for fold in every)
-    nested = on_parts(name, "nested", grid, parts, chosen, seed)
+    nested = on_parts(table, "nested", chosen, seed)
     summary = {setting: _gain(table, setting, every) for setting in settings if setting != PLAIN}
     return TuneResult(name, len(targets), nested, _one_standard_error(table, every), summary)
 
@@ -193,26 +192,21 @@ class _Own:
     logits: Logits
     targets: Tensor
 
-    def value(self, rows: Rows) -> float:
-        return float(self.resampled([rows])[0])
-
-    def resampled(self, samples: Samples) -> NDArray[np.float64]:
-        logits, every = self.logits(), map(torch.as_tensor, samples)
-        return np.array([float(self.function(logits[rows], self.targets[rows])) for rows in every])
-
-
-Table = Mapping[Setting, NDArray[np.float64]]  # of each setting the metric on every fold
+    def weighted(self, weights: Weights) -> NDArray[np.float64]:
+        logits, counts = self.logits(), torch.from_numpy(weights.astype(np.intp)).T
+        samples = (torch.repeat_interleave(count) for count in counts)
+        return np.array([float(self.function(logits[rows], self.targets[rows])) for rows in samples])
 
 
 def _gain(table: Table, setting: Setting, folds: NDArray[np.intp]) -> tuple[float, float]:
     """Mean over these folds of the gain over the plain model, and its standard error; NaN where it is undefined."""
-    gains = (table[setting] - table[PLAIN])[folds]
+    gains = (table.values[setting] - table.values[PLAIN])[folds]
     return float(gains.mean()), float(gains.std(ddof=1) / math.sqrt(len(gains)))
 
 
 def _one_standard_error(table: Table, folds: NDArray[np.intp]) -> Setting:
     """The smallest lam whose gain is within one standard error of the best; the best temperature of that lam."""
-    gains = {setting: _gain(table, setting, folds) for setting in sorted(table)}
+    gains = {setting: _gain(table, setting, folds) for setting in table.settings}
     defined = {setting: gain for setting, gain in gains.items() if not math.isnan(gain[0])}
     if not defined:
         return PLAIN
