@@ -1,44 +1,31 @@
-"""Measure one cell: scored once, then evaluated for every setting. Whatever goes wrong becomes a record."""
+"""Measure one cell: every image is scored once, for all settings. Whatever goes wrong becomes a record."""
 
-import math
 import re
 import sys
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Any
 
-import numpy as np
 import torch
 from timm.data import create_loader, resolve_input_data_config
 from torch import Tensor, nn
 
 import timm_csra
 from timm_csra import Explanation, UnsupportedModelError
-from timm_csra.evaluation.metrics import (
-    ALL,
-    ANY_LABEL,
-    MULTI_LABEL,
-    SIGMOID,
-    VOC2007,
-    Evaluation,
-    Logits,
-    Metric,
-    calibration,
-    evaluate,
-)
-from timm_csra.evaluation.scoring import DEFAULT, PLAIN, Scores, allows_test_time_pool, score
-from timm_csra.evaluation.statistics import Comparison, Key, Table, best, crossfit, halves, without_choice
+from timm_csra.evaluation.scoring import allows_test_time_pool, score
 from timm_csra.hub import weights_sha256
 
-from .cells import AMP, Cell, Options, show_size, show_temperature
-from .classes import COMBINE, Alignment, NotApplicableError, align, combined
+from .cells import AMP, Cell, Options, show_size
+from .classes import Alignment, NotApplicableError, align
 from .datasets import DataError, Mosaics, Photographs, Streamed, real_labels, tilings
 from .environment import environment
 from .kept import Scored, read_scores, scores_file, write_scores
+from .phases import Phases
 from .records import Record
+from .results import results
 from .rivals import five_crops, plain_seconds
 
 
@@ -114,7 +101,7 @@ def _out_of_memory(error: Exception) -> bool:
 def _measure(
     cell: Cell, load: Callable[[], Loaded], options: Options, track: Callable[[Iterable[Any]], Iterable[Any]]
 ) -> Record:
-    started = time.perf_counter()
+    phases = Phases()
     file = scores_file(cell, options)
     if options.rescore:
         scored = read_scores(file, options.settings)
@@ -122,10 +109,12 @@ def _measure(
         # A size that is not known yet is for `load` to explain.
         if not isinstance(cell.size, str) and (reason := cell.checkpoint.why_not_at(cell.size)):
             raise NotApplicableError(f"the model cannot be built for {show_size(cell.size)} pixels: {reason}")
-        scored = score_cell(cell, _loaded(cell, load), options, track)
+        with phases("load"):
+            loaded = _loaded(cell, load)
+        scored = score_cell(cell, loaded, options, track, phases)
         if file is not None:
             write_scores(file, scored)
-    return results(cell, scored, options, time.perf_counter() - started)
+    return results(cell, scored, options, phases) | {"phases": phases.seconds}
 
 
 def _loaded(cell: Cell, load: Callable[[], Loaded]) -> Loaded:
@@ -141,35 +130,44 @@ def _loaded(cell: Cell, load: Callable[[], Loaded]) -> Loaded:
 
 
 def score_cell(
-    cell: Cell, loaded: Loaded, options: Options, track: Callable[[Iterable[Any]], Iterable[Any]] = iter
+    cell: Cell,
+    loaded: Loaded,
+    options: Options,
+    track: Callable[[Iterable[Any]], Iterable[Any]] = iter,
+    phases: Phases | None = None,
 ) -> Scored:
-    """Run every image of a cell once, for all settings."""
+    """Run every image of a cell once, for all settings. `phases` is told where the time goes."""
+    phases = phases or Phases()
     model, explanation = loaded.model, loaded.explanation
     if not model.num_classes:
         raise NotApplicableError("the checkpoint has no classifier (num_classes=0)")
-    loader, preprocessing, alignment = _load(cell, loaded, options)
+    with phases("load"):
+        loader, preprocessing, alignment = _load(cell, loaded, options)
     if len(loader.dataset) == 0 and cell.data.stream is None:
         raise NotApplicableError(f"{len(cell.data)} images are too few for one mosaic of {cell.grid}x{cell.grid}")
     if explanation.unsupported:
         raise UnsupportedModelError(explanation.unsupported)
     bad: list[int] = []
     if options.time_plain:
-        plain_seconds(model, loader, options)  # starts the loader's workers, and warms everything up
-        plain = [plain_seconds(model, loader, options)]
+        with phases("plain"):
+            plain_seconds(model, loader, options)  # starts the loader's workers, and warms everything up
+            plain = [plain_seconds(model, loader, options)]
     started = time.perf_counter()
-    scores, targets = score(
-        model,
-        _readable(track(loader), loader, bad),
-        options.settings,
-        columns=alignment.columns,
-        device=options.device,
-        amp_dtype=AMP[options.amp],
-        test_time_pool=allows_test_time_pool(explanation),
-    )
+    with phases("model"):
+        scores, targets = score(
+            model,
+            _readable(phases.waiting(track(loader)), loader, bad),
+            options.settings,
+            columns=alignment.columns,
+            device=options.device,
+            amp_dtype=AMP[options.amp],
+            test_time_pool=allows_test_time_pool(explanation),
+        )
     seconds = time.perf_counter() - started
     cost = None
     if options.time_plain:
-        plain.append(plain_seconds(model, loader, options))
+        with phases("plain"):
+            plain.append(plain_seconds(model, loader, options))
         cost = {"plain_seconds": plain, "score_seconds": seconds, "ratio": seconds / (sum(plain) / 2)}
     if bad and not options.skip_bad_images:
         raise DataError(_bad_images(loader.dataset, bad))
@@ -181,7 +179,8 @@ def score_cell(
             )
         print(f"{missing} images of the stream could not be read", file=sys.stderr)
     if options.rivals and cell.grid is None and cell.data.stream is None:
-        scores.pooled.update(five_crops(model, loaded.size, loader.dataset, preprocessing, alignment, options))
+        with phases("crops"):
+            scores.pooled.update(five_crops(model, loaded.size, loader.dataset, preprocessing, alignment, options))
     facts: Record = {
         "n": len(targets),
         "columns": alignment.count,
@@ -198,50 +197,6 @@ def score_cell(
         "cost": cost,
     }
     return Scored(scores, targets, facts)
-
-
-def results(cell: Cell, scored: Scored, options: Options, seconds: float) -> Record:
-    """What the scores say for every setting of `options`."""
-    scores, targets, facts = scored.scores, scored.targets, dict(scored.facts)
-    groups = facts.pop("groups")
-    combine = options.class_map.combine if options.class_map else COMBINE[0]
-    metrics = _metrics(cell, options, targets)
-    clock = [time.perf_counter()]
-
-    def measured(logits: Logits) -> dict[str, Evaluation]:
-        def grouped(images: slice = ALL, classes: slice = ALL) -> Tensor:
-            return combined(logits(images), groups, combine)[:, classes]
-
-        return evaluate(logits if groups is None else grouped, targets, metrics)
-
-    evaluations: dict[Key, dict[str, Evaluation]] = {s: measured(partial(scores.logits, s)) for s in options.settings}
-    for name, logits in {"max_pool": scores.attention[math.inf], **scores.pooled}.items():
-        evaluations[name] = measured(partial(_part, logits))
-    images = np.arange(len(targets))
-    tables = {
-        metric: Table.of(metric, {key: of[metric] for key, of in evaluations.items()}, [images])
-        for metric in evaluations[PLAIN]
-    }
-    clock.append(time.perf_counter())
-    independent = cell.task != "mosaic" or cell.data.tilings is None
-    seed = options.seed if independent else None
-    comparisons = [comparison for table in tables.values() for comparison in _compare(table, targets, seed)]
-    clock.append(time.perf_counter())
-    metric_seconds, statistics_seconds = np.diff(clock).tolist()
-    return facts | {
-        "results": [_result(comparison) for comparison in comparisons],
-        "all_settings": [
-            {"lam": s.lam, "temperature": show_temperature(s)}
-            | {name: _json(float(table.values[s][0])) for name, table in tables.items()}
-            for s in options.settings
-        ],
-        "calibration": _calibration(scores, targets) if cell.task == "single" else None,
-        "phases": {"score": seconds, "metrics": metric_seconds, "statistics": statistics_seconds},
-    }
-
-
-def _part(logits: Tensor, images: slice = ALL, classes: slice = ALL) -> Tensor:
-    return logits[images, classes]
 
 
 def _readable(batches: Iterable[Any], loader: Any, bad: list[int]) -> Iterator[tuple[Tensor, Tensor]]:
@@ -264,25 +219,6 @@ def _bad_images(dataset: Any, bad: list[int]) -> str:
         f"{len(bad)} of {len(dataset)} images cannot be read: {shown}{more}. Mend or remove them, or leave them out "
         "with --skip-bad-images."
     )
-
-
-def _metrics(cell: Cell, options: Options, targets: Tensor) -> dict[str, Metric] | None:
-    if cell.task == "real":
-        return ANY_LABEL
-    if targets.ndim == 1:
-        return None
-    voc = VOC2007 if options.average_precision == "11-point" else {}
-    return MULTI_LABEL | voc | (SIGMOID if options.activation == "sigmoid" else {})
-
-
-def _calibration(scores: Scores, targets: Tensor) -> Record:
-    """Logits grow by about 1 + lam: what that does to probabilities, and what dividing by it mends."""
-    wrapped = scores.logits(DEFAULT)
-    logits = {"plain": scores.base, "fixed": wrapped, "fixed, logits / (1 + lam)": wrapped / (1 + DEFAULT.lam)}
-    return {
-        name: {metric: _json(value) for metric, value in calibration(values, targets).items()}
-        for name, values in logits.items()
-    }
 
 
 def _load(cell: Cell, loaded: Loaded, options: Options) -> tuple[Any, Record, Alignment]:
@@ -327,32 +263,3 @@ def _load(cell: Cell, loaded: Loaded, options: Options) -> tuple[Any, Record, Al
         use_prefetcher=False,
     )
     return loader, {name: value for name, value in config.items() if name != "input_size"}, alignment
-
-
-def _compare(table: Table, targets: Tensor, seed: int | None) -> Iterator[Comparison]:
-    yield from without_choice(table, seed)
-    if seed is not None and len(targets) >= 4:
-        split = halves(targets.numpy() if targets.ndim == 1 else len(targets), seed)
-        yield crossfit(Table.of(table.metric, {s: table.evaluations[s] for s in table.settings}, split), seed)
-    yield best(table)
-
-
-def _result(comparison: Comparison) -> Record:
-    low, high = comparison.interval or (None, None)
-    return {
-        "metric": comparison.metric,
-        "protocol": comparison.protocol,
-        "lam": ";".join(f"{setting.lam:g}" for setting in comparison.settings),
-        "temperature": ";".join(map(show_temperature, comparison.settings)),
-        "baseline": _json(comparison.baseline),
-        "value": _json(comparison.value),
-        "gain": _json(comparison.gain),
-        "ci_low": low,
-        "ci_high": high,
-        "p_value": None if comparison.p_value is None else _json(comparison.p_value),
-        "test": comparison.test,
-    }
-
-
-def _json(value: float) -> float | None:
-    return None if np.isnan(value) else value

@@ -2,7 +2,8 @@
 
 All variants of a model run in one process, each once in every round and in random order, so that whatever else the
 machine does hits all alike. A ratio is that of a variant to the plain model within a round; shown are the median over
-the rounds and its 95 % interval (binomial, scipy). The floor is the ratio of multiply-accumulates. Weights are random.
+the rounds and its 95 % interval (binomial, scipy). The floor is the ratio of multiply-accumulates; `least` is what this
+machine makes of it: the plain model, and the product of the classifier with all locations alone. Weights are random.
 
   plain     the model
   naive     the four lines of the paper: the classifier on all locations of the batch at once, mean and maximum; for
@@ -67,6 +68,7 @@ class Cost:
         seconds: median time of a batch, for each variant that applies.
         ratios: to the plain model.
         over_naive: of the wrapped model to the naive four lines, where they apply.
+        least: the plain model and the product of its classifier with all locations, nothing else, to the plain model.
         floor: (MACs of the model + MACs of scoring its locations) / MACs of the model.
         megabytes: peak memory of one batch above what the model takes, where it was measured.
     """
@@ -78,6 +80,7 @@ class Cost:
     seconds: dict[str, float]
     ratios: dict[str, Ratio]
     over_naive: Ratio | None
+    least: Ratio | None
     megabytes: dict[str, float]
 
 
@@ -92,6 +95,7 @@ def main(arguments: list[str] | None = None) -> int:
     costs = [measure(name, args) for name in track(names, "models", console=log, transient=True)]
     screen.print(_table(costs))
     screen.print(f"{_machine(args)}, {args.rounds} rounds.", highlight=False, soft_wrap=True)
+    screen.print(f"A product of two 2,048 x 2,048 matrices: {_peak(args):,.0f} GFLOP/s.", highlight=False)
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)
         about = {"machine": _machine(args), "arguments": {k: str(v) for k, v in vars(args).items()}}
@@ -108,6 +112,8 @@ def measure(name: str, args: argparse.Namespace) -> Cost:
     assert explanation.input_size is not None
     x = _images(explanation.input_size, args)
     calls = {variant: call for variant in VARIANTS if (call := _call(model, variant, explanation, args)) is not None}
+    if "naive" in calls:
+        calls["product"] = _product(model, explanation, args)
     seconds: dict[str, list[float]] = {variant: [] for variant in calls}
     with torch.inference_mode():
         for call in calls.values():
@@ -117,7 +123,8 @@ def measure(name: str, args: argparse.Namespace) -> Cost:
             for variant in random.sample(list(calls), len(calls)):
                 seconds[variant].append(_seconds(calls[variant], x))
     times = {variant: np.array(values) for variant, values in seconds.items()}
-    megabytes = {variant: _megabytes(name, variant, args) for variant in calls} if args.memory else {}
+    products = times.pop("product", None)
+    megabytes = {variant: _megabytes(name, variant, args) for variant in times} if args.memory else {}
     return Cost(
         name,
         explanation.kind,
@@ -126,6 +133,7 @@ def measure(name: str, args: argparse.Namespace) -> Cost:
         {variant: float(np.median(values)) for variant, values in times.items()},
         {variant: _ratio(values / times["plain"]) for variant, values in times.items() if variant != "plain"},
         _ratio(times["wrapped"] / times["naive"]) if "naive" in times else None,
+        None if products is None else _ratio(1 + products / times["plain"]),
         megabytes,
     )
 
@@ -176,6 +184,14 @@ def _call(
     else:
         return None
     return torch.compile(call) if args.compile else call
+
+
+def _product(model: Any, explanation: timm_csra.Explanation, args: argparse.Namespace) -> Images:
+    """The product alone, of the best shape for it: N * L rows that lie one after another."""
+    classifier = model.get_classifier()
+    assert explanation.grid is not None
+    rows = torch.randn(args.batch_size * math.prod(explanation.grid), classifier.in_features).to(classifier.weight)
+    return lambda _: F.linear(rows, classifier.weight, classifier.bias)
 
 
 class _Naive(nn.Module):
@@ -256,14 +272,15 @@ def _status(field: str) -> int:
 def _table(costs: list[Cost]) -> Table:
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("model", no_wrap=True)
-    for name in ("kind", "input", "plain", "floor", *(f"{v}/plain" for v in VARIANTS[1:]), "wrapped/naive"):
+    ratios = [f"{name}/plain" for name in (*VARIANTS[1:], "least")]
+    for name in ("kind", "input", "plain", "floor", *ratios, "wrapped/naive"):
         table.add_column(name, justify="right", no_wrap=True)
     if any(cost.megabytes for cost in costs):
         table.add_column(f"MB {', '.join(VARIANTS)}", justify="right", no_wrap=True)
     for cost in costs:
         cells = [cost.model, str(cost.kind), "x".join(map(str, cost.input_size))]
         cells += [f"{1e3 * cost.seconds['plain']:.1f} ms", f"{cost.floor:.3f}"]
-        for r in (*map(cost.ratios.get, VARIANTS[1:]), cost.over_naive):
+        for r in (*map(cost.ratios.get, VARIANTS[1:]), cost.least, cost.over_naive):
             cells.append(f"{r.median:.3f} [{r.low:.3f}, {r.high:.3f}]" if r else "-")
         if cost.megabytes:
             shown = (cost.megabytes.get(variant, math.nan) for variant in VARIANTS)
@@ -278,6 +295,14 @@ def _machine(args: argparse.Namespace) -> str:
     threads = f", {torch.get_num_threads()} threads" if device.type == "cpu" else ""
     compiled = ", torch.compile" if args.compile else ""
     return f"{name}{threads}, batch {args.batch_size}, {args.dtype}{compiled}, torch {torch.__version__}"
+
+
+def _peak(args: argparse.Namespace) -> float:
+    """GFLOP/s of a matrix product that is large enough to be as fast as the machine can."""
+    a, b = (torch.randn(2048, 2048).to(args.device, DTYPES[args.dtype]) for _ in range(2))
+    with torch.inference_mode():
+        seconds = [_seconds(lambda _: a @ b, a) for _ in range(20)]
+    return 2 * 2048**3 / float(np.median(seconds)) / 1e9
 
 
 def _plot(costs: list[Cost], path: Path) -> None:

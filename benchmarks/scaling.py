@@ -27,8 +27,9 @@ from .checkpoints import Checkpoint
 from .datasets import ImageSet
 from .engines import keep_memory
 from .kept import Scored
-from .measure import results
 from .overhead import peak_of
+from .phases import Phases
+from .results import results
 
 TEMPERATURES = (1.0, 5.0, 20.0, math.inf)
 HEADS: tuple[float | tuple[float, ...], ...] = (
@@ -111,12 +112,11 @@ def measure(size: Size) -> Cost:
     cell = Cell(Checkpoint("timm", "synthetic"), data, size.task, (224, 224))
     held = [scored.scores.base, *scored.scores.attention.values(), scored.targets]
     with peak_of(torch.device("cpu")) as peak:
-        record = results(cell, scored, Options(settings), 0.0)
-    phases = record["phases"]
+        results(cell, scored, Options(settings), phases := Phases())
     return Cost(
         Size(size.task, size.images, size.classes, len(settings)),
-        phases["metrics"],
-        phases["statistics"],
+        phases.seconds["metrics"],
+        phases.seconds["statistics"],
         sum(tensor.nbytes for tensor in held) / 2**20,
         peak.megabytes,
     )

@@ -25,6 +25,7 @@ from .downloads import Downloads
 from .engines import Engine, EngineError, LocalEngine, Progress
 from .estimate import estimate
 from .expected import keep_expected
+from .phases import where_the_time_went
 from .push import choose, push
 from .records import Record
 from .run import Run
@@ -88,6 +89,8 @@ def main(arguments: list[str] | None = None) -> int:
     summary, rows = write_summary(out)
     print_records(in_order, screen)
     print_headline(headline(kept(rows, in_order)), screen)
+    if line := where_the_time_went(in_order):
+        screen.print(line, highlight=False, soft_wrap=True)
     if args.sample:
         screen.print(sample.NOTE, style="bold", highlight=False)
     screen.print(f"{len(records)} records in {out / 'records'}, summary in {summary}", highlight=False, soft_wrap=True)

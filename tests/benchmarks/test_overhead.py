@@ -50,6 +50,8 @@ def test_wrapping_is_cheap_in_time_and_memory(tmp_path: Path, capsys: pytest.Cap
     assert costs["resnet18"]["ratios"]["wrapped"]["median"] < 1.3
     assert costs["mobilenetv3_small_100"]["ratios"]["wrapped"]["median"] < 2.2
     assert costs["resnet18"]["floor"] < 1.02
+    assert 1 < costs["resnet18"]["least"]["median"] < 1.3
+    assert costs["mobilenetv3_small_100"]["least"] is None  # its head is no single product
     assert out.with_suffix(".png").stat().st_size > 10_000
     assert "resnet18" in capsys.readouterr().out
 

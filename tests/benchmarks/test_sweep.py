@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -219,6 +220,7 @@ def test_ctrl_c_keeps_what_is_done(tmp_path: Path, photos: Path, checkpoint: str
     assert all(json.loads(path.read_text())["status"] == "ok" for path in records)
     assert (tmp_path / "summary.csv").is_file()
     assert f"{len(records)} records" in out
+    assert re.search(r"s of computing: loading checkpoints \d+%, .*forward passes and attention \d+%", out)
 
 
 def test_real_checkpoint_agrees_with_plain_timm(real_data: Path, real_weights: Path, tmp_path: Path) -> None:

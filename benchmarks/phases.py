@@ -1,0 +1,67 @@
+"""Where the time of a cell goes."""
+
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import TypeVar
+
+from .records import Record
+
+T = TypeVar("T")
+NAMES = {
+    "load": "loading checkpoints",
+    "wait": "waiting for images",
+    "model": "forward passes and attention",
+    "plain": "plain passes for comparison",
+    "crops": "five crops",
+    "metrics": "metrics",
+    "statistics": "intervals and tests",
+}
+
+
+class Phases:
+    """Seconds by phase, one of `NAMES`.
+
+    Attributes:
+        seconds: so far.
+
+    Example:
+        >>> phases = Phases()
+        >>> with phases("load"):
+        ...     pass
+        >>> list(phases.seconds)
+        ['load']
+    """
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        """What is done within belongs to a phase, but for the phases that it has itself."""
+        started, before = time.perf_counter(), sum(self.seconds.values())
+        try:
+            yield
+        finally:
+            within = sum(self.seconds.values()) - before
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started - within
+
+    def waiting(self, items: Iterable[T]) -> Iterator[T]:
+        """The items, and the time that they take as the phase `wait`."""
+        iterator = iter(items)
+        while True:
+            with self("wait"):
+                try:
+                    item = next(iterator)
+                except StopIteration:
+                    return
+            yield item
+
+
+def where_the_time_went(records: Iterable[Record]) -> str | None:
+    """One line for all records that say it."""
+    phases = [record.get("phases", {}) for record in records]
+    total = {name: sum(seconds.get(name, 0.0) for seconds in phases) for name in NAMES}
+    every = sum(total.values())
+    parts = [f"{NAMES[name]} {seconds / every:.0%}" for name, seconds in total.items() if seconds]
+    return f"{every:,.1f} s of computing: {', '.join(parts)}" if parts else None

@@ -1,0 +1,122 @@
+"""What the scores of a cell say, for every setting: metrics, comparisons with the plain model, calibration."""
+
+import math
+from collections.abc import Iterator
+from functools import partial
+
+import numpy as np
+from torch import Tensor
+
+from timm_csra.evaluation.metrics import (
+    ALL,
+    ANY_LABEL,
+    MULTI_LABEL,
+    SIGMOID,
+    VOC2007,
+    Evaluation,
+    Logits,
+    Metric,
+    calibration,
+    evaluate,
+)
+from timm_csra.evaluation.scoring import DEFAULT, PLAIN, Scores
+from timm_csra.evaluation.statistics import Comparison, Key, Table, best, crossfit, halves, without_choice
+
+from .cells import Cell, Options, show_temperature
+from .classes import COMBINE, combined
+from .kept import Scored
+from .phases import Phases
+from .records import Record
+
+
+def results(cell: Cell, scored: Scored, options: Options, phases: Phases) -> Record:
+    """Fields of a cell's record: the facts, and what the scores say for every setting of `options`."""
+    scores, targets, facts = scored.scores, scored.targets, dict(scored.facts)
+    groups = facts.pop("groups")
+    combine = options.class_map.combine if options.class_map else COMBINE[0]
+    metrics = _metrics(cell, options, targets)
+
+    def measured(logits: Logits) -> dict[str, Evaluation]:
+        def grouped(images: slice = ALL, classes: slice = ALL) -> Tensor:
+            return combined(logits(images), groups, combine)[:, classes]
+
+        return evaluate(logits if groups is None else grouped, targets, metrics)
+
+    with phases("metrics"):
+        evaluations: dict[Key, dict[str, Evaluation]]
+        evaluations = {setting: measured(partial(scores.logits, setting)) for setting in options.settings}
+        for name, logits in {"max_pool": scores.attention[math.inf], **scores.pooled}.items():
+            evaluations[name] = measured(partial(_part, logits))
+        images = np.arange(len(targets))
+        tables = {
+            metric: Table.of(metric, {key: of[metric] for key, of in evaluations.items()}, [images])
+            for metric in evaluations[PLAIN]
+        }
+        calibrated = _calibration(scores, targets) if cell.task == "single" else None
+    with phases("statistics"):
+        independent = cell.task != "mosaic" or cell.data.tilings is None
+        seed = options.seed if independent else None
+        comparisons = [comparison for table in tables.values() for comparison in _compare(table, targets, seed)]
+    return facts | {
+        "results": [_result(comparison) for comparison in comparisons],
+        "all_settings": [
+            {"lam": s.lam, "temperature": show_temperature(s)}
+            | {name: _json(float(table.values[s][0])) for name, table in tables.items()}
+            for s in options.settings
+        ],
+        "calibration": calibrated,
+    }
+
+
+def _part(logits: Tensor, images: slice = ALL, classes: slice = ALL) -> Tensor:
+    return logits[images, classes]
+
+
+def _metrics(cell: Cell, options: Options, targets: Tensor) -> dict[str, Metric] | None:
+    if cell.task == "real":
+        return ANY_LABEL
+    if targets.ndim == 1:
+        return None
+    voc = VOC2007 if options.average_precision == "11-point" else {}
+    return MULTI_LABEL | voc | (SIGMOID if options.activation == "sigmoid" else {})
+
+
+def _calibration(scores: Scores, targets: Tensor) -> Record:
+    """Logits grow by about 1 + lam: what that does to probabilities, and what dividing by it mends."""
+    wrapped = scores.logits(DEFAULT)
+    logits = {"plain": scores.base, "fixed": wrapped, "fixed, logits / (1 + lam)": wrapped / (1 + DEFAULT.lam)}
+    return {
+        name: {metric: _json(value) for metric, value in calibration(values, targets).items()}
+        for name, values in logits.items()
+    }
+
+
+def _compare(table: Table, targets: Tensor, seed: int | None) -> Iterator[Comparison]:
+    fixed, *others = without_choice(table, seed)
+    yield fixed
+    if seed is not None and len(targets) >= 4:
+        split = halves(targets.numpy() if targets.ndim == 1 else len(targets), seed)
+        yield crossfit(Table.of(table.metric, {s: table.evaluations[s] for s in table.settings}, split), seed)
+    yield best(table)
+    yield from others
+
+
+def _result(comparison: Comparison) -> Record:
+    low, high = comparison.interval or (None, None)
+    return {
+        "metric": comparison.metric,
+        "protocol": comparison.protocol,
+        "lam": ";".join(f"{setting.lam:g}" for setting in comparison.settings),
+        "temperature": ";".join(map(show_temperature, comparison.settings)),
+        "baseline": _json(comparison.baseline),
+        "value": _json(comparison.value),
+        "gain": _json(comparison.gain),
+        "ci_low": low,
+        "ci_high": high,
+        "p_value": None if comparison.p_value is None else _json(comparison.p_value),
+        "test": comparison.test,
+    }
+
+
+def _json(value: float) -> float | None:
+    return None if np.isnan(value) else value

@@ -1,0 +1,39 @@
+"""Where the time of a cell goes."""
+
+import time
+
+import pytest
+
+from benchmarks.phases import NAMES, Phases, where_the_time_went
+
+
+def test_a_phase_within_another_is_not_counted_twice() -> None:
+    phases = Phases()
+    started = time.perf_counter()
+
+    def images() -> list[int]:
+        for number in range(3):
+            time.sleep(0.02)
+            yield number
+
+    with phases("model"):
+        for _ in phases.waiting(images()):
+            time.sleep(0.01)
+    every = time.perf_counter() - started
+    assert sum(phases.seconds.values()) == pytest.approx(every, rel=0.05)
+    assert phases.seconds["wait"] >= 0.06
+    assert 0.03 <= phases.seconds["model"] <= every - 0.06
+
+
+def test_a_phase_that_fails_is_counted() -> None:
+    phases = Phases()
+    with pytest.raises(ValueError, match="no"), phases("load"):
+        raise ValueError("no")
+    assert phases.seconds["load"] > 0
+
+
+def test_the_line_for_all_records() -> None:
+    records = [{"phases": {"model": 30.0, "wait": 10.0}}, {"phases": {"metrics": 60.0}}, {"status": "failed"}]
+    line = where_the_time_went(records)
+    assert line == (f"100.0 s of computing: {NAMES['wait']} 10%, {NAMES['model']} 30%, {NAMES['metrics']} 60%")
+    assert where_the_time_went([{"status": "failed"}]) is None
