@@ -187,6 +187,7 @@ def score_cell(
         "classes_left_out": list(alignment.left_out),
         "groups": alignment.groups,
         "kind": explanation.kind,
+        "param_count": round(sum(weight.numel() for weight in model.parameters()) / 1e6, 2),
         "macs": explanation.macs,
         "extra_macs": explanation.extra_macs,
         "rival_macs": {name: 5 * explanation.macs for name in scores.pooled if name.startswith("five_crops")},

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import pytest
 import timm
@@ -138,6 +139,49 @@ def test_hooks_see_and_change_scores(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.testing.assert_close(term, expected)
     assert seen
     assert not recorder.classes
+
+
+class PoolAndDouble(nn.Module):
+    """What a head may do in place with what it has pooled."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.mean((2, 3)).mul_(2)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+@torch.inference_mode()
+def test_heads_that_work_in_place_leave_the_features_alone(layout: torch.memory_format) -> None:
+    model = model_of()
+    model.global_pool = PoolAndDouble()
+    features = model.forward_features(torch.randn(2, 3, 160, 160)).to(memory_format=layout)
+    before = features.clone()
+    ((term,),) = location_attention(model, model.forward_head, features, (math.inf,))
+    assert torch.equal(features, before)
+    torch.testing.assert_close(term, model.fc(2 * features.flatten(2).transpose(1, 2)).amax(1))
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_the_product_is_a_linear_layer(bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By either library, with gradients, and under autocast."""
+    layer = nn.Linear(300, 70, bias=bias)
+    rows = torch.randn(50, 300)
+    expected = layer.double()(rows.double()).float()
+    layer.float()
+    made = []
+    if locations._has_onednn():
+        operator = torch.ops.mkldnn._linear_pointwise
+        fake = SimpleNamespace(_linear_pointwise=lambda *args: made.append(len(args[0])) or operator(*args))
+        monkeypatch.setattr(torch.ops, "mkldnn", fake)
+    with torch.inference_mode():
+        torch.testing.assert_close(locations._product(rows, layer.weight, layer.bias), expected)
+        assert made == [50] * locations._has_onednn()
+        with torch.autocast("cpu", torch.bfloat16):
+            assert locations._product(rows, layer.weight, layer.bias).dtype == torch.bfloat16
+    assert locations._product(rows, layer.weight, layer.bias).requires_grad
+    with torch.inference_mode():
+        monkeypatch.setattr(locations, "_has_onednn", lambda: False)
+        torch.testing.assert_close(locations._product(rows, layer.weight, layer.bias), expected)
+    assert len(made) <= 1
 
 
 def test_gradients_are_those_of_all_at_once(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -81,10 +81,25 @@ def _by_classes(
     def parts() -> Iterator[Attention]:
         for start in range(0, len(weight), size):
             span = slice(start, start + size)
-            scores = F.linear(rows, weight[span], None if bias is None else bias[span])
+            scores = _product(rows, weight[span], None if bias is None else bias[span])
             yield Attention.of(scores.unflatten(0, inputs.shape[:2]), temperatures, valid)
 
     return next(parts()) if size >= len(weight) else Attention.of_classes(parts(), len(weight))
+
+
+def _product(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """F.linear. In float32 on a CPU by oneDNN, as PyTorch does convolutions and what it compiles: its other library
+    takes up to twice as long on some processors. That operator has no gradient, and no autocast."""
+    exact = rows.dtype == weight.dtype == torch.float32 and rows.device.type == "cpu"
+    graph = torch.is_grad_enabled() and (rows.requires_grad or weight.requires_grad)
+    if not exact or graph or torch.is_autocast_enabled("cpu") or not _has_onednn():
+        return F.linear(rows, weight, bias)
+    return torch.ops.mkldnn._linear_pointwise(rows, weight, bias, "none", [], "")
+
+
+def _has_onednn() -> bool:
+    usable = torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled
+    return bool(usable) and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
 def location_scores(model: nn.Module, head: Head, features: Any) -> tuple[Tensor, ...]:
@@ -119,15 +134,19 @@ def _scores(model: nn.Module, head: Head, layout: Layout, locations: tuple[Tenso
 
 
 def _said(model: nn.Module, head: Head, layout: Layout, locations: tuple[Tensor, ...]) -> Any:
-    with _without_side_effects(model), _pointwise(layout):
+    with _without_side_effects(model), _one_location(locations):
         return layout.scores(head, *(branch.flatten(0, 1) for branch in locations))
 
 
+def _recorded() -> bool:
+    """Whether a compiler or tracer is watching, whose graph must serve other batches and tensors than these."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()
+
+
 def _linear_classifier(model: Any, layout: Layout) -> nn.Linear | None:
-    """The classifier whose product may be made in parts: a plain linear layer that nobody watches. Compilers and
-    tracers see the whole head instead: how large a part is depends on N."""
-    recorded = torch.compiler.is_compiling() or torch.jit.is_tracing()
-    if recorded or layout.adapter is not None or not hasattr(model, "get_classifier"):
+    """The classifier whose product may be made in parts: a plain linear layer that nobody watches. What is recorded has
+    the whole head instead: how large a part is depends on N."""
+    if _recorded() or layout.adapter is not None or not hasattr(model, "get_classifier"):
         return None
     classifier = model.get_classifier()
     plain = type(classifier) in (nn.Linear, Linear) and type(classifier.weight) is nn.Parameter  # not a quantised one
@@ -172,13 +191,21 @@ class _UpTo(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def _pointwise(layout: Layout) -> AbstractContextManager[Any]:
-    """Where a head may convolve maps of one location; a compiler finds that out for itself."""
-    return _Pointwise() if layout.format == "NCHW" and not torch.compiler.is_compiling() else nullcontext()
+def _one_location(locations: tuple[Tensor, ...]) -> AbstractContextManager[Any]:
+    """What is cheaper for maps of one location."""
+    if _recorded():
+        return nullcontext()
+    return _OneLocation(all(min(x.shape[:2]) > 1 and x.stride(0) != x.shape[1] * x.stride(1) for x in locations))
 
 
-class _Pointwise(TorchFunctionMode):
-    """A 1x1 convolution of a map of one location is a matrix product, and on a CPU three times faster as one."""
+class _OneLocation(TorchFunctionMode):
+    """On a map of one location, a 1x1 convolution is a matrix product, on a CPU three times faster as one, and its mean
+    is the map: the copy that pooling makes is left out where flattening (N, l) has made one (`copied`), so that what a
+    head does in place cannot reach the features."""
+
+    def __init__(self, copied: bool) -> None:
+        super().__init__()
+        self.copied = copied
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         if func is F.conv2d and not kwargs and len(args) == 7:  # as nn.Conv2d calls it
@@ -186,6 +213,10 @@ class _Pointwise(TorchFunctionMode):
             plain = groups == 1 and padding == (0, 0) and type(weight) is nn.Parameter  # not a quantised one
             if plain and x.shape[2:] == weight.shape[2:] == (1, 1):
                 return F.linear(x.flatten(1), weight.flatten(1), bias)[:, :, None, None]
+        if func is Tensor.mean and self.copied and len(args) == 2 and not (kwargs or {}).keys() - {"keepdim"}:
+            x, dims = args
+            if isinstance(dims, (tuple, list)) and all(x.shape[dim] == 1 for dim in dims):
+                return x if kwargs and kwargs["keepdim"] else x.squeeze(dims)
         return func(*args, **(kwargs or {}))
 
 
