@@ -173,14 +173,14 @@ def test_the_product_is_a_linear_layer(bias: bool, monkeypatch: pytest.MonkeyPat
         fake = SimpleNamespace(_linear_pointwise=lambda *args: made.append(len(args[0])) or operator(*args))
         monkeypatch.setattr(torch.ops, "mkldnn", fake)
     with torch.inference_mode():
-        torch.testing.assert_close(locations._product(rows, layer.weight, layer.bias), expected)
+        torch.testing.assert_close(locations.product(rows, layer.weight, layer.bias), expected)
         assert made == [50] * locations._has_onednn()
         with torch.autocast("cpu", torch.bfloat16):
-            assert locations._product(rows, layer.weight, layer.bias).dtype == torch.bfloat16
-    assert locations._product(rows, layer.weight, layer.bias).requires_grad
+            assert locations.product(rows, layer.weight, layer.bias).dtype == torch.bfloat16
+    assert locations.product(rows, layer.weight, layer.bias).requires_grad
     with torch.inference_mode():
         monkeypatch.setattr(locations, "_has_onednn", lambda: False)
-        torch.testing.assert_close(locations._product(rows, layer.weight, layer.bias), expected)
+        torch.testing.assert_close(locations.product(rows, layer.weight, layer.bias), expected)
     assert len(made) <= 1
 
 

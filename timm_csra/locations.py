@@ -81,13 +81,13 @@ def _by_classes(
     def parts() -> Iterator[Attention]:
         for start in range(0, len(weight), size):
             span = slice(start, start + size)
-            scores = _product(rows, weight[span], None if bias is None else bias[span])
+            scores = product(rows, weight[span], None if bias is None else bias[span])
             yield Attention.of(scores.unflatten(0, inputs.shape[:2]), temperatures, valid)
 
     return next(parts()) if size >= len(weight) else Attention.of_classes(parts(), len(weight))
 
 
-def _product(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def product(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """F.linear. In float32 on a CPU by oneDNN, as PyTorch does convolutions and what it compiles: its other library
     takes up to twice as long on some processors. That operator has no gradient, and no autocast."""
     exact = rows.dtype == weight.dtype == torch.float32 and rows.device.type == "cpu"
