@@ -16,6 +16,7 @@ import timm_csra
 pytest.importorskip("gradio", reason="the extra `demo` is not installed: nothing here says whether the page works")
 import gradio as gr
 
+from benchmarks.checkpoints import PYPI
 from timm_csra import demo
 
 SCREENSHOTS = Path(os.environ.get("TIMM_CSRA_SCREENSHOTS", "screenshots"))
@@ -164,3 +165,7 @@ def test_no_network_is_told_in_the_page(page: str, chromium, monkeypatch: pytest
     expect(tab.locator(".toast-body")).to_contain_text("could not be downloaded", timeout=30_000)
     tab.screenshot(path=SCREENSHOTS / "demo-phone.png", full_page=True)
     tab.close()
+
+
+def test_it_knows_the_wheels_that_the_sweep_knows() -> None:
+    assert demo.WHEELS == PYPI  # the library cannot import the benchmarks

@@ -233,6 +233,7 @@ def test_real_checkpoint_agrees_with_plain_timm(real_data: Path, real_weights: P
     with (data / "labels.csv").open(newline="") as file:
         table = list(csv.DictReader(file))[:200]
     model = timm.create_model(checkpoint, pretrained=True).eval()
+    assert record["param_count"] == round(sum(weight.numel() for weight in model.parameters()) / 1e6, 2)
     synsets = model.pretrained_cfg["label_names"]
     truth = torch.tensor([synsets.index(row["synset"]) for row in table])
     dataset = [(Image.open(data / row["file"]).convert("RGB"), 0) for row in table]
