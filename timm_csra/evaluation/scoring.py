@@ -97,7 +97,7 @@ def score(
 
     Raises:
         ValueError: no image at all, logits that are not finite, or a `forward` that gives other logits than the
-            head on the features (checked on the first batch).
+            head on the features (checked on a few images).
         UnsupportedModelError: the model's locations cannot be scored.
     """
     check_supported(model)
@@ -114,7 +114,7 @@ def score(
             (attention,) = location_attention(model, head, features, temperatures)
             terms = [base, *attention, *([_test_time_pool(model, head, features)] if test_time_pool else [])]
             if not kept:
-                _check_forward(model, model(images), base, features)
+                _check_forward(model, images[:CHECKED])
         logits = torch.stack([term.float() for term in terms])
         logits = (logits if columns is None else logits[..., torch.as_tensor(columns, device=logits.device)]).cpu()
         if not logits.isfinite().all():
@@ -146,11 +146,16 @@ def _test_time_pool(model: nn.Module, head: Head, features: Tensor) -> Tensor:
     return (cast(Tensor, head(windows)) + highest) / 2
 
 
-def _check_forward(model: nn.Module, logits: Tensor, base: Tensor, features: Any) -> None:
+CHECKED = 4  # images
+
+
+def _check_forward(model: nn.Module, images: Tensor) -> None:
     """What is measured must be the model as users call it, by its own `forward`."""
+    logits, features, head = model(images), spatial_features(model, images), plain_head(model)
+    base = cast(Tensor, head(features))
     if is_wrapped(model):
         config = cast(CSRAConfig, model.csra)
-        (terms,) = location_attention(model, plain_head(model), features, config.heads)
+        (terms,) = location_attention(model, head, features, config.heads)
         base = add_attention(base, terms, config.lam)
     error = (logits - base).abs().max().item()
     if base.isfinite().all() and not error <= 1e-3 * base.abs().max().item():
