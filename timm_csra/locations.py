@@ -138,15 +138,11 @@ def _said(model: nn.Module, head: Head, layout: Layout, locations: tuple[Tensor,
         return layout.scores(head, *(branch.flatten(0, 1) for branch in locations))
 
 
-def _recorded() -> bool:
-    """Whether a compiler or tracer is watching, whose graph must serve other batches and tensors than these."""
-    return torch.compiler.is_compiling() or torch.jit.is_tracing()
-
-
 def _linear_classifier(model: Any, layout: Layout) -> nn.Linear | None:
-    """The classifier whose product may be made in parts: a plain linear layer that nobody watches. What is recorded has
-    the whole head instead: how large a part is depends on N."""
-    if _recorded() or layout.adapter is not None or not hasattr(model, "get_classifier"):
+    """The classifier whose product may be made in parts: a plain linear layer that nobody watches. Compilers and
+    tracers see the whole head instead: how large a part is depends on N."""
+    recorded = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    if recorded or layout.adapter is not None or not hasattr(model, "get_classifier"):
         return None
     classifier = model.get_classifier()
     plain = type(classifier) in (nn.Linear, Linear) and type(classifier.weight) is nn.Parameter  # not a quantised one
@@ -193,8 +189,10 @@ class _UpTo(TorchFunctionMode):
 
 def _one_location(locations: tuple[Tensor, ...]) -> AbstractContextManager[Any]:
     """What is cheaper for maps of one location."""
-    if _recorded():
+    if torch.compiler.is_compiling():  # a compiler finds that out for itself
         return nullcontext()
+    if torch.jit.is_tracing():  # whose graph must serve other strides too
+        return _OneLocation(copied=False)
     return _OneLocation(all(min(x.shape[:2]) > 1 and x.stride(0) != x.shape[1] * x.stride(1) for x in locations))
 
 
