@@ -152,7 +152,6 @@ def score_cell(
         with phases("plain"):
             plain_seconds(model, loader, options)  # starts the loader's workers, and warms everything up
             plain = [plain_seconds(model, loader, options)]
-    started = time.perf_counter()
     with phases("model"):
         scores, targets = score(
             model,
@@ -163,11 +162,11 @@ def score_cell(
             amp_dtype=AMP[options.amp],
             test_time_pool=allows_test_time_pool(explanation),
         )
-    seconds = time.perf_counter() - started
     cost = None
     if options.time_plain:
         with phases("plain"):
             plain.append(plain_seconds(model, loader, options))
+        seconds = phases.seconds["wait"] + phases.seconds["model"]
         cost = {"plain_seconds": plain, "score_seconds": seconds, "ratio": seconds / (sum(plain) / 2)}
     if bad and not options.skip_bad_images:
         raise DataError(_bad_images(loader.dataset, bad))

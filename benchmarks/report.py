@@ -99,6 +99,7 @@ def page_data(records: Sequence[Record], rows: Sequence[Row]) -> Record:
         "rows": table,
         "curves": curves,
         "verdicts": [*VERDICTS, NOT_TESTED],
+        "counted": [*VERDICTS, "flagged"],
         "headline": [
             [f"{data} · {task}{'' if grid == 'None' else f' {grid}x{grid}'} · {size}", metric, protocol, dict(counts)]
             for (data, task, grid, size, metric, protocol), counts in headline(rows).items()

@@ -117,8 +117,9 @@ def without_choice(table: Table, seed: int | None) -> list[Comparison]:
     """
     curve = [setting for setting in table.settings if setting.lam and setting.temperature == DEFAULT.temperature]
     rivals = [key for key in table.values if isinstance(key, str)]
-    choices: list[tuple[str, Key]] = [("fixed", DEFAULT), *zip(rivals, rivals, strict=True)]
-    return _compare(table, [(name, (key,)) for name, key in choices + [("curve", setting) for setting in curve]], seed)
+    choices: list[tuple[str, Key]] = [("fixed", DEFAULT)]
+    choices += [(rival, rival) for rival in rivals] + [("curve", setting) for setting in curve]
+    return _compare(table, [(protocol, (key,)) for protocol, key in choices], seed)
 
 
 def crossfit(table: Table, seed: int) -> Comparison:
