@@ -3,6 +3,7 @@
 import copy
 import math
 import pickle
+import re
 
 import pytest
 import timm
@@ -48,6 +49,20 @@ def test_lam_zero_is_the_plain_model(family: Family) -> None:
     assert type(model) is plain_class
     assert vars(model).keys() == plain_dict.keys()
     assert torch.equal(model(x), logits)
+
+
+@all_families
+@torch.no_grad()
+def test_a_batch_without_images(family: Family) -> None:
+    """As from a detector that found nothing: what plain timm says of it, wrapped timm says."""
+    plain, wrapped, x = create(family.name), timm_csra.wrap(create(family.name)), images(family)[:0]
+    try:
+        expected = plain(x)
+    except RuntimeError as error:  # half of these families reshape in a way that needs an image
+        with pytest.raises(RuntimeError, match=re.escape(str(error))):
+            wrapped(x)
+    else:
+        assert wrapped(x).shape == expected.shape == (0, plain.num_classes)
 
 
 @all_families

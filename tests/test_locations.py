@@ -201,6 +201,42 @@ def test_gradients_are_those_of_all_at_once(monkeypatch: pytest.MonkeyPatch) -> 
         torch.testing.assert_close(gradient, gradients[1][name])
 
 
+@pytest.mark.parametrize("trained", ["fc.weight", "fc.bias", "conv1.0.weight"])
+def test_gradients_of_a_model_that_is_frozen_but_for_one_parameter(trained: str) -> None:
+    """In float32, where inference takes another library, which has no gradient."""
+    model = model_of().requires_grad_(False)
+    parameter = model.get_parameter(trained).requires_grad_()
+    x = torch.randn(2, 3, 96, 96)
+    found, expected = (
+        torch.autograd.grad(attention(model.forward_features(x)).square().sum(), parameter)[0]
+        for attention in (
+            lambda features: location_attention(model, model.forward_head, features, (2.0,))[0][0],
+            lambda features: class_attention(location_scores(model, model.forward_head, features)[0], 2.0),
+        )
+    )
+    assert expected.abs().max() > 0
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("grad_mode", [torch.no_grad, torch.enable_grad])
+def test_transforms_of_torch_func(grad_mode: type) -> None:
+    """Forward-mode derivatives against those in float64, where one library does everything; and vmap."""
+    model = timm_csra.wrap(model_of(), lam=0.5, temperature=2.0)
+    double = timm_csra.wrap(model_of().double(), lam=0.5, temperature=2.0)
+    x, direction = torch.randn(2, 2, 3, 96, 96)
+    with grad_mode():
+        _, expected = torch.func.jvp(double, (x.double(),), (direction.double(),))
+        _, found = torch.func.jvp(model, (x,), (direction,))
+        torch.testing.assert_close(
+            found.double(), expected, rtol=1e-3, atol=1e-3 * expected.detach().abs().max().item()
+        )
+        with torch.autograd.forward_ad.dual_level():
+            dual = model(torch.autograd.forward_ad.make_dual(x, direction))
+            torch.testing.assert_close(torch.autograd.forward_ad.unpack_dual(dual).tangent, found)
+        one_by_one = torch.func.vmap(lambda image: model(image[None])[0])(x)
+        torch.testing.assert_close(one_by_one, model(x), rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @torch.inference_mode()

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from timm.layers import Linear
 from torch import Tensor, nn
+from torch.autograd.forward_ad import unpack_dual
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
@@ -76,7 +77,7 @@ def _by_classes(
 ) -> Attention:
     """The attention of locations `(N, l, D)` as the classifier sees them, some classes at a time."""
     weight, bias, rows = classifier.weight, classifier.bias, inputs.flatten(0, 1)
-    size = max(64, (PRODUCT if rows.device.type == "cpu" else PRODUCT_OF_ACCELERATORS) // len(rows))
+    size = max(64, (PRODUCT if rows.device.type == "cpu" else PRODUCT_OF_ACCELERATORS) // max(1, len(rows)))
 
     def parts() -> Iterator[Attention]:
         for start in range(0, len(weight), size):
@@ -89,12 +90,19 @@ def _by_classes(
 
 def product(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """F.linear. In float32 on a CPU by oneDNN, as PyTorch does convolutions and what it compiles: its other library
-    takes up to twice as long on some processors. That operator has no gradient, and no autocast."""
+    takes up to twice as long on some processors. That operator has no derivative, and no autocast."""
     exact = rows.dtype == weight.dtype == torch.float32 and rows.device.type == "cpu"
-    graph = torch.is_grad_enabled() and (rows.requires_grad or weight.requires_grad)
-    if not exact or graph or torch.is_autocast_enabled("cpu") or not _has_onednn():
+    tensors = (rows, weight) if bias is None else (rows, weight, bias)
+    if not exact or torch.is_autocast_enabled("cpu") or _differentiated(tensors) or not _has_onednn():
         return F.linear(rows, weight, bias)
     return torch.ops.mkldnn._linear_pointwise(rows, weight, bias, "none", [], "")
+
+
+def _differentiated(tensors: Sequence[Tensor]) -> bool:
+    """Whether a derivative may be asked for, in reverse mode, in forward mode, or by a transform of torch.func."""
+    reverse = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+    forward = any(unpack_dual(tensor).tangent is not None for tensor in tensors)
+    return reverse or forward or torch._C._are_functorch_transforms_active()
 
 
 def _has_onednn() -> bool:
