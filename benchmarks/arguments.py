@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from timm_csra.evaluation.scoring import settings_grid
+from timm_csra.evaluation.scoring import DEFAULT, settings_grid
 
 from . import checkpoints, sample, sources
 from .cells import AMP, TASKS, Cell, Options
@@ -78,6 +78,7 @@ def parser(description: str) -> argparse.ArgumentParser:
         epilog=EXAMPLES + sources.HELP,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.set_defaults(also=(DEFAULT,))  # of the protocol `fixed`
     what = parser.add_argument_group("what is measured")
     what.add_argument(
         "--sample", action="store_true", help="the embedded default: three checkpoints and seven photographs"
@@ -173,7 +174,7 @@ def asked_options(args: argparse.Namespace, out: Path) -> Options:
         raise ValueError(f"--grid: found {args.grid!r}; expected whole numbers such as 2 or 2,3.")
     device = _device(args.device if not args.devices or args.devices == "all" else args.devices.split(",")[0])
     return Options(
-        settings=tuple(settings_grid(lams, temperatures)),
+        settings=tuple(settings_grid(lams, temperatures, args.also)),
         crop_mode=args.crop_mode,
         crop_pct=args.crop_pct,
         batch_size=args.batch_size or (16 if device == "cpu" else 64),

@@ -8,7 +8,6 @@ import numpy as np
 from torch import Tensor
 
 from timm_csra.evaluation.metrics import (
-    ALL,
     ANY_LABEL,
     MULTI_LABEL,
     SIGMOID,
@@ -19,7 +18,7 @@ from timm_csra.evaluation.metrics import (
     calibration,
     evaluate,
 )
-from timm_csra.evaluation.scoring import DEFAULT, PLAIN, Scores
+from timm_csra.evaluation.scoring import ALL, DEFAULT, PLAIN, Scores
 from timm_csra.evaluation.statistics import Comparison, Key, Table, best, crossfit, halves, without_choice
 
 from .cells import Cell, Options, show_temperature

@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from timm_csra.evaluation.scoring import Scores, Setting, settings_grid
+from timm_csra.evaluation.scoring import DEFAULT, Scores, Setting, settings_grid
 
 from .cells import Cell, Options
 from .checkpoints import Checkpoint
@@ -103,7 +103,8 @@ def synthetic(size: Size) -> tuple[Scored, tuple[Setting, ...]]:
     scores = Scores(logits(), {temperature: logits() for temperature in TEMPERATURES})
     lams = [0.1 * (1 + i) for i in range(max(1, size.settings // len(HEADS)))]
     facts: dict[str, Any] = {"groups": None}
-    return Scored(scores, labels[:, 0] if size.task == "single" else present, facts), tuple(settings_grid(lams, HEADS))
+    settings = settings_grid(lams, HEADS, also=[DEFAULT])
+    return Scored(scores, labels[:, 0] if size.task == "single" else present, facts), tuple(settings)
 
 
 def measure(size: Size) -> Cost:

@@ -98,7 +98,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--amp", choices=("none", "bf16", "fp16"), default="none", help="default: %(default)s")
     parser.add_argument("--seed", type=int, default=0, help="of folds and bootstrap (default: %(default)s)")
     sweeps = ("sample", "devices", "keep_scores", "rescore", "rivals", "time_plain")
-    parser.set_defaults(activation="softmax", average_precision="continuous", **dict.fromkeys(sweeps, False))
+    parser.set_defaults(also=(), activation="softmax", average_precision="continuous", **dict.fromkeys(sweeps, False))
     return parser
 
 

@@ -12,11 +12,13 @@ from timm_csra.evaluation.scoring import DEFAULT, PLAIN, Setting, allows_test_ti
 from .families import FAMILIES, Family, create, images
 
 
-def test_settings_grid_always_holds_the_plain_and_the_default_setting() -> None:
-    assert settings_grid([], []) == [PLAIN, DEFAULT]
+def test_settings_grid_holds_the_plain_setting_and_what_was_asked_for() -> None:
+    assert settings_grid([], []) == [PLAIN]
     assert settings_grid([0, 0.1, 0.1], [math.inf]) == [PLAIN, DEFAULT]
     heads = (1.0, math.inf)
-    assert settings_grid([0, 0.5], [1, heads]) == [PLAIN, DEFAULT, Setting(0.5, (1.0,)), Setting(0.5, heads)]
+    grid = [Setting(0.5, (1.0,)), Setting(0.5, heads)]
+    assert settings_grid([0, 0.5], iter([1, heads])) == [PLAIN, *grid]
+    assert settings_grid([0, 0.5], [1, heads], also=[DEFAULT, PLAIN]) == [PLAIN, DEFAULT, *grid]
     with pytest.raises(ValueError, match="lam must be finite and at least 0, got -1"):
         settings_grid([-1], [1])
 

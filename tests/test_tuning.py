@@ -107,14 +107,12 @@ def test_from_images_to_a_result_without_touching_the_model(metric: str | None) 
     model = timm.create_model("test_resnet", num_classes=4).eval()
     several = metric in ("mAP", "lrap")
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    result = timm_csra.tune(
-        model, loader(model, several), metric=metric, lams=[0.1, 0.3], temperatures=[math.inf], folds=3
-    )
+    result = timm_csra.tune(model, loader(model, several), metric=metric, lams=[0.05, 0.3], temperatures=[1], folds=3)
     assert isinstance(result, timm_csra.TuneResult)
     assert (result.metric, result.images) == (metric or "top1", 24)
     assert not timm_csra.is_wrapped(model)
     assert all(torch.equal(state[name], tensor) for name, tensor in model.state_dict().items())
-    assert set(result.settings) == {Setting(0.1, (math.inf,)), Setting(0.3, (math.inf,))}
+    assert set(result.settings) == {Setting(0.05, (1.0,)), Setting(0.3, (1.0,))}
 
 
 def test_a_metric_of_ones_own() -> None:

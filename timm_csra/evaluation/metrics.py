@@ -27,9 +27,10 @@ from scipy.sparse import csc_array, csr_array
 from torch import Tensor
 from torchmetrics.functional.classification import multiclass_accuracy, multiclass_calibration_error
 
+from .scoring import ALL
+
 Rows = NDArray[np.integer]  # which images, with repetitions in a resample
 Weights = NDArray[np.float32]  # `(n, B)`: how often each of n images is in each of B samples of them, whole numbers
-ALL = slice(None)
 
 
 class Logits(Protocol):

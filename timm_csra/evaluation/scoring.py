@@ -26,21 +26,25 @@ class Setting(NamedTuple):
     temperature: tuple[float, ...]
 
 
-ALL = slice(None)
+ALL = slice(None)  # images, or classes
 PLAIN = Setting(0.0, (math.inf,))  # lam = 0: the temperature does not matter
 DEFAULT = Setting(0.1, (math.inf,))
 
 
-def settings_grid(lams: Iterable[float], temperatures: Iterable[float | tuple[float, ...]]) -> list[Setting]:
-    """All combinations, validated, without duplicates; `PLAIN` comes first and `DEFAULT` is always there.
+def settings_grid(
+    lams: Iterable[float], temperatures: Iterable[float | tuple[float, ...]], also: Iterable[Setting] = ()
+) -> list[Setting]:
+    """All combinations, and what is wanted `also`, validated, without duplicates; `PLAIN` is there and comes first.
 
     Example:
         >>> settings_grid([0.2], [1, math.inf])
-        [Setting(lam=0.0, temperature=(inf,)), Setting(lam=0.1, temperature=(inf,)), \
-Setting(lam=0.2, temperature=(1.0,)), Setting(lam=0.2, temperature=(inf,))]
+        [Setting(lam=0.0, temperature=(inf,)), Setting(lam=0.2, temperature=(1.0,)), \
+Setting(lam=0.2, temperature=(inf,))]
     """
-    configs = [CSRAConfig(lam, temperature) for lam in lams for temperature in temperatures]
-    grid = {Setting(config.lam, config.heads) for config in configs if config.lam > 0} | {DEFAULT}
+    temperatures = list(temperatures)
+    asked = [(lam, temperature) for lam in lams for temperature in temperatures]
+    configs = [CSRAConfig(lam, temperature) for lam, temperature in [*asked, *also]]
+    grid = {Setting(config.lam, config.heads) for config in configs if config.lam > 0}
     return [PLAIN, *sorted(grid)]
 
 

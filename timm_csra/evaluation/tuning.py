@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from ..config import CSRAConfig
 from ..errors import describe
 from ..patching import wrap
-from .metrics import ALL, MULTI_LABEL, SINGLE_LABEL, Evaluation, Logits, Metric, Weights, evaluate
-from .scoring import PLAIN, Scores, Setting, score, settings_grid
+from .metrics import MULTI_LABEL, SINGLE_LABEL, Evaluation, Logits, Metric, Weights, evaluate
+from .scoring import ALL, PLAIN, Scores, Setting, score, settings_grid
 from .statistics import Comparison, Table, folds_of, on_parts
 
 Model = TypeVar("Model", bound=nn.Module)
