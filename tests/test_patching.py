@@ -7,6 +7,7 @@ import pytest
 import timm
 import torch
 from torch import nn
+from torch.nn.utils import parametrize
 
 import timm_csra
 from timm_csra import UnsupportedModelError
@@ -150,6 +151,20 @@ def test_refused_at_the_forward_pass() -> None:
         UnsupportedModelError, match="test_resnet: forward_features returned a dict, expected one tensor"
     ):
         timm_csra.score_maps(model, x)
+
+
+def test_unwrap_undoes_nothing_of_others() -> None:
+    model = timm_csra.wrap(timm.create_model("test_vit").eval(), lam=0.3)
+    parametrize.register_parametrization(model, "pos_embed", nn.Identity())
+    assert timm_csra.is_wrapped(model)
+    with pytest.raises(
+        TypeError,
+        match="test_vit: found the class ParametrizedCSRAVisionTransformer, expected CSRAVisionTransformer as wrap left",
+    ):
+        timm_csra.unwrap(model)
+    assert model.csra.lam == 0.3
+    parametrize.remove_parametrizations(model, "pos_embed")
+    assert type(timm_csra.unwrap(model)).__name__ == "VisionTransformer"
 
 
 def test_explain_reads_well() -> None:

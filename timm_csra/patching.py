@@ -123,9 +123,19 @@ def unwrap(model: Model) -> Model:
     """Undo `wrap`, in place: the timm class is back and nothing is left in `__dict__`.
 
     A plain model is returned as it is.
+
+    Raises:
+        TypeError: something else has changed the model's class since (a parametrization, FSDP).
     """
     if is_wrapped(model):
-        model.__class__ = _plain_class(type(model))
+        found = cast(type, type(model))
+        plain = _plain_class(found)
+        if issubclass(plain, CSRAMixin):
+            raise TypeError(
+                f"{describe(model)}: found the class {found.__name__}, expected {plain.__name__} as wrap left it. Undo "
+                "what has changed it since (a parametrization, FSDP), then unwrap."
+            )
+        model.__class__ = cast(Any, plain)
         del model.csra
     return model
 
