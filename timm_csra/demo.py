@@ -191,11 +191,8 @@ def build() -> gr.Blocks:
         with gr.Row():
             with gr.Column(min_width=280):
                 model = gr.Dropdown(
-                    [
-                        *offline,
-                        *(name for name in ("resnet50.a1_in1k", "convnext_tiny.fb_in1k") if name not in offline),
-                    ],
-                    value=offline[0] if offline else "resnet50.a1_in1k",
+                    [*offline, *ONLINE],
+                    value=[*offline, *ONLINE][0],
                     label="Checkpoint",
                     info="Any timm name or hf-hub:user/repository may be typed; those are downloaded."
                     + (f" Without network: {', '.join(offline)}." if offline else ""),
