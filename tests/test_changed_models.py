@@ -244,10 +244,21 @@ def test_inside_another_module() -> None:
     assert timm_csra.is_wrapped(twin.backbone)
 
 
+def test_the_plain_part_is_traced_symbolically() -> None:
+    """As torchvision's feature extraction and quantisation by torch.fx do."""
+    model = timm_csra.wrap(create("test_resnet"), lam=0)
+    x = images(Family("test_resnet", "NCHW", 0, "exact", 96))
+    torch.testing.assert_close(torch.fx.symbolic_trace(model)(x), model(x))
+
+
 REFUSALS: list[tuple[Callable[[], Any], str]] = [
     (
         lambda: torch.jit.script(timm_csra.wrap(create("test_resnet", scriptable=True))),
         "test_resnet: a wrapped model cannot be scripted by torch.jit.script .*torch.export.export.*or unwrap",
+    ),
+    (
+        lambda: torch.fx.symbolic_trace(timm_csra.wrap(create("test_resnet"))),
+        "test_resnet: torch.fx cannot trace a wrapped model: .*Use torch.export.export.*or set model.csra.lam = 0",
     ),
     (
         lambda: timm_csra.wrap(timm.create_model("test_vit", features_only=True)),
@@ -261,7 +272,9 @@ REFUSALS: list[tuple[Callable[[], Any], str]] = [
 
 
 @pytest.mark.filterwarnings("ignore:.torch.jit.script:FutureWarning", "ignore:.torch.jit.script:DeprecationWarning")
-@pytest.mark.parametrize(("attempt", "text"), REFUSALS, ids=["scripted", "features_only", "features_only_list"])
+@pytest.mark.parametrize(
+    ("attempt", "text"), REFUSALS, ids=["scripted", "symbolic", "features_only", "features_only_list"]
+)
 def test_refused_with_the_reason(attempt: Callable[[], Any], text: str) -> None:
     with pytest.raises(UnsupportedModelError, match=text):
         attempt()

@@ -14,6 +14,7 @@ from timm.models.coat import CoaT
 from timm.models.crossvit import CrossVit
 from timm.models.pit import PoolingVisionTransformer
 from torch import Tensor, nn
+from torch.fx import Proxy
 
 from .errors import UnsupportedModelError, describe
 
@@ -224,6 +225,12 @@ def layout_of(model: nn.Module, features: Any) -> Layout:
             return Branches(_branch_grids(model, features))
         if all(part.ndim == 3 for part in features) and len(getattr(model, "heads", ())) == len(features):
             return MapWithStates(len(features) - 1)
+    if isinstance(features, Proxy):
+        raise UnsupportedModelError(
+            f"{describe(model)}: torch.fx cannot trace a wrapped model: its locations are found by the shape of the "
+            "features, and a proxy has none. Use torch.export.export, or trace the plain model: unwrap it, or set "
+            "model.csra.lam = 0."
+        )
     if not isinstance(features, Tensor):
         raise UnsupportedModelError(
             f"{describe(model)}: forward_features returned a {type(features).__name__}, expected one tensor "
