@@ -143,3 +143,69 @@ def test_what_does_not_fit_is_refused() -> None:
         timm_csra.tune(model, loader(model), folds=20)
     with pytest.raises(ValueError, match="lam must be finite"):
         timm_csra.tune(model, loader(model), lams=[math.nan])
+
+
+LABELS = torch.arange(12) % 4
+ONE_HOT = torch.nn.functional.one_hot(LABELS, 4)
+
+
+@pytest.mark.parametrize("targets", [LABELS, LABELS.int(), LABELS.float()], ids=lambda t: str(t.dtype))
+def test_class_indices_of_any_type(targets: Tensor) -> None:
+    model = timm.create_model("test_resnet", num_classes=4).eval()
+    images = torch.randn(12, 3, 64, 64)
+    expected = timm_csra.tune(model, [(images, LABELS)], folds=3)
+    assert timm_csra.tune(model, [(images, targets)], folds=3) == expected
+
+
+@pytest.mark.parametrize("targets", [ONE_HOT, ONE_HOT.float(), ONE_HOT.bool()], ids=lambda t: str(t.dtype))
+def test_several_labels_of_any_type(targets: Tensor) -> None:
+    model = timm.create_model("test_resnet", num_classes=4).eval()
+    images = torch.randn(12, 3, 64, 64)
+    assert timm_csra.tune(model, [(images, targets)], folds=3).metric == "mAP"
+
+
+@pytest.mark.parametrize(
+    ("targets", "found"),
+    [
+        (LABELS + 1, r"targets \(12,\) for 12 images, with values 1, 2, 3, 4"),
+        (LABELS - 1, r"targets \(12,\) for 12 images, with values -1, 0, 1, 2"),
+        (LABELS + 0.5, r"targets \(12,\) for 12 images, with values 0.5"),
+        (torch.rand(12, 4), r"targets \(12, 4\) for 12 images, with values 0\.\d+"),
+        (ONE_HOT[:, :3], r"targets \(12, 3\) for 12 images"),
+        (LABELS[:, None], r"targets \(12, 1\) for 12 images"),
+        (LABELS[:6], r"targets \(6,\) for 12 images"),
+    ],
+    ids=["one too high", "negative", "no whole numbers", "soft", "fewer classes", "a column", "fewer than images"],
+)
+def test_targets_that_do_not_fit_the_model(targets: Tensor, found: str) -> None:
+    model = timm.create_model("test_resnet", num_classes=4).eval()
+    batches = iter([(torch.randn(12, 3, 64, 64), targets), pytest.fail])
+    with pytest.raises(ValueError, match=rf"test_resnet: found {found}.*index \(N,\) from 0 to 3, or \(N, 4\) with 1"):
+        timm_csra.tune(model, batches)  # type: ignore[arg-type]
+    assert next(batches) is pytest.fail  # nothing more was asked for
+
+
+def test_a_loader_that_gives_something_else() -> None:
+    model = timm.create_model("test_resnet", num_classes=4).eval()
+    images = torch.randn(12, 3, 64, 64)
+    for batch, found in [
+        ((images, LABELS.tolist()), "Tensor, list"),
+        ((images, LABELS, 1), "Tensor, Tensor, int"),
+        ({"image": images, "label": LABELS}, "dict"),
+    ]:
+        with pytest.raises(TypeError, match=rf"test_resnet: the loader gave {found}; expected two tensors: .images, "):
+            timm_csra.tune(model, [batch])  # type: ignore[list-item]
+    with pytest.raises(ValueError, match=r"found targets \(12, 4\) for 12 images.*; the same in all batches"):
+        timm_csra.tune(model, [(images, LABELS), (images, ONE_HOT)])
+
+
+def test_a_metric_of_ones_own_takes_any_targets() -> None:
+    model = timm.create_model("test_resnet", num_classes=4).eval()
+    soft = torch.rand(12, 4)
+
+    def agreement(logits: Tensor, targets: Tensor) -> Tensor:
+        return -(logits.softmax(dim=1) - targets).abs().mean()
+
+    result = timm_csra.tune(model, [(torch.randn(12, 3, 64, 64), soft)], metric=agreement, folds=3)
+    assert result.metric == "agreement"
+    assert result.nested.baseline < 0

@@ -2,9 +2,9 @@
 the choice gains on images that had no part in it."""
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
@@ -111,7 +111,8 @@ def tune(
     Args:
         model: a timm classifier in eval mode, plain or wrapped (its own settings are not used, nothing is changed).
         loader: gives `(images (N, C, H, W), targets)`; targets are class indices `(N,)`, or `(N, K)` with 1 for each
-            class in the picture, over the head's K classes. A few hundred images are few.
+            class in the picture, over the head's K classes, 0 for the others and -1 for what is not to be judged; for a
+            metric of one's own, whatever it takes. A few hundred images are few.
         metric: `top1` or `top5`; with several labels `mAP`, `lrap`, `recall_at_k`, `CF1_top3` or `OF1_top3`; or a
             function of logits `(n, K)` and targets, higher being better. None for `top1` or `mAP`.
         lams: to try; None for 0.02 to 1.
@@ -124,7 +125,9 @@ def tune(
 
     Raises:
         UnsupportedModelError: the model cannot be wrapped.
-        ValueError: too few images for the folds, a metric that does not fit the targets, a model in training mode.
+        TypeError: a loader that gives something else than two tensors.
+        ValueError: too few images for the folds, targets that do not fit the model, a metric that does not fit the
+            targets, a model in training mode.
 
     Example:
         >>> import timm, torch
@@ -137,8 +140,36 @@ def tune(
         raise ValueError(f"{describe(model)}: found a model in training mode, expected eval: call model.eval() first.")
     settings = settings_grid(LAMS if lams is None else lams, TEMPERATURES if temperatures is None else temperatures)
     device = next(model.parameters()).device
-    scores, targets = score(model, loader, settings, device=device)
+    scores, targets = score(model, _checked(model, loader, callable(metric)), settings, device=device)
     return choose(scores, targets, settings, metric=metric, folds=folds, seed=seed)
+
+
+def _checked(
+    model: nn.Module, loader: Iterable[tuple[Tensor, Tensor]], any_targets: bool
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """The batches of somebody else's loader. The first that does not fit is refused, before more of it is run."""
+    classes, shape = cast(int, model.num_classes), None
+    for batch in loader:
+        parts = batch if isinstance(batch, (tuple, list)) else [batch]
+        if len(parts) != 2 or not all(isinstance(part, Tensor) for part in parts):
+            found = ", ".join(type(part).__name__ for part in parts)
+            raise TypeError(f"{describe(model)}: the loader gave {found}; expected two tensors: (images, targets).")
+        images, targets = parts
+        shape = targets.shape[1:] if shape is None else shape
+        if len(targets) != len(images) or targets.shape[1:] != shape or not (any_targets or _fit(targets, classes)):
+            values = ", ".join(f"{value:g}" for value in targets.unique()[:4].tolist())
+            raise ValueError(
+                f"{describe(model)}: found targets {tuple(targets.shape)} for {len(images)} images, with values "
+                f"{values}; expected for each image a class index (N,) from 0 to {classes - 1}, or (N, {classes}) with "
+                "1 for each class in the picture, 0 for the others, -1 for what is not to be judged; the same in all "
+                "batches."
+            )
+        yield images, targets if any_targets or targets.ndim > 1 else targets.long()
+
+
+def _fit(targets: Tensor, classes: int) -> bool:
+    allowed = torch.arange(classes) if targets.ndim == 1 else torch.tensor([-1, 0, 1])
+    return targets.shape[1:] in ((), (classes,)) and bool(torch.isin(targets.cpu().double(), allowed.double()).all())
 
 
 def choose(
