@@ -143,6 +143,21 @@ def test_what_does_not_fit_is_refused() -> None:
         timm_csra.tune(model, loader(model), folds=20)
     with pytest.raises(ValueError, match="lam must be finite"):
         timm_csra.tune(model, loader(model), lams=[math.nan])
+    with pytest.raises(ValueError, match="found no setting to try but the plain model; expected a lam above 0"):
+        timm_csra.tune(model, loader(model), lams=[0])
+    with pytest.raises(ValueError, match="metric: top5 counts every class as predicted where there are 4"):
+        timm_csra.tune(model, loader(model), metric="top5")
+
+
+@pytest.mark.cuda
+def test_batches_on_the_gpu(cuda: torch.device) -> None:
+    """As timm's prefetching loader gives them."""
+    model = timm.create_model("test_resnet", num_classes=4).eval()
+    batches = loader(model)
+    expected = timm_csra.tune(model, batches, folds=3)
+    found = timm_csra.tune(model.to(cuda), [(x.to(cuda), y.to(cuda)) for x, y in batches], folds=3)
+    assert found.images == expected.images
+    assert found.nested.baseline == pytest.approx(expected.nested.baseline, abs=5)
 
 
 LABELS = torch.arange(12) % 4

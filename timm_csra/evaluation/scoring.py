@@ -124,7 +124,7 @@ def score(
         if not logits.isfinite().all():
             raise ValueError(f"{describe(model)}: found NaN or infinite logits, expected finite ones.")
         kept.append(list(logits))
-        targets.append(target)
+        targets.append(target.cpu())
     if not kept:
         raise ValueError(f"{describe(model)}: no image to score.")
     plain, *rest = (torch.cat(parts) for parts in zip(*kept, strict=True))

@@ -126,8 +126,8 @@ def tune(
     Raises:
         UnsupportedModelError: the model cannot be wrapped.
         TypeError: a loader that gives something else than two tensors.
-        ValueError: too few images for the folds, targets that do not fit the model, a metric that does not fit the
-            targets, a model in training mode.
+        ValueError: nothing to try, too few images for the folds, targets that do not fit the model, a metric that does
+            not fit the targets, a model in training mode.
 
     Example:
         >>> import timm, torch
@@ -185,13 +185,19 @@ def choose(
     """`tune` on scores that are there already; `combine` makes logits of classes of those of the head."""
     if folds < 3 or len(targets) < 2 * folds:
         raise ValueError(f"found {len(targets)} images for {folds} folds; expected at least 3 folds of 2 images.")
+    if not set(settings) - {PLAIN}:
+        raise ValueError("found no setting to try but the plain model; expected a lam above 0, and a temperature.")
     name, function = _metric(metric, targets)
 
     def evaluation(setting: Setting) -> Evaluation:
         def logits(images: slice = ALL, classes: slice = ALL) -> Tensor:
             return combine(scores.logits(setting, images))[:, classes]
 
-        return evaluate(logits, targets, {name: function})[name]
+        found = evaluate(logits, targets, {name: function})
+        if not found:
+            classes = logits(slice(0, 1)).shape[1]
+            raise ValueError(f"metric: {name} counts every class as predicted where there are {classes}; take another.")
+        return found[name]
 
     parts = folds_of(targets.numpy() if targets.ndim == 1 else len(targets), seed, folds)
     table = Table.of(name, {setting: evaluation(setting) for setting in settings}, parts)
