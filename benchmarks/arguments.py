@@ -12,6 +12,7 @@ import torch
 from timm_csra.evaluation.scoring import DEFAULT, settings_grid
 
 from . import checkpoints, sample, sources
+from .argument_types import natural, positive, share
 from .cells import AMP, TASKS, Cell, Options
 from .checkpoints import Checkpoint, find_checkpoints
 from .classes import COMBINE, load_class_map
@@ -30,18 +31,11 @@ examples:
 Task = tuple[str, int | None]  # a task, and the grid of a mosaic
 
 
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"expected a positive number, got {text}")
-    return number
-
-
 def add_labels(group: Any) -> None:
     """Options about what is in the data."""
     group.add_argument("--split", help="of torch/, hfds/ (default: validation) and VOC (default: test)")
     group.add_argument("--data-dir", metavar="DIR", help="where torch/ and hfds/ keep their files")
-    group.add_argument("--limit", type=_positive, metavar="N", help="only the first N rows of the data")
+    group.add_argument("--limit", type=positive, metavar="N", help="only the first N rows of the data")
     group.add_argument(
         "--class-map",
         metavar="MAP",
@@ -64,7 +58,7 @@ def add_images(parser: argparse.ArgumentParser) -> None:
         "--img-size", default="1x", help="pixels or multiples, e.g. 224 or 1x,2x (default: %(default)s)"
     )
     images.add_argument("--crop-mode", choices=("center", "squash", "border"))
-    images.add_argument("--crop-pct", type=float, metavar="SHARE")
+    images.add_argument("--crop-pct", type=share, metavar="SHARE")
     images.add_argument("--grid", default="2", metavar="G", help="mosaics of G x G, e.g. 2,3 (default: %(default)s)")
     images.add_argument(
         "--skip-bad-images", action="store_true", help="leave out what cannot be read, and say how many"
@@ -149,16 +143,16 @@ def parser(description: str) -> argparse.ArgumentParser:
         help="local: one worker for each of cuda:0,cuda:1, or all for every accelerator of this machine",
     )
     engine.add_argument(
-        "--jobs", type=_positive, metavar="N", help="local, on a CPU: N workers that divide its threads (default: 1)"
+        "--jobs", type=positive, metavar="N", help="local, on a CPU: N workers that divide its threads (default: 1)"
     )
     engine.add_argument(
         "--address", metavar="auto|ray://...", help="ray: of the cluster (default: start one on this machine)"
     )
     engine.add_argument(
-        "--cpus-per-cell", type=_positive, default=2, metavar="N", help="ray: for each cell (default: %(default)s)"
+        "--cpus-per-cell", type=positive, default=2, metavar="N", help="ray: for each cell (default: %(default)s)"
     )
-    how.add_argument("--batch-size", type=_positive, help="default: 64, on a CPU 16")
-    how.add_argument("--workers", type=int, default=2, help="processes that read images (default: %(default)s)")
+    how.add_argument("--batch-size", type=positive, help="default: 64, on a CPU 16")
+    how.add_argument("--workers", type=natural, default=2, help="processes that read images (default: %(default)s)")
     how.add_argument("--device", default="auto", metavar="auto|cpu|cuda[:i]|mps|xpu", help="default: %(default)s")
     how.add_argument("--amp", choices=tuple(AMP), default="none", help="default: %(default)s")
     how.add_argument("--seed", type=int, default=0, help="of mosaics, halves and bootstrap (default: %(default)s)")
@@ -168,7 +162,7 @@ def parser(description: str) -> argparse.ArgumentParser:
 def asked_options(args: argparse.Namespace, out: Path) -> Options:
     temperatures = [tuple(_numbers("--temperatures", part, "+")) for part in args.temperatures.split(",")]
     lams = _numbers("--lams", args.lams, ",")
-    if any(not re.fullmatch(r"\d+|\d*\.?\d+x", part.strip()) for part in args.img_size.split(",")):
+    if any(not re.fullmatch(r"(?=.*[1-9])(\d+|\d*\.?\d+x)", part.strip()) for part in args.img_size.split(",")):
         raise ValueError(f"--img-size: found {args.img_size!r}; expected pixels or multiples such as 224 or 1x,2x.")
     if any(not re.fullmatch(r"[1-9]\d*", part) for part in args.grid.split(",")):
         raise ValueError(f"--grid: found {args.grid!r}; expected whole numbers such as 2 or 2,3.")

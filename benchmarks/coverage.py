@@ -29,6 +29,7 @@ from torch import nn
 import timm_csra
 from timm_csra.patching import pool_types
 
+from .argument_types import positive
 from .records import write_table
 
 Row = dict[str, str]
@@ -256,7 +257,7 @@ def _parser() -> argparse.ArgumentParser:
         "--out", type=Path, default=Path("results/coverage.csv"), metavar="FILE", help="default: %(default)s"
     )
     parser.add_argument("--fresh", action="store_true", help="measure again what the file has already")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes (default: %(default)s)")
+    parser.add_argument("--jobs", type=positive, default=os.cpu_count() or 1, help="processes (default: %(default)s)")
     return parser
 
 

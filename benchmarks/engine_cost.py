@@ -26,6 +26,7 @@ from rich.table import Table
 
 from timm_csra.evaluation.scoring import DEFAULT, PLAIN
 
+from .argument_types import positive
 from .cells import Cell, Options
 from .checkpoints import Checkpoint
 from .datasets import ImageSet
@@ -227,9 +228,9 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--engines", default="local,ray", help="default: %(default)s")
-    parser.add_argument("--cells", type=int, default=10_000, help="trivial ones (default: %(default)s)")
-    parser.add_argument("--trivial-workers", type=int, default=2, help="for them (default: %(default)s)")
-    parser.add_argument("--waiting", type=int, default=64, help="cells that wait (default: %(default)s)")
+    parser.add_argument("--cells", type=positive, default=10_000, help="trivial ones (default: %(default)s)")
+    parser.add_argument("--trivial-workers", type=positive, default=2, help="for them (default: %(default)s)")
+    parser.add_argument("--waiting", type=positive, default=64, help="cells that wait (default: %(default)s)")
     parser.add_argument("--wait", type=float, default=1.0, help="seconds (default: %(default)s)")
     parser.add_argument("--workers", default="1,2,4,8,16", help="for them (default: %(default)s)")
     parser.add_argument("--out", type=Path, help="a JSON file")

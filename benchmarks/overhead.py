@@ -42,6 +42,8 @@ import timm_csra
 from timm_csra.evaluation.scoring import allows_test_time_pool
 from timm_csra.locations import product
 
+from .argument_types import natural, positive
+
 MODELS = (
     "resnet50,efficientnet_b0,tf_efficientnet_lite0,convnext_tiny,swin_tiny_patch4_window7_224,vit_small_patch16_224,"
     "regnety_016,mobilenetv3_small_100"
@@ -341,16 +343,18 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--models", default=MODELS, help="architectures, by comma (default: eight usual ones)")
-    parser.add_argument("--batch-size", type=int, default=8, help="default: %(default)s")
-    parser.add_argument("--img-size", type=int, help="default: the architecture's own")
-    parser.add_argument("--num-classes", type=int, help="default: the architecture's own")
+    parser.add_argument("--batch-size", type=positive, default=8, help="default: %(default)s")
+    parser.add_argument("--img-size", type=positive, help="default: the architecture's own")
+    parser.add_argument("--num-classes", type=positive, help="default: the architecture's own")
     parser.add_argument("--device", default="cpu", help="default: %(default)s")
     parser.add_argument("--dtype", choices=tuple(DTYPES), default="float32", help="default: %(default)s")
     parser.add_argument("--channels-last", action="store_true")
     parser.add_argument("--compile", action="store_true", help="every variant by torch.compile")
     parser.add_argument("--memory", action="store_true", help="peak memory too, each variant in a process of its own")
-    parser.add_argument("--rounds", type=int, default=40, help="default: %(default)s")
-    parser.add_argument("--warmup", type=int, default=3, help="batches before the first round (default: %(default)s)")
+    parser.add_argument("--rounds", type=positive, default=40, help="default: %(default)s")
+    parser.add_argument(
+        "--warmup", type=natural, default=3, help="batches before the first round (default: %(default)s)"
+    )
     parser.add_argument("--out", type=Path, help="a JSON file; the plot goes beside it")
     return parser
 

@@ -22,6 +22,7 @@ from rich.table import Table
 
 from timm_csra.evaluation.scoring import DEFAULT, Scores, Setting, settings_grid
 
+from .argument_types import positive
 from .cells import Cell, Options
 from .checkpoints import Checkpoint
 from .datasets import ImageSet
@@ -146,9 +147,9 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--task", default="single,multilabel", help="default: %(default)s")
-    parser.add_argument("--images", type=int, default=50_000, help="default: %(default)s")
-    parser.add_argument("--classes", type=int, default=1000, help="default: %(default)s")
-    parser.add_argument("--settings", type=int, default=80, help="default: %(default)s")
+    parser.add_argument("--images", type=positive, default=50_000, help="default: %(default)s")
+    parser.add_argument("--classes", type=positive, default=1000, help="default: %(default)s")
+    parser.add_argument("--settings", type=positive, default=80, help="default: %(default)s")
     parser.add_argument("--grow", action="store_true", help="also half of the images, of the classes, of the settings")
     parser.add_argument("--out", type=Path, help="a JSON file")
     return parser

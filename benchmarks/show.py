@@ -20,6 +20,7 @@ import timm_csra
 from timm_csra.evaluation.scoring import PLAIN, Setting, score
 
 from . import checkpoints, sample
+from .argument_types import positive
 from .checkpoints import CheckpointError, find_checkpoints
 from .classes import head_classes
 from .datasets import DataError, mosaic, open_image
@@ -129,7 +130,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--model", default="pypi:tf_efficientnet_lite0", metavar="SPEC", help=checkpoints.HELP)
     parser.add_argument("--lam", type=float, default=0.1, help="default: %(default)s")
-    parser.add_argument("--img-size", type=int, help="pixels (default: the checkpoint's own)")
+    parser.add_argument("--img-size", type=positive, help="pixels (default: the checkpoint's own)")
     parser.add_argument("--out", type=Path, default=Path("results/effect.jpg"), help="default: %(default)s")
     return parser
 

@@ -67,6 +67,13 @@ def main(arguments: list[str] | None = None) -> int:
         (screen if args.dry_run else log).print(str(estimate(to_do, options)), highlight=False, soft_wrap=True)
         if args.dry_run or (to_do and not _confirmed(log, "No accelerator was found", "Run all of this on the CPU?")):
             return 0 if args.dry_run else 2
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        log.print(
+            f"benchmarks.sweep: --out {out}: cannot be made: {error}", markup=False, highlight=False, soft_wrap=True
+        )
+        return 2
     if args.expected:
         try:
             keep_expected(args.expected, out)

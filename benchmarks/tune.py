@@ -16,6 +16,7 @@ import timm_csra
 from timm_csra.evaluation.tuning import LAMS, TEMPERATURES, choose
 
 from . import checkpoints, sources
+from .argument_types import natural, positive
 from .arguments import add_images, add_labels, asked_cells, asked_options, asked_what
 from .checkpoints import CheckpointError
 from .classes import COMBINE, NotApplicableError, combined
@@ -88,12 +89,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--lams", default=",".join(f"{lam:g}" for lam in LAMS), help="default: %(default)s")
     temperatures = ",".join(f"{temperature:g}" for temperature in TEMPERATURES)
     parser.add_argument("--temperatures", default=temperatures, help="1+inf is two heads (default: %(default)s)")
-    parser.add_argument("--folds", type=int, default=5, help="default: %(default)s")
+    parser.add_argument("--folds", type=positive, default=5, help="default: %(default)s")
     parser.add_argument("--save", type=Path, metavar="FOLDER", help="save the checkpoint, wrapped as recommended")
     add_labels(parser)
     add_images(parser)
-    parser.add_argument("--batch-size", type=int, help="default: 64, on a CPU 16")
-    parser.add_argument("--workers", type=int, default=2, help="processes that read images (default: %(default)s)")
+    parser.add_argument("--batch-size", type=positive, help="default: 64, on a CPU 16")
+    parser.add_argument("--workers", type=natural, default=2, help="processes that read images (default: %(default)s)")
     parser.add_argument("--device", default="auto", help="default: %(default)s")
     parser.add_argument("--amp", choices=("none", "bf16", "fp16"), default="none", help="default: %(default)s")
     parser.add_argument("--seed", type=int, default=0, help="of folds and bootstrap (default: %(default)s)")

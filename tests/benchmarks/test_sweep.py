@@ -157,6 +157,8 @@ def test_labels_csv_with_several_labels(tmp_path: Path, checkpoint: str) -> None
             ["--sample", "--img-size", "big"],
             "--img-size: found 'big'; expected pixels or multiples such as 224 or 1x,2x",
         ),
+        (["--sample", "--img-size", "0"], "--img-size: found '0'; expected pixels or multiples"),
+        (["--sample", "--img-size", "1x,0.0x"], "--img-size: found '1x,0.0x'; expected pixels or multiples"),
         (["--sample", "--lams", "a"], "--lams: found 'a'; expected numbers separated by ','"),
         (["--sample", "--device", "abacus"], "--device abacus: cannot be used here: Expected one of cpu, cuda"),
         (["--sample", "--lams", "-1"], "lam must be finite and at least 0, got -1.0"),
@@ -169,6 +171,30 @@ def test_usage_errors(arguments: list[str], text: str, tmp_path: Path, capsys: p
     assert main([*arguments, "--out", str(tmp_path / "out")]) == 2
     assert text in capsys.readouterr().err.replace("\n", " ")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (["--batch-size", "0"], "argument --batch-size: found '0'; expected a positive whole number."),
+        (["--limit", "many"], "argument --limit: found 'many'; expected a positive whole number."),
+        (["--workers", "-1"], "argument --workers: found '-1'; expected 0 or a positive whole number."),
+        (["--crop-pct", "1.5"], "argument --crop-pct: found '1.5'; expected a share above 0, at most 1."),
+        (["--crop-pct", "nan"], "argument --crop-pct: found 'nan'; expected a share above 0, at most 1."),
+    ],
+)
+def test_numbers_that_do_not_fit(arguments: list[str], text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(["--sample", *arguments])
+    assert stopped.value.code == 2
+    assert text in capsys.readouterr().err
+
+
+def test_out_that_is_no_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "out").write_text("mine")
+    assert main(["--sample", "--out", str(tmp_path / "out")]) == 2
+    assert "out: cannot be made: " in capsys.readouterr().err
+    assert (tmp_path / "out").read_text() == "mine"
 
 
 def test_no_hub_and_nothing_cached(tmp_path: Path, photos: Path, checkpoint: str) -> None:

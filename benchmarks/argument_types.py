@@ -1,0 +1,29 @@
+"""Numbers on the command line, for argparse's `type`: what was found and what is expected, before anything is run."""
+
+import argparse
+from collections.abc import Callable
+from typing import TypeVar
+
+Number = TypeVar("Number", int, float)
+
+
+def positive(text: str) -> int:
+    return _number(text, int, lambda number: number > 0, "a positive whole number")
+
+
+def natural(text: str) -> int:
+    return _number(text, int, lambda number: number >= 0, "0 or a positive whole number")
+
+
+def share(text: str) -> float:
+    return _number(text, float, lambda number: 0 < number <= 1, "a share above 0, at most 1")
+
+
+def _number(text: str, kind: type[Number], fits: Callable[[Number], bool], expected: str) -> Number:
+    try:
+        number = kind(text)
+    except ValueError:
+        number = None
+    if number is None or not fits(number):
+        raise argparse.ArgumentTypeError(f"found {text!r}; expected {expected}.")
+    return number
