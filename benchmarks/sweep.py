@@ -46,11 +46,9 @@ def main(arguments: list[str] | None = None) -> int:
         with ThreadPoolExecutor(16) as pool:  # the Hub is asked for the hashes of many checkpoints at once
             list(pool.map(lambda model: model.fingerprint, models))
     except (CheckpointError, DataError, ValueError, TypeError) as error:
-        log.print(f"benchmarks.sweep: {error}", markup=False, highlight=False, soft_wrap=True)
-        return 2
+        return _refused(log, error)
     if missing and len(missing) == len(models):
-        log.print(f"benchmarks.sweep: {_offline(missing)}", markup=False, highlight=False, soft_wrap=True)
-        return 2
+        return _refused(log, _offline(missing))
     if missing:
         log.print(f"{_offline(missing)} Their cells are recorded as failed.", markup=False, highlight=False)
 
@@ -70,16 +68,12 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        log.print(
-            f"benchmarks.sweep: --out {out}: cannot be made: {error}", markup=False, highlight=False, soft_wrap=True
-        )
-        return 2
+        return _refused(log, f"--out {out}: cannot be made: {error}")
     if args.expected:
         try:
             keep_expected(args.expected, out)
         except ValueError as error:
-            log.print(f"benchmarks.sweep: {error}", markup=False, highlight=False, soft_wrap=True)
-            return 2
+            return _refused(log, error)
     records: dict[int, Record] = {}
     interrupted = False
     try:
@@ -87,8 +81,7 @@ def main(arguments: list[str] | None = None) -> int:
             for cell, record in run.records(cells, partial(_engine, args, workers, options, data), downloads):
                 records[id(cell)] = record
     except EngineError as error:
-        log.print(f"benchmarks.sweep: {error}", markup=False, highlight=False, soft_wrap=True)
-        return 2
+        return _refused(log, error)
     except KeyboardInterrupt:
         interrupted = True
         log.print(f"Stopped after {len(records)} of {len(cells)} cells; start again to do the rest.")
@@ -106,6 +99,12 @@ def main(arguments: list[str] | None = None) -> int:
     if args.push_best and not _pushed(cells, records, rows, args, log, screen):
         return 1
     return 1 if any(record["status"] == "failed" for record in in_order) else 0
+
+
+def _refused(log: Console, why: object) -> int:
+    """The exit status of a sweep that could not be started."""
+    log.print(f"benchmarks.sweep: {why}", markup=False, highlight=False, soft_wrap=True)
+    return 2
 
 
 def _engine(

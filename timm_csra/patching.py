@@ -128,14 +128,13 @@ def unwrap(model: Model) -> Model:
         TypeError: something else has changed the model's class since (a parametrization, FSDP).
     """
     if is_wrapped(model):
-        found = cast(type, type(model))
-        plain = _plain_class(found)
+        plain = cast(Any, _plain_class(type(model)))
         if issubclass(plain, CSRAMixin):
             raise TypeError(
-                f"{describe(model)}: found the class {found.__name__}, expected {plain.__name__} as wrap left it. Undo "
-                "what has changed it since (a parametrization, FSDP), then unwrap."
+                f"{describe(model)}: found the class {type(model).__name__}, expected {plain.__name__} as wrap left "
+                "it. Undo what has changed it since (a parametrization, FSDP), then unwrap."
             )
-        model.__class__ = cast(Any, plain)
+        model.__class__ = plain
         del model.csra
     return model
 
