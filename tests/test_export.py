@@ -1,12 +1,16 @@
 """torch.compile, torch.export and ONNX agree with eager: plain timm succeeds with each of these architectures."""
 
 import math
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import onnxruntime
 import pytest
 import torch
 import torch._dynamo.testing
+from onnxruntime.capi.onnxruntime_pybind11_state import InvalidArgument
+from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import timm_csra
@@ -57,8 +61,8 @@ def test_lam_can_change_in_a_compiled_model() -> None:
 
 
 @torch.no_grad()
-def test_a_compiled_model_takes_any_batch_and_its_chunks_too() -> None:
-    """Many classes on many locations are reduced in chunks, whose number does not depend on the batch."""
+def test_a_compiled_model_takes_any_batch() -> None:
+    """Many classes on many locations too, which eager mode scores in parts."""
     model = timm_csra.wrap(create("test_resnet", num_classes=30_000), 0.3, (1, math.inf))
     counter = CompileCounterWithBackend("eager")
     compiled = torch.compile(model, backend=counter, fullgraph=True, dynamic=True)
@@ -89,16 +93,123 @@ def test_exports_with_a_dynamic_batch(family: Family) -> None:
         torch.testing.assert_close(program.module()(batch), model(batch), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["test_resnet", "test_vit2", "test_mambaout"])
+class Resized(NamedTuple):
+    """A model for each layout of features and way of scoring; made at one size, run at another."""
+
+    name: str
+    made: int
+    run: int
+    arguments: dict[str, Any] = {}  # noqa: RUF012
+
+    @property
+    def model(self) -> torch.nn.Module:
+        return create(self.name, **self.arguments)
+
+    def images(self, size: int, count: int = 2) -> Tensor:
+        return torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(size))
+
+
+DYNAMIC_VIT = {"dynamic_img_size": True}
+RESIZED = [
+    Resized("test_resnet", 96, 160, {"num_classes": 80}),
+    Resized("test_resnet", 160, 224, {"num_classes": 21841}),  # more scores than eager mode makes at a time
+    Resized("test_convnext", 96, 160),
+    Resized("test_mambaout", 96, 160),
+    Resized("test_vit", 160, 224, DYNAMIC_VIT),
+    Resized("test_vit2", 160, 224, DYNAMIC_VIT),
+    Resized("mobilenetv3_small_050", 96, 160),
+    Resized("resnetv2_18", 96, 160),
+    Resized("resnet50_clip", 96, 160),
+    Resized("efficientvim_m1", 224, 320),
+    Resized("xcit_nano_12_p16_224", 224, 256),
+    Resized("swin_tiny_patch4_window7_224", 224, 256, {"strict_img_size": False}),
+]
+resized = pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(case, id=f"{case.name}-{case.run}", marks=() if case.name in QUICK else pytest.mark.slow)
+        for case in RESIZED
+    ],
+)
+
+
+def plain_and_wrapped(case: Resized, record: Callable[[torch.nn.Module], Callable[[Tensor], Tensor]]) -> None:
+    """What plain timm does at another size than a graph was made at, a wrapped model does: both against eager mode."""
+    x = case.images(case.run, 3)
+    plain = case.model
+    try:
+        recorded = record(plain)(x)
+    except (
+        RuntimeError,
+        AssertionError,
+        NotImplementedError,
+        torch.onnx.errors.OnnxExporterError,
+        InvalidArgument,
+    ) as e:
+        pytest.skip(f"plain timm does not succeed: this did NOT run: {type(e).__name__}: {str(e).splitlines()[:1]}")
+    torch.testing.assert_close(recorded, plain(x), rtol=1e-3, atol=1e-3)
+    wrapped = timm_csra.wrap(plain, 0.3, (1, math.inf))
+    torch._dynamo.reset()
+    torch.testing.assert_close(record(wrapped)(x), wrapped(x), rtol=1e-3, atol=1e-3)
+
+
+@resized
+@pytest.mark.filterwarnings("ignore:.torch.jit.trace", "ignore::torch.jit.TracerWarning")
 @torch.no_grad()
-def test_onnx_runtime_agrees(name: str, tmp_path: Path) -> None:
-    family = next(family for family in FAMILIES if family.name == name)
-    model = timm_csra.wrap(create(name), 0.3, (1, math.inf))
-    path = tmp_path / "model.onnx"
-    torch.onnx.export(model, (images(family),), path, dynamo=True, dynamic_shapes=DYNAMIC_BATCH, input_names=["x"])
-    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-    for count in (1, 3):
-        batch = images(family, count, seed=count)
-        (logits,) = session.run(None, {"x": batch.numpy()})
-        torch.testing.assert_close(torch.from_numpy(logits), model(batch), rtol=1e-3, atol=1e-3)
+def test_traced_graphs_at_another_size(case: Resized) -> None:
+    plain_and_wrapped(case, lambda model: torch.jit.trace(model, case.images(case.made)))
+
+
+DYNAMIC = {0: torch.export.Dim("batch", min=1, max=64), 2: torch.export.Dim.AUTO, 3: torch.export.Dim.AUTO}
+
+
+@resized
+@torch.no_grad()
+def test_exported_programs_at_another_size(case: Resized) -> None:
+    plain_and_wrapped(
+        case,
+        lambda model: torch.export.export(model, (case.images(case.made),), dynamic_shapes=(DYNAMIC,)).module(),
+    )
+
+
+@resized
+@torch.no_grad()
+def test_compiled_graphs_at_twelve_sizes(case: Resized) -> None:
+    """As many graphs as plain timm needs, and the same logits as eager mode."""
+    counts = []
+    if case.arguments.get("num_classes") == 21841:
+        pytest.skip("as with fewer classes")
+    step = (case.run - case.made) // 2
+    sizes = [case.made + step * i for i in range(12)]
+    for wrapped in (False, True):
+        torch._dynamo.reset()
+        model = timm_csra.wrap(case.model, 0.3) if wrapped else case.model
+        counter = CompileCounterWithBackend("eager")
+        compiled = torch.compile(model, backend=counter, fullgraph=True, dynamic=True)
+        for size in sizes:
+            x = case.images(size)
+            torch.testing.assert_close(compiled(x), model(x), rtol=1e-3, atol=1e-3)
+        counts.append(counter.frame_count)
+    assert counts[1] == counts[0]
+
+
+ONNX = ("test_resnet", "test_convnext", "test_vit2", "resnetv2_18")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "case", [case for case in RESIZED if case.name in ONNX], ids=lambda case: f"{case.name}-{case.run}"
+)
+@pytest.mark.parametrize("dynamo", [True, False], ids=["torch.export", "torchscript"])
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning", "ignore::UserWarning")
+@torch.no_grad()
+def test_onnx_runtime_at_another_size(case: Resized, dynamo: bool, tmp_path: Path) -> None:
+    def record(model: torch.nn.Module) -> Callable[[Tensor], Tensor]:
+        path = tmp_path / "model.onnx"
+        names = {0: "n", 2: "h", 3: "w"}
+        dynamic = {"dynamic_shapes": (DYNAMIC,)} if dynamo else {"dynamic_axes": {"x": names}}
+        torch.onnx.export(model, (case.images(case.made),), path, dynamo=dynamo, input_names=["x"], **dynamic)
+        session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+        return lambda x: torch.from_numpy(session.run(None, {"x": x.numpy()})[0])
+
+    plain_and_wrapped(case, record)

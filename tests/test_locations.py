@@ -1,8 +1,7 @@
-"""The classifier's product in parts: always the same numbers as the rule, whatever the head does around it."""
+"""Scores made for some rows at a time: always the same numbers as the rule, and bounded memory."""
 
 import math
-from collections.abc import Callable
-from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import timm
@@ -12,133 +11,101 @@ from torch import Tensor, nn
 import timm_csra
 from timm_csra import locations
 from timm_csra.attention import class_attention
+from timm_csra.heads import parts_of
+from timm_csra.layouts import layout_of
 from timm_csra.locations import location_attention, location_scores
+from timm_csra.patching import plain_head
 
-TEMPERATURES = (1.0, math.inf)
+KINDS = ("logits", "log_softmax")
+TERMS = [(kind, T) for kind in KINDS for T in (1.0, math.inf, 5.0)]
 
 
-def model_of(name: str = "test_resnet", **arguments: object) -> nn.Module:
+def model_of(name: str = "test_resnet", **arguments: Any) -> nn.Module:
     torch.manual_seed(0)
     model = timm.create_model(name, num_classes=300, **arguments).eval()
-    nn.init.normal_(model.get_classifier().weight)
+    classifier = model.get_classifier()
+    nn.init.normal_(classifier.weight, std=1 / math.sqrt(classifier.weight.shape[1]))
     return model
 
 
-class Recorder:
-    """How the classifier's products were made: classes of each."""
+def last_layer(model: nn.Module, x: Tensor) -> nn.Module | None:
+    """What the library makes the product with; None for the general rule."""
+    layout = layout_of(model, features := model.forward_features(x))
+    return parts_of(model, plain_head(model), layout, layout.locations(features)).classifier
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.classes: list[int] = []
-        self.by_classes = locations._by_classes
-        monkeypatch.setattr(locations, "_by_classes", self)
 
-    def __call__(self, classifier: nn.Linear, *rest: object) -> object:
-        self.classes.append(classifier.out_features)
-        return self.by_classes(classifier, *rest)
+def literal(scores: Tensor, kind: str, temperature: float, valid: Tensor | None = None) -> Tensor:
+    scores = scores if kind == "logits" else scores.log_softmax(-1)
+    return class_attention(scores, temperature, valid)
 
 
 def check(model: nn.Module, features: Tensor, valid: Tensor | None = None) -> None:
     """Against all scores at once, and the formula on them."""
-    scores = location_scores(model, model.forward_head, features)
-    found = location_attention(model, model.forward_head, features, TEMPERATURES, valid)
-    for terms, every in zip(found, scores, strict=True):
-        for term, temperature in zip(terms, TEMPERATURES, strict=True):
-            torch.testing.assert_close(term, class_attention(every, temperature, valid), rtol=1e-4, atol=1e-4)
+    (scores,) = location_scores(model, model.forward_head, features)
+    (found,) = location_attention(model, model.forward_head, features, TERMS, valid)
+    for term, (kind, temperature) in zip(found, TERMS, strict=True):
+        torch.testing.assert_close(term, literal(scores, kind, temperature, valid), rtol=1e-4, atol=1e-4)
 
 
 NAMES = [
     "test_resnet",
     "test_convnext",
+    "test_mambaout",
     "test_vit",
     "test_vit2",
     "test_vit3",
     "mobilenetv3_small_050",
-    "deit_tiny_patch16_224",
+    "resnetv2_18",  # whose classifier is a convolution
+    "deit_tiny_distilled_patch16_224",  # of which the general rule is all that applies
 ]
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("product", [1, 2**30], ids=["64 classes at a time", "all at once"])
+@pytest.mark.parametrize("scores", [1, 2**12, 2**30], ids=["a row at a time", "13 rows", "all at once"])
 @torch.inference_mode()
-def test_parts_of_the_classes(name: str, product: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(locations, "PRODUCT", product)
-    monkeypatch.setattr(locations, "INPUTS", 2**12)  # and of the locations
-    recorder = Recorder(monkeypatch)
-    model = model_of(name)
-    check(
-        model,
-        model.forward_features(torch.randn(2, 3, 160, 160) if "deit" not in name else torch.randn(2, 3, 224, 224)),
-    )
-    assert recorder.classes and set(recorder.classes) == {300}
+def test_parts_of_the_rows(name: str, scores: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(locations, "SCORES", scores)
+    model = model_of(name) if "deit" not in name else timm.create_model(name, num_classes=300).eval()
+    x = torch.randn(2, 3, 224, 224) if "deit" in name else torch.randn(2, 3, 160, 160)
+    check(model, model.forward_features(x))
+    assert (last_layer(model, x) is None) == ("deit" in name)
+
+
+@pytest.mark.parametrize(("count", "size", "lengths"), [(0, 5, [0]), (7, 3, [2, 2, 3]), (6, 3, [3, 3]), (4, 9, [4])])
+def test_parts_are_as_even_as_they_can_be(count: int, size: int, lengths: list[int]) -> None:
+    spans = locations._even(count, size)
+    assert [len(range(count)[span]) for span in spans] == lengths
+    assert [i for span in spans for i in range(count)[span]] == list(range(count))
 
 
 @torch.inference_mode()
 def test_padding_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(locations, "PRODUCT", 1)
+    monkeypatch.setattr(locations, "SCORES", 2**12)
     model = model_of("test_vit2")
     features = model.forward_features(torch.randn(2, 3, 160, 160))
     valid = torch.rand(2, features.shape[1] - model.num_prefix_tokens) < 0.5
+    valid[0, :40] = False  # whole parts of an image may be padding
     check(model, features, valid)
 
 
-def scaled(x: Tensor) -> Tensor:
-    return 3 * x
+BIASES = [lambda: torch.randn(1).expand(300), lambda: torch.randn(600)[::2], lambda: torch.randn(300), lambda: None]
 
 
-def in_place(x: Tensor) -> Tensor:
-    return x.mul_(3)
-
-
+@pytest.mark.parametrize("bias", BIASES, ids=["expanded", "strided", "contiguous", "none"])
 @pytest.mark.parametrize(
-    "after", [scaled, in_place, torch.relu, nn.Softmax(-1)], ids=["scaled", "in place", "relu", "softmax"]
+    "weight", [lambda: torch.randn(96, 300).t(), lambda: torch.randn(600, 96)[::2]], ids=["t", "s"]
 )
 @torch.inference_mode()
-def test_what_comes_after_the_classifier_is_applied(
-    after: Callable[[Tensor], Tensor], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    recorder = Recorder(monkeypatch)
-    model = model_of()
-    plain = model.forward_head
-
-    def head(features: Tensor) -> Tensor:
-        return after(plain(features))
-
-    features = model.forward_features(torch.randn(2, 3, 160, 160))
-    scores = location_scores(model, head, features)[0]
-    torch.testing.assert_close(scores, after(location_scores(model, plain, features)[0].clone()))
-    ((term,),) = location_attention(model, head, features, (math.inf,))
-    torch.testing.assert_close(term, scores.amax(1))
-    assert not recorder.classes
-
-
-@torch.inference_mode()
-def test_a_classifier_used_twice(monkeypatch: pytest.MonkeyPatch) -> None:
-    recorder = Recorder(monkeypatch)
-    model = model_of()
-    plain = model.forward_head
-
-    def head(features: Tensor) -> Tensor:
-        plain(features)
-        return plain(2 * features)
-
-    features = model.forward_features(torch.randn(2, 3, 160, 160))
-    ((term,),) = location_attention(model, head, features, (math.inf,))
-    torch.testing.assert_close(term, location_scores(model, head, features)[0].amax(1))
-    assert not recorder.classes
-
-
-@torch.inference_mode()
-def test_hooks_see_and_change_scores(monkeypatch: pytest.MonkeyPatch) -> None:
-    recorder = Recorder(monkeypatch)
-    model = model_of()
-    features = model.forward_features(torch.randn(2, 3, 160, 160))
-    expected = 2 * location_scores(model, model.forward_head, features)[0].amax(1)
-    seen = []
-    model.fc.register_forward_hook(lambda module, inputs, output: seen.append(output.shape) or 2 * output)
-    ((term,),) = location_attention(model, model.forward_head, features, (math.inf,))
-    torch.testing.assert_close(term, expected)
-    assert seen
-    assert not recorder.classes
+def test_weights_and_biases_of_any_strides(bias: Any, weight: Any) -> None:
+    model, tensor = model_of(), bias()
+    model.fc.weight = nn.Parameter(weight())
+    model.fc.bias = None if tensor is None else nn.Parameter(tensor)
+    features = model.forward_features(torch.randn(2, 3, 96, 96))
+    assert tensor is None or model.fc.bias.stride() == tensor.stride()
+    rows = features.flatten(2).transpose(1, 2).double()
+    expected = rows @ model.fc.weight.double().t() + (0 if tensor is None else tensor.double())
+    ((term,),) = location_attention(model, model.forward_head, features, [("logits", math.inf)])
+    torch.testing.assert_close(term.double(), expected.amax(1), rtol=1e-5, atol=1e-4)
 
 
 class PoolAndDouble(nn.Module):
@@ -155,44 +122,26 @@ def test_heads_that_work_in_place_leave_the_features_alone(layout: torch.memory_
     model.global_pool = PoolAndDouble()
     features = model.forward_features(torch.randn(2, 3, 160, 160)).to(memory_format=layout)
     before = features.clone()
-    ((term,),) = location_attention(model, model.forward_head, features, (math.inf,))
+    ((term,),) = location_attention(model, model.forward_head, features, [("logits", math.inf)])
     assert torch.equal(features, before)
     torch.testing.assert_close(term, model.fc(2 * features.flatten(2).transpose(1, 2)).amax(1))
 
 
-@pytest.mark.parametrize("bias", [True, False])
-def test_the_product_is_a_linear_layer(bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By either library, with gradients, and under autocast."""
-    layer = nn.Linear(300, 70, bias=bias)
-    rows = torch.randn(50, 300)
-    expected = layer.double()(rows.double()).float()
-    layer.float()
-    made = []
-    if locations._has_onednn():
-        operator = torch.ops.mkldnn._linear_pointwise
-        fake = SimpleNamespace(_linear_pointwise=lambda *args: made.append(len(args[0])) or operator(*args))
-        monkeypatch.setattr(torch.ops, "mkldnn", fake)
-    with torch.inference_mode():
-        torch.testing.assert_close(locations.product(rows, layer.weight, layer.bias), expected)
-        assert made == [50] * locations._has_onednn()
-        with torch.autocast("cpu", torch.bfloat16):
-            assert locations.product(rows, layer.weight, layer.bias).dtype == torch.bfloat16
-    assert locations.product(rows, layer.weight, layer.bias).requires_grad
-    with torch.inference_mode():
-        monkeypatch.setattr(locations, "_has_onednn", lambda: False)
-        torch.testing.assert_close(locations.product(rows, layer.weight, layer.bias), expected)
-    assert len(made) <= 1
+def both_ways(model: nn.Module, kind: str) -> list[Any]:
+    """The attention of T = 2 as the library makes it, and from all scores at once."""
+    return [
+        lambda features: location_attention(model, model.forward_head, features, [(kind, 2.0)])[0][0],
+        lambda features: literal(location_scores(model, model.forward_head, features)[0], kind, 2.0),
+    ]
 
 
-def test_gradients_are_those_of_all_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(locations, "PRODUCT", 1)
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradients_are_those_of_all_at_once(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(locations, "SCORES", 2**12)
     model = model_of("test_vit2").double()
     x = torch.randn(2, 3, 160, 160, dtype=torch.float64)
     gradients = []
-    for attention in (
-        lambda features: location_attention(model, model.forward_head, features, (2.0,))[0][0],
-        lambda features: class_attention(location_scores(model, model.forward_head, features)[0], 2.0),
-    ):
+    for attention in both_ways(model, kind):
         model.zero_grad()
         attention(model.forward_features(x)).square().sum().backward()
         gradients.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
@@ -203,27 +152,26 @@ def test_gradients_are_those_of_all_at_once(monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.mark.parametrize("trained", ["fc.weight", "fc.bias", "conv1.0.weight"])
 def test_gradients_of_a_model_that_is_frozen_but_for_one_parameter(trained: str) -> None:
-    """In float32, where inference takes another library, which has no gradient."""
     model = model_of().requires_grad_(False)
     parameter = model.get_parameter(trained).requires_grad_()
     x = torch.randn(2, 3, 96, 96)
     found, expected = (
         torch.autograd.grad(attention(model.forward_features(x)).square().sum(), parameter)[0]
-        for attention in (
-            lambda features: location_attention(model, model.forward_head, features, (2.0,))[0][0],
-            lambda features: class_attention(location_scores(model, model.forward_head, features)[0], 2.0),
-        )
+        for attention in both_ways(model, "logits")
     )
     assert expected.abs().max() > 0
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
 
 
 @pytest.mark.parametrize("grad_mode", [torch.no_grad, torch.enable_grad])
-def test_transforms_of_torch_func(grad_mode: type) -> None:
-    """Forward-mode derivatives against those in float64, where one library does everything; and vmap."""
+@pytest.mark.parametrize("called_before", [False, True])
+def test_transforms_of_torch_func(grad_mode: type, called_before: bool) -> None:
+    """Forward-mode derivatives against those in float64; and vmap."""
     model = timm_csra.wrap(model_of(), lam=0.5, temperature=2.0)
     double = timm_csra.wrap(model_of().double(), lam=0.5, temperature=2.0)
     x, direction = torch.randn(2, 2, 3, 96, 96)
+    if called_before:
+        model(x), double(x.double())
     with grad_mode():
         _, expected = torch.func.jvp(double, (x.double(),), (direction.double(),))
         _, found = torch.func.jvp(model, (x,), (direction,))
@@ -240,19 +188,25 @@ def test_transforms_of_torch_func(grad_mode: type) -> None:
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @torch.inference_mode()
-def test_layouts_and_types_take_it_too(
-    layout: torch.memory_format, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    recorder = Recorder(monkeypatch)
+def test_memory_formats_and_dtypes(layout: torch.memory_format, dtype: torch.dtype) -> None:
     model = timm_csra.wrap(model_of().to(memory_format=layout, dtype=dtype), lam=1.0)
     x = torch.randn(2, 3, 160, 160).to(memory_format=layout, dtype=dtype)
+    assert last_layer(model, x) is model.fc
     logits = model(x)
     assert logits.dtype == dtype
-    assert recorder.classes == [300]
     maps = timm_csra.score_maps(model, x)
     tolerance = {torch.float32: 1e-4, torch.bfloat16: 0.05}[dtype]
     expected = timm_csra.unwrap(model)(x) + maps.amax((2, 3))
     torch.testing.assert_close(logits, expected, rtol=tolerance, atol=tolerance * float(expected.abs().max()))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["test_resnet", "resnetv2_18"])
+@pytest.mark.parametrize("terms", [[("logits", math.inf)], [("log_softmax", math.inf)], TERMS], ids=["l", "ls", "six"])
+def test_memory_of_many_classes(name: str, terms: list[Any], memory_of: Any) -> None:
+    """21,841 classes: at most a tenth of what the scores of all locations take, 8 images of 14 x 14 locations."""
+    naive = 8 * 196 * 21841 * 4 / 2**20
+    assert memory_of(name, terms) <= naive / 10 * (1 if len(terms) == 1 else 3)
 
 
 @pytest.mark.cuda
@@ -263,17 +217,18 @@ def test_bounded_memory_on_cuda(cuda: torch.device, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     model = timm.create_model("test_resnet", num_classes=21841).eval().to(cuda, dtype)
     features = model.forward_features(torch.randn(64, 3, 448, 448, device=cuda, dtype=dtype))
-    peaks, terms = [], []
+    terms = [("logits", 1.0), ("logits", math.inf)]
+    peaks, found = [], []
     for attention in (
-        lambda: location_attention(model, model.forward_head, features, TEMPERATURES)[0],
-        lambda: [class_attention(location_scores(model, model.forward_head, features)[0], t) for t in TEMPERATURES],
+        lambda: location_attention(model, model.forward_head, features, terms)[0],
+        lambda: [literal(location_scores(model, model.forward_head, features)[0], *term) for term in terms],
     ):
         attention()
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        terms.append([term.cpu().float() for term in attention()])
+        found.append([term.cpu().float() for term in attention()])
         peaks.append(torch.cuda.max_memory_allocated() - before)
-    for ours, reference in zip(*terms, strict=True):
+    for ours, reference in zip(*found, strict=True):
         torch.testing.assert_close(ours, reference, rtol=2e-2, atol=2e-2 * float(reference.abs().max()))
     assert peaks[0] < peaks[1] / 5

@@ -2,6 +2,7 @@
 
 import threading
 import types
+import warnings
 
 import pytest
 import timm
@@ -52,7 +53,11 @@ def test_lam_zero_calls_the_head_of_the_model_and_nothing_else(monkeypatch: pyte
     assert seen == [(2, 96, 3, 3)]
     model.csra.lam = 0.1
     model(x)
-    assert seen[1:] == [(2 * 3 * 3, 96, 1, 1), (2, 96, 3, 3)]
+    assert seen[-2:] == [(2 * 3 * 3, 96, 1, 1), (2, 96, 3, 3)]
+    assert all(shape[0] <= 2 for shape in seen[1:-2])  # the first time it is looked at, on a copy
+    once = len(seen)
+    model(x)
+    assert seen[once:] == [(2 * 3 * 3, 96, 1, 1), (2, 96, 3, 3)]
 
 
 @torch.no_grad()
@@ -95,6 +100,12 @@ def positions_in_the_pool() -> nn.Module:
     return model
 
 
+def own_head() -> nn.Module:
+    model = timm.create_model("test_resnet")
+    model.forward_head = types.MethodType(lambda self, x, pre_logits=False: x.mean((2, 3)), model)
+    return model
+
+
 class Detector(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -104,6 +115,7 @@ class Detector(nn.Module):
 REFUSED = [
     (lambda: timm.create_model("test_resnet", num_classes=0), r"test_resnet: found num_classes=0.*reset_classifier"),
     (no_pooling, r"test_vit: found global_pool=''.*expected logits \(N, K\).*global_pool='avg'"),
+    (own_head, r"test_resnet: found a forward_head set on the instance.*del model.forward_head"),
     (lambda: nn.Linear(2, 2), r"Linear is not a timm classifier: expected .*forward_features.*timm.create_model"),
     (lambda: "resnet50", r"str is not a timm classifier"),
     (lambda: timm.create_model("test_resnet", features_only=True), "FeatureListNet is not a timm classifier"),
@@ -151,6 +163,48 @@ def test_refused_at_the_forward_pass() -> None:
         UnsupportedModelError, match="test_resnet: forward_features returned a dict, expected one tensor"
     ):
         timm_csra.score_maps(model, x)
+
+
+class Bypassing(timm.models.resnet.ResNet):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc(self.global_pool(self.forward_features(x)))
+
+
+@torch.no_grad()
+def test_a_forward_that_does_not_reach_the_head_is_told_once() -> None:
+    model = create("test_resnet")
+    model.__class__ = Bypassing
+    plain = model(x)
+    timm_csra.wrap(model, lam=0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model(x)
+        model.csra.lam = 0.3
+        with pytest.raises(
+            UserWarning, match="test_resnet: its forward did not call forward_head, so that wrapping chang"
+        ):
+            model(x)
+        assert torch.equal(model(x), plain)
+        for works in (create("test_resnet"), create("test_vit2")):
+            timm_csra.wrap(works)(torch.randn(1, 3, 160, 160))
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "size", "grid"),
+    [
+        ("test_vit", {"patch_size": (16, 8), "img_size": (96, 96)}, (96, 96), (6, 12)),
+        ("test_vit", {"patch_size": (8, 16), "dynamic_img_size": True}, (64, 160), (8, 10)),
+        ("test_vit", {"dynamic_img_size": True, "dynamic_img_pad": True}, (70, 100), (5, 7)),
+    ],
+)
+@torch.no_grad()
+def test_maps_of_patches_that_are_not_square(name: str, arguments: dict, size: tuple, grid: tuple) -> None:
+    model = timm.create_model(name, **arguments).eval()
+    images = torch.randn(1, 3, *size)
+    maps = timm_csra.score_maps(model, images)
+    assert maps.shape[2:] == grid
+    tokens = model.forward_features(images)[:, 1:]
+    torch.testing.assert_close(maps[0, :, 1, 2], model.forward_head(tokens[:, [grid[1] + 2]].expand(1, 2, -1))[0])
 
 
 def test_unwrap_undoes_nothing_of_others() -> None:

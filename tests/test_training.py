@@ -1,11 +1,15 @@
 """Training mode: scoring the locations leaves no trace that the plain model would not have left."""
 
+import copy
+from collections.abc import Callable
+
 import pytest
 import timm
 import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 import timm_csra
-from timm_csra import UnsupportedModelError
 
 from .families import FAMILIES, Family, create, images
 
@@ -14,9 +18,6 @@ def states_after_one_step(family: Family, wrapped: bool) -> tuple[dict[str, torc
     model = create(family.name, drop_rate=0.4).train()
     if wrapped:
         timm_csra.wrap(model, lam=0.5)
-    for module in model.modules() if family.name == "levit_128s" else ():
-        if type(module).__name__ == "NormLinear":
-            module.bn.eval()
     torch.manual_seed(5)
     model(images(family))
     return dict(model.named_buffers()), torch.get_rng_state()
@@ -31,29 +32,103 @@ def test_buffers_and_random_state_are_those_of_the_plain_model(family: Family) -
     assert all(torch.equal(buffers[name], plain_buffers[name]) for name in buffers)
 
 
-def test_head_that_drops_alone_is_guarded_too() -> None:
-    """A frozen body with a head in training mode."""
-    model = timm_csra.wrap(create("test_vit", drop_rate=0.5), lam=0.5)
-    model.head_drop.train()
-    x = torch.randn(1, 3, 160, 160)
-    torch.manual_seed(0)
-    model(x)
-    after = torch.get_rng_state()
-    torch.manual_seed(0)
-    timm_csra.unwrap(model)(x)
-    assert torch.equal(torch.get_rng_state(), after)
+def dropouts_in_training(model: nn.Module) -> None:
+    """Monte Carlo dropout: the whole model in eval, but for these."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.train()
 
 
-def test_batch_norm_in_the_head_is_refused_and_named() -> None:
+class Composite(nn.Module):
+    """A head layer with dropout inside of functions, and given by position."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(96, 3, dropout=0.5, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = x.mean((2, 3))
+        attended = self.attention(rows[:, None], rows[:, None], rows[:, None], need_weights=False)[0][:, 0]
+        p = 0.5 if self.training else 0.0
+        q = rows[:, None]
+        return (
+            F.scaled_dot_product_attention(q, q, q, None, p)[:, 0] + attended + F.feature_alpha_dropout(rows, p, True)
+        )
+
+
+def composite() -> nn.Module:
+    model = create("test_resnet")
+    torch.manual_seed(0)
+    model.global_pool = Composite().eval()
+    return model
+
+
+ALONE: dict[str, tuple[Callable[[], nn.Module], Callable[[nn.Module], object]]] = {
+    "a head in training": (lambda: create("test_vit", drop_rate=0.5), lambda model: model.head_drop.train()),
+    "below the first level": (lambda: create("test_byobnet", drop_rate=0.5), lambda model: model.head.drop.train()),
+    "Monte Carlo": (lambda: create("test_convnext", drop_rate=0.5), dropouts_in_training),
+    "the flag of the model": (
+        lambda: create("test_efficientnet", drop_rate=0.5),
+        lambda model: setattr(model, "training", True),
+    ),
+    "inside of functions": (composite, lambda model: model.global_pool.train()),
+    "a batch norm": (lambda: create("levit_128s"), lambda model: model.head.train()),
+}
+
+
+@pytest.mark.parametrize("case", ALONE)
+@pytest.mark.parametrize("called_before", [False, True])
+def test_whatever_is_in_training_is_left_as_the_plain_model_leaves_it(case: str, called_before: bool) -> None:
+    build, switch = ALONE[case]
+    size = 224 if case == "a batch norm" else 160
+    x = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(1))
+    found = []
+    for wrapped in (False, True):
+        model = build()
+        if wrapped:
+            timm_csra.wrap(model, lam=0.5)
+            if called_before:
+                model(x)
+        switch(model)
+        flags = [module.training for module in model.modules()]
+        torch.manual_seed(0)
+        model(x)
+        assert [module.training for module in model.modules()] == flags
+        found.append((torch.get_rng_state(), dict(model.named_buffers())))
+    (random, buffers), (random_of_wrapped, buffers_of_wrapped) = found
+    assert torch.equal(random_of_wrapped, random)
+    assert all(torch.equal(buffers_of_wrapped[name], buffer) for name, buffer in buffers.items())
+
+
+@torch.no_grad()
+def test_locations_are_scored_by_running_statistics() -> None:
+    """What the scores of a batch norm in training are, since each image has its own number of locations."""
     family = next(family for family in FAMILIES if family.name == "levit_128s")
-    model = timm_csra.wrap(create(family.name)).train()
+    model = create(family.name)
     features = model.forward_features(images(family))
-    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    with pytest.raises(UnsupportedModelError, match=r"levit_128s: its head holds the batch norm `head.bn` in training"):
-        model.forward_head(features)
-    assert all(torch.equal(buffer, before[name]) for name, buffer in model.named_buffers())
-    model.head.eval(), model.head_dist.eval()
-    model(images(family))
+    expected = torch.stack([model.forward_head(features[:, j : j + 1]) for j in range(features.shape[1])], 1).amax(1)
+    model.head.train(), model.head_dist.train()
+    base = copy.deepcopy(model).forward_head(features)
+    timm_csra.wrap(model, lam=0.5)
+    torch.testing.assert_close(model.forward_head(features), base + 0.5 * expected, rtol=1e-4, atol=1e-4)
+
+
+def test_flags_are_restored_where_the_head_fails() -> None:
+    model = timm_csra.wrap(create("test_resnet", drop_rate=0.5)).train()
+    features = model.forward_features(torch.randn(2, 3, 96, 96))
+    with pytest.raises(RuntimeError):
+        model.forward_head(features[:, :5])
+    assert all(module.training for module in model.modules())
+
+
+def test_nothing_is_written_in_eval(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that threads may share a model."""
+    model = timm_csra.wrap(create("test_byobnet"))
+    model(torch.randn(1, 3, 96, 96))
+    written: list[str] = []
+    monkeypatch.setattr(nn.Module, "__setattr__", lambda self, name, value: written.append(name))
+    model(torch.randn(1, 3, 96, 96))
+    assert not written
 
 
 @pytest.mark.parametrize("name", ["deit_tiny_distilled_patch16_224", "levit_128s"])

@@ -99,6 +99,11 @@ class CSRAConfig:
         return cls(stored["lam"], tuple(math.inf if head == "inf" else head for head in heads))
 
     @property
+    def terms(self) -> tuple[tuple[str, float], ...]:
+        """The attention terms that are averaged: kind of scores and temperature of each."""
+        return tuple(("logits", temperature) for temperature in self.heads)
+
+    @property
     def heads(self) -> tuple[float, ...]:
         """`temperature` as it is stored: one value per head."""
         assert isinstance(self.temperature, tuple)

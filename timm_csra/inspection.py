@@ -144,14 +144,15 @@ def _explain(model: nn.Module, size: tuple[int, int, int]) -> Explanation:
             with _HeadRecorder(model) as recorder:
                 head(features)
         layout = layout_of(model, features)
-        with FlopCounterMode(display=False) as extra:
-            scores = location_scores(model, head, features)
         shapes = [tuple(part.shape) for part in (features if isinstance(features, (list, tuple)) else [features])]
-        grid = layout.grid(features, size[1:])
+        grid = layout.grid(model, features, size[1:])
+    kind = _kind(model, head, shapes, recorder)  # with numbers: what cannot be wrapped is refused here
+    with mode, FlopCounterMode(display=False) as extra:
+        scores = location_scores(model, head, features)
     return Explanation(
         architecture=describe(model),
         input_size=size,
-        kind=_kind(model, head, shapes, recorder),
+        kind=kind,
         features=layout.format,
         prefix_tokens=layout.prefix_tokens,
         path=f"family adapter: {layout.adapter}" if layout.adapter else "general rule",

@@ -5,6 +5,7 @@ location is enough. The other classes are the families whose head needs more, ea
 map. `layout_of` chooses.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -36,21 +37,31 @@ class Layout:
     adapter: str | None = None
 
     def locations(self, features: Any) -> tuple[Tensor, ...]:
-        """What the head sees of each location: one `(N, L, C)`, or one for each of its branches."""
+        """Give what the head sees of each location: one `(N, L, C)`, or one for each of its branches."""
         raise NotImplementedError
 
-    def constant_maps(self, *locations: Tensor) -> Any:
-        """`(M, C)` for each branch as M constant maps, in the shape that the head takes; prefix tokens become the
-        location too."""
+    def constant_maps(self, *rows: Tensor, places: int = 1) -> Any:
+        """Make M constant maps of `(M, C)` for each branch, in the shape that the head takes; prefix tokens become the
+        location too. A map has 1 or 4 `places`, unless the layout needs more."""
         raise NotImplementedError
 
-    def scores(self, head: Head, *locations: Tensor) -> Tensor | tuple[Tensor, ...]:
-        """What the head says of M constant maps: `(M, K)`."""
-        return head(self.constant_maps(*locations))
+    def pre_logits(self, model: Any, head: Head, *rows: Tensor) -> Tensor:
+        """Compute what the last layer gets of M constant maps, `(M, D)`."""
+        return head(self.constant_maps(*rows), pre_logits=True)  # type: ignore[return-value]
 
-    def grid(self, features: Any, input_size: tuple[int, int]) -> tuple[int, int] | None:
-        """Rows and columns of locations; for tokens, the grid of L cells with the input's `(H, W)` aspect."""
+    def classifier(self, model: Any) -> Any:
+        """Find the last layer of the head, or layers."""
+        return model.get_classifier() if hasattr(model, "get_classifier") else None
+
+    def grid(self, model: Any, features: Any, input_size: tuple[int, int]) -> tuple[int, int] | None:
+        """Find rows and columns of locations, None where they form none. Tokens lie as the patch embedding puts them;
+        where it does not say so, on the grid of L cells with the input's `(H, W)` aspect."""
         count = self.locations(features)[0].shape[1]
+        embedding = getattr(model, "patch_embed", None)
+        if hasattr(embedding, "dynamic_feat_size"):
+            rows, columns = embedding.dynamic_feat_size(input_size)
+            if rows * columns == count:
+                return rows, columns
         rows = max(1, round((count * input_size[0] / input_size[1]) ** 0.5))
         return (rows, count // rows) if count % rows == 0 else None
 
@@ -64,11 +75,14 @@ class Map(Layout):
     def locations(self, features: Tensor) -> tuple[Tensor, ...]:
         return (features.flatten(2).transpose(1, 2) if self.format == "NCHW" else features.flatten(1, 2),)
 
-    def constant_maps(self, *locations: Tensor) -> Tensor:
-        (location,) = locations
-        return location[:, :, None, None] if self.format == "NCHW" else location[:, None, None, :]
+    def constant_maps(self, *rows: Tensor, places: int = 1) -> Tensor:
+        (x,) = rows
+        side = math.isqrt(places)
+        if self.format == "NCHW":
+            return x[:, :, None, None].expand(-1, -1, side, side)
+        return x[:, None, None, :].expand(-1, side, side, -1)
 
-    def grid(self, features: Tensor, input_size: tuple[int, int]) -> tuple[int, int]:
+    def grid(self, model: Any, features: Tensor, input_size: tuple[int, int]) -> tuple[int, int]:
         return tuple(features.shape[2:] if self.format == "NCHW" else features.shape[1:3])  # type: ignore
 
 
@@ -84,47 +98,52 @@ class Tokens(Layout):
     def locations(self, features: Tensor) -> tuple[Tensor, ...]:
         return (features[:, self.prefix_tokens :],)
 
-    def constant_maps(self, *locations: Tensor) -> Tensor:
-        (location,) = locations
-        return location[:, None, :].expand(-1, 1 + self.prefix_tokens, -1)
+    def constant_maps(self, *rows: Tensor, places: int = 1) -> Tensor:
+        (x,) = rows
+        return x[:, None, :].expand(-1, self.prefix_tokens + places, -1)
 
 
 class AttentionPooledMap(Map):
     """A map that `AttentionPool2d` pools (CLIP ResNets): its embedding makes each position another key and value.
 
     The constant map of location j is the full one: x_j at every position, and their mean, x_j, as the query. With
-    positions p = 0 (the query's) to L, embedding e_p, and q, k, v the affine projections of one attention head,
+    positions p = 0 (the query's) to L, embedding e_p, and q, k, v the affine projections of one attention head, what the
+    last layer gets is
 
         w_p = softmax_p(q(x_j + e_0) . k(e_p) / sqrt(d))           k(x_j) adds the same to every p and cancels
         y_j = v(x_j) + sum_p w_p * (v(e_p) - v(0))                 the weights sum to 1
-
-    and the score is what the output projection, which is the classifier, says of y_j.
     """
 
     adapter = "attention pool with positions"
 
-    def __init__(self, pool: AttentionPool2d, features: Tensor) -> None:
+    def __init__(self, features: Tensor) -> None:
         super().__init__("NCHW")
-        self.pool = pool
         self.size = features.shape[2:]
 
-    def scores(self, head: Head, *locations: Tensor) -> Tensor:
-        pool, (location,) = self.pool, locations
+    def constant_maps(self, *rows: Tensor, places: int = 1) -> Tensor:
+        (x,) = rows
+        return x[:, :, None, None].expand(-1, -1, *self.size)
+
+    def classifier(self, model: Any) -> Any:
+        return model.head.proj  # older versions of timm do not find it themselves
+
+    def pre_logits(self, model: Any, head: Head, *rows: Tensor) -> Tensor:
+        pool, (x,) = model.head, rows
         embedding = resample_abs_pos_embed(
             pool.pos_embed.unsqueeze(0), list(self.size), old_size=list(pool.feat_size), num_prefix_tokens=1
         )[0]
-        queries = self._project("q", location + embedding[0]) * pool.scale
-        keys = self._project("k", embedding)
-        values = self._project("v", embedding) - self._project("v", torch.zeros_like(embedding[:1]))
+        queries = _project(pool, "q", x + embedding[0]) * pool.scale
+        keys = _project(pool, "k", embedding)
+        values = _project(pool, "v", embedding) - _project(pool, "v", torch.zeros_like(embedding[:1]))
         weights = torch.einsum("mhd,phd->mhp", queries, keys).softmax(dim=-1)
-        pooled = self._project("v", location) + torch.einsum("mhp,phd->mhd", weights.to(values.dtype), values)
-        return pool.proj(pool.drop(pooled.flatten(1)))
+        pooled = _project(pool, "v", x) + torch.einsum("mhp,phd->mhd", weights.to(values.dtype), values)
+        return pool.drop(pooled.flatten(1))
 
-    def _project(self, part: str, x: Tensor) -> Tensor:
-        """Queries, keys or values of `(M, C)`: `(M, heads, d)`."""
-        pool = self.pool
-        projected = getattr(pool, part)(x) if pool.qkv is None else pool.qkv(x).chunk(3, dim=-1)["qkv".index(part)]
-        return projected.unflatten(-1, (pool.num_heads, pool.head_dim))
+
+def _project(pool: AttentionPool2d, part: str, x: Tensor) -> Tensor:
+    """Compute queries, keys or values of `(M, C)`: `(M, attention heads, d)`."""
+    projected = getattr(pool, part)(x) if pool.qkv is None else pool.qkv(x).chunk(3, dim=-1)["qkv".index(part)]
+    return projected.unflatten(-1, (pool.num_heads, pool.head_dim))
 
 
 class Branches(Layout):
@@ -148,10 +167,10 @@ class Branches(Layout):
             for tokens, grid in zip(features, self.grids, strict=True)
         )
 
-    def constant_maps(self, *locations: Tensor) -> list[Tensor]:
-        return [location[:, None, :].expand(-1, 2, -1) for location in locations]
+    def constant_maps(self, *rows: Tensor, places: int = 1) -> list[Tensor]:
+        return [x[:, None, :].expand(-1, 1 + places, -1) for x in rows]
 
-    def grid(self, features: Sequence[Tensor], input_size: tuple[int, int]) -> tuple[int, int]:
+    def grid(self, model: Any, features: Sequence[Tensor], input_size: tuple[int, int]) -> tuple[int, int]:
         return self.finest
 
     def _nearest(self, grid: tuple[int, int], device: torch.device) -> Tensor:
@@ -180,9 +199,9 @@ class MapWithStates(Layout):
         averages = (state.mean(-1)[:, None, :].expand(-1, last.shape[2], -1) for state in states)
         return last.transpose(1, 2), *averages
 
-    def constant_maps(self, *locations: Tensor) -> list[Tensor]:
-        location, *states = locations
-        return [branch[:, :, None] for branch in (*states, location)]
+    def constant_maps(self, *rows: Tensor, places: int = 1) -> list[Tensor]:
+        x, *states = rows
+        return [*(state[:, :, None] for state in states), x[:, :, None].expand(-1, -1, places)]
 
 
 class PiTFeatures:
@@ -242,10 +261,10 @@ def layout_of(model: nn.Module, features: Any) -> Layout:
         return Tokens(prefix, _class_token_family(model) if declared is None and prefix else None)
     if features.ndim == 4:
         if isinstance(getattr(model, "head", None), AttentionPool2d):
-            return AttentionPooledMap(model.head, features)
+            return AttentionPooledMap(features)
         output_fmt = getattr(model, "output_fmt", None)
         channels = getattr(model, "num_features", None)
-        last = features.shape[3] == channels and features.shape[1] != channels
+        last = features.shape[1] != channels and features.shape[3] == channels
         return Map("NHWC" if output_fmt == "NHWC" or (output_fmt is None and last) else "NCHW")
     tokens = f" of which {prefix} are prefix tokens" if features.ndim == 3 else ""
     raise UnsupportedModelError(
@@ -257,8 +276,8 @@ def layout_of(model: nn.Module, features: Any) -> Layout:
 
 def _class_tokens(model: nn.Module) -> int:
     """How many class tokens a model has that counts none in `num_prefix_tokens` (CoaT-Lite, VOLO, PiT)."""
-    tokens = (p for name, p in model.named_parameters(recurse=False) if name.startswith("cls_token"))
-    return next((token.shape[1] for token in tokens), 0)
+    tokens = [p.shape[1] for name, p in model.named_parameters(recurse=False) if name.startswith("cls_token")]
+    return tokens[0] if tokens else 0
 
 
 def _class_token_family(model: nn.Module) -> str:

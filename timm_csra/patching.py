@@ -2,7 +2,9 @@
 
 import functools
 import math
+import warnings
 from typing import Any, TypeVar, cast
+from weakref import WeakSet
 
 import torch
 from timm.layers import AttentionPool2d, AttentionPoolLatent
@@ -11,6 +13,7 @@ from torch import Tensor, nn
 from .attention import add_attention
 from .config import CSRAConfig
 from .errors import UnsupportedModelError, describe
+from .heads import is_recorded
 from .layouts import Head, layout_of, overrides, spatial_features
 from .locations import location_attention, location_scores
 
@@ -21,14 +24,28 @@ class CSRAMixin:
     """Modifications:
 
     - `forward_head` adds the attention term of `self.csra` to the logits.
+    - a call that did not reach it says so, once.
     - copying and pickling rebuild the subclass from the timm class.
     - `torch.jit.script` is refused.
     """
 
     csra: CSRAConfig
 
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        outputs = super().__call__(*args, **kwargs)  # type: ignore[misc]
+        if self.csra.lam and not is_recorded() and self not in _reached:
+            _reached.add(cast(nn.Module, self))
+            warnings.warn(
+                f"{describe(cast(nn.Module, self))}: its forward did not call forward_head, so that wrapping changes nothing. "
+                "Expected a forward like timm's: forward_head(forward_features(x)).",
+                stacklevel=2,
+            )
+        return outputs
+
     def forward_head(self, x: Any = None, pre_logits: bool = False, **masks: Any) -> Any:
         model, head, lam = cast(nn.Module, self), super().forward_head, self.csra.lam  # type: ignore[misc]
+        if not is_recorded():
+            _reached.add(model)
         if lam == 0 or pre_logits:
             features = () if x is None else (x,)  # NaFlexViT names its features
             return head(*features, **(masks | {"pre_logits": True} if pre_logits else masks))
@@ -36,7 +53,7 @@ class CSRAMixin:
             raise UnsupportedModelError(_no_classifier(model))
         features = masks.pop("patches") if x is None else x
         # Locations first: what they refuse, they refuse before the plain head has changed anything.
-        terms = location_attention(model, head, features, self.csra.heads, _valid(model, features, masks))
+        terms = location_attention(model, head, features, self.csra.terms, _valid(model, features, masks))
         logits = head(features, **masks)
         if isinstance(logits, tuple):
             return tuple(add_attention(y, term, lam) for y, term in zip(logits, terms, strict=True))
@@ -63,6 +80,11 @@ def _valid(model: nn.Module, features: Any, masks: dict[str, Any]) -> Tensor | N
     if valid.shape != layout_of(model, features).locations(features)[0].shape[:2]:
         return None  # other tokens than patches have been pooled from them
     return valid.bool()
+
+
+# Models whose forward is known to reach `forward_head`, or that have been warned of. Not in the models: pickles and copies
+# must not hold it.
+_reached: WeakSet[nn.Module] = WeakSet()
 
 
 @functools.cache
@@ -172,13 +194,13 @@ def score_maps(model: nn.Module, x: Tensor) -> Tensor:
     features = spatial_features(model, x)
     scores = location_scores(model, plain_head(model), features)
     mean_scores: Tensor = scores[0] if len(scores) == 1 else torch.stack(scores).mean(0)
-    grid = layout_of(model, features).grid(features, (x.shape[-2], x.shape[-1]))
+    grid = layout_of(model, features).grid(model, features, (x.shape[-2], x.shape[-1]))
     if grid is None:
         raise UnsupportedModelError(
             f"{describe(model)}: {mean_scores.shape[1]} locations form no grid of rows and columns for an input of "
             f"{x.shape[-2]}x{x.shape[-1]} pixels. Use an input whose size is a multiple of the model's patch size."
         )
-    return torch.unflatten(mean_scores.transpose(1, 2), 2, grid)
+    return mean_scores.transpose(1, 2).unflatten(2, grid)
 
 
 def check_supported(model: Any) -> None:
@@ -190,6 +212,11 @@ def check_supported(model: Any) -> None:
         )
     if not model.num_classes:
         raise UnsupportedModelError(_no_classifier(model))
+    if "forward_head" in vars(model):
+        raise UnsupportedModelError(
+            f"{describe(model)}: found a forward_head set on the instance, which hides that of the wrapped class. Define it "
+            "in a subclass of the model instead, or delete it: del model.forward_head."
+        )
     head = getattr(model, "head", None)
     if "" in pool_types(model):
         raise UnsupportedModelError(

@@ -1,0 +1,205 @@
+"""How a model's head works, found out by running a twin of it once on a few numbers.
+
+The twin is a copy of the tree of modules that shares every tensor and has no hooks: nobody sees it run, and nothing of it
+is left in the model. It says which modules run in the head, whether the head is its `pre_logits` followed by one linear
+layer, and whether it says of a constant map what it says of one location.
+"""
+
+import inspect
+import types
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.nn.modules import module as nn_module
+
+from .errors import UnsupportedModelError, describe
+from .layouts import Head, Layout
+
+
+@dataclass(frozen=True)
+class HeadParts:
+    """What is known of a head.
+
+    Attributes:
+        modules: those that run in the head, or all modules of the model where that is not known.
+        classifier: the linear layer or 1x1 convolution that comes last and whose inputs `pre_logits` gives, where nobody
+            watches the head; else None.
+    """
+
+    modules: tuple[nn.Module, ...]
+    classifier: nn.Linear | nn.Conv2d | None = None
+
+    @contextmanager
+    def evaluating(self, model: nn.Module) -> Iterator[None]:
+        """Put what is in training into eval, so that no dropout acts and no buffer changes while locations are scored.
+
+        A module that gives a pair of logits in distilled training keeps its flag. Nothing is written where nothing is
+        in training: threads may share a model in eval.
+        """
+        switched = [m for m in (model, *self.modules) if m.training and not getattr(m, "distilled_training", False)]
+        for module in switched:
+            module.training = False
+        try:
+            yield
+        finally:
+            for module in switched:
+                module.training = True
+
+
+@dataclass(frozen=True)
+class _Examined:
+    state: tuple[Any, ...]  # what the head was made of: another state asks for another look
+    parts: HeadParts
+
+
+# Not in the models: pickles, copies and unwrapped models must not hold it.
+_examined: WeakKeyDictionary[nn.Module, _Examined] = WeakKeyDictionary()
+
+
+def is_recorded() -> bool:
+    """Whether this call becomes a graph (torch.compile, torch.export, torch.jit.trace and both ONNX exporters)."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()
+
+
+def parts_of(model: nn.Module, head: Head, layout: Layout, locations: tuple[Tensor, ...]) -> HeadParts:
+    """Find the parts of `model`'s own `forward_head`, on the kind of features that `locations` `(N, L, C)` are of.
+
+    Recorded graphs, tensors without values, and transforms of torch.func get no answer but all modules, and a hook on
+    every module (a global one) forbids the twin.
+
+    Raises:
+        UnsupportedModelError: what the head says of a constant map depends on the number of its locations.
+    """
+    if is_recorded() or _without_values(locations) or nn_module._has_any_global_hook():
+        return HeadParts(tuple(model.modules()))
+    examined = _examined.get(model)
+    if examined is None or examined.state != _state(model, head, examined.parts.modules):
+        parts = _examine(model, head, layout, locations)
+        examined = _examined[model] = _Examined(_state(model, head, parts.modules), parts)
+    if examined.parts.classifier is not None and any(map(_is_watched, examined.parts.modules)):
+        return HeadParts(examined.parts.modules)
+    return examined.parts
+
+
+def _without_values(tensors: tuple[Tensor, ...]) -> bool:
+    fake = any(tensor.is_meta or isinstance(tensor, FakeTensor) for tensor in tensors)
+    return fake or torch._C._are_functorch_transforms_active()  # which has no public name
+
+
+def _state(model: nn.Module, head: Head, modules: tuple[nn.Module, ...]) -> tuple[Any, ...]:
+    """The head's modules and functions, as far as they can be told apart without running them."""
+    own = (getattr(head, "__func__", head), type(model), *model.children())
+    return own + tuple(part for m in modules for part in (type(m), vars(m).get("forward"), *m.children()))
+
+
+def _is_watched(module: nn.Module) -> bool:
+    """Whether a hook would see this module's calls (nn.Module has no public way to ask)."""
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
+
+
+def _twin(module: nn.Module, twins: dict[nn.Module, nn.Module]) -> nn.Module:
+    """Copy a tree of modules, in eval mode and without hooks; tensors are shared."""
+    if module not in twins:
+        twin = twins[module] = type(module).__new__(type(module))
+        vars(twin).update(vars(module))
+        vars(twin).update({name: value for name, value in vars(nn.Module()).items() if "hooks" in name})
+        children = {name: child if child is None else _twin(child, twins) for name, child in module._modules.items()}
+        vars(twin).update(_modules=children, training=False)
+    return twins[module]
+
+
+def _examine(model: nn.Module, head: Head, layout: Layout, locations: tuple[Tensor, ...]) -> HeadParts:
+    if not isinstance(head, types.MethodType):  # a function that is no method of a model cannot be run on a twin
+        return HeadParts(tuple(model.modules()))
+    twins: dict[nn.Module, nn.Module] = {}
+    twin = _twin(model, twins)
+    twin_head = types.MethodType(head.__func__, twin)
+    called: list[nn.Module] = []
+    for module, of_module in twins.items():
+        of_module.register_forward_pre_hook(lambda *_, module=module: called.append(module))
+    classifier = layout.classifier(model)
+    stand_in = _StandIn.of(classifier)
+    if stand_in is not None:
+        vars(twins[classifier])["forward"] = stand_in
+    rows = tuple(_numbers(2 * branch.shape[2], branch).unflatten(0, (2, -1)) for branch in locations)
+    with torch.no_grad():
+        logits = _run(model, twin_head, layout, rows)
+        modules = tuple(dict.fromkeys(called))
+        once = stand_in is not None and called.count(classifier) == 2  # in two runs
+        if once and isinstance(logits, Tensor) and "pre_logits" in inspect.signature(head).parameters:
+            pre_logits = layout.pre_logits(twin, twin_head, *rows)
+            if pre_logits.ndim == 2 and _close(logits, stand_in(pre_logits)):  # type: ignore[misc]
+                return HeadParts(modules, classifier)
+    return HeadParts(modules)
+
+
+def _run(model: nn.Module, head: Head, layout: Layout, rows: tuple[Tensor, ...]) -> Any:
+    """Run a head on two constant maps; UnsupportedModelError where the first depends on its size, or on the second."""
+    expected = (
+        "Expected a pooling of which a constant map gives its constant whatever its size (a mean, a maximum, an attention), "
+        "and no use of other images in eval: otherwise a single location has no score. Replace that part of the head."
+    )
+    try:
+        two = head(layout.constant_maps(*rows))
+        larger = head(layout.constant_maps(*(branch[:1] for branch in rows), places=4))
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        raise UnsupportedModelError(
+            f"{describe(model)}: its head cannot run on maps of one and of 2x2 locations: {error}. {expected}"
+        ) from error
+    pairs = zip(_elements(two), _elements(larger), strict=True)
+    if not all(len(a) == 2 and _close(a[:1], b) for a, b in pairs):
+        raise UnsupportedModelError(
+            f"{describe(model)}: its head gives a constant map of 2x2 locations other logits than one such location. "
+            f"{expected}"
+        )
+    return two
+
+
+class _StandIn:
+    """A linear layer of rank one in the place of the last one, whose own weights may be zero."""
+
+    def __init__(self, classes: int, dim: int) -> None:
+        self.classes = classes
+        self.dim = dim  # of the features
+
+    @classmethod
+    def of(cls, classifier: Any) -> "_StandIn | None":
+        """For a linear layer, or a convolution that is one at every place; None for other modules."""
+        if isinstance(classifier, nn.Linear):
+            return cls(classifier.out_features, -1)
+        if isinstance(classifier, nn.Conv2d):
+            sizes = (classifier.kernel_size, classifier.stride, classifier.padding, classifier.groups)
+            return cls(classifier.out_channels, 1) if sizes == ((1, 1), (1, 1), (0, 0), 1) else None
+        return None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        features = x.movedim(self.dim, -1)
+        projected = features @ _numbers(features.shape[-1], x) / features.shape[-1] ** 0.5
+        return (projected[..., None] * _numbers(self.classes, x)).movedim(-1, self.dim)
+
+
+def _numbers(count: int, like: Tensor) -> Tensor:
+    """Numbers between -1 and 1, without use of a random state, in the dtype and on the device of `like`."""
+    return torch.arange(count, device=like.device).float().cos().to(like.dtype)
+
+
+def _elements(logits: Any) -> tuple[Tensor, ...]:
+    return logits if isinstance(logits, tuple) else (logits,)
+
+
+def _close(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors are equal but for rounding, relative to the largest finite element."""
+    if a.shape != b.shape:
+        return False
+    scale = torch.where(b.isfinite(), b, 0).abs().amax()
+    return torch.allclose(a, b, rtol=0, atol=float(scale) * torch.finfo(b.dtype).eps ** 0.5)
