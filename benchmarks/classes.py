@@ -18,20 +18,22 @@ class NotApplicableError(Exception):
     """A cell that has no answer for this checkpoint and data: a record with the reason, never a failure."""
 
 
-def head_classes(model: nn.Module) -> list[set[str]] | None:
+def head_classes(model: nn.Module, count: int | None = None) -> list[set[str]] | None:
     """All names of each class of a head, in its order: from the checkpoint's `label_names`, else by timm from the
-    number of classes (ImageNet-1k, 12k, 21k, 22k); None where nobody says."""
+    number of classes (ImageNet-1k, 12k, 21k, 22k); None where nobody says. `count` is how many logits the head gives,
+    which `num_classes` does not know where the classifier was replaced."""
+    count = count or int(model.num_classes)  # type: ignore[arg-type]
     cfg: dict[str, Any] = getattr(model, "pretrained_cfg", {})
     names, descriptions = cfg.get("label_names"), cfg.get("label_descriptions") or {}
     if isinstance(names, dict):
-        names = [names.get(str(index), names.get(index, "")) for index in range(int(model.num_classes))]  # type: ignore
+        names = [names.get(str(index), names.get(index, "")) for index in range(count)]
     if not names:
-        subset = infer_imagenet_subset(model)
+        subset = infer_imagenet_subset({"num_classes": count})
         if subset is None:
             return None
         info = ImageNetInfo(subset)
         names, descriptions = info.label_names(), info.label_descriptions(as_dict=True)
-    if len(names) != model.num_classes:
+    if len(names) != count:
         return None
     return [_names(f"{name} {descriptions.get(name, '')}") | {_normal(name)} for name in names]
 
@@ -126,7 +128,11 @@ def combined(logits: Tensor, groups: Sequence[Sequence[int]], combine: str) -> T
 
 
 def align(
-    classes: Sequence[str], labels: Iterable[Iterable[int]], model: nn.Module, class_map: ClassMap | None = None
+    classes: Sequence[str],
+    labels: Iterable[Iterable[int]],
+    model: nn.Module,
+    class_map: ClassMap | None = None,
+    count: int | None = None,
 ) -> Alignment:
     """Match the data's classes with the head's by synset, else by a name that only one class of the head has.
 
@@ -137,15 +143,16 @@ def align(
         labels: indices into `classes`, for each photograph.
         model: whose head is to be scored.
         class_map: matches by it instead.
+        count: how many logits the head gives; None for `model.num_classes`.
 
     Raises:
         NotApplicableError: the head's classes are unknown, or a class that occurs in the data is not among them.
     """
-    head = head_classes(model)
+    head = head_classes(model, count)
     if head is None:
         raise NotApplicableError(
-            f"the names of the head's {model.num_classes} classes are unknown: expected label_names in config.json "
-            "or a head of a known ImageNet size"
+            f"the names of the head's {count or model.num_classes} classes are unknown: expected label_names in "
+            "config.json or a head of a known ImageNet size"
         )
     owners: dict[str, set[int]] = {}
     for index, names in enumerate(head):

@@ -224,6 +224,8 @@ def _bad_images(dataset: Any, bad: list[int]) -> str:
 def _load(cell: Cell, loaded: Loaded, options: Options) -> tuple[Any, Record, Alignment]:
     """Loader, preprocessing and alignment; how an image becomes a tensor is timm's and the checkpoint's affair."""
     data, model, size = cell.data, loaded.model, loaded.size
+    # Of the logits: a classifier may have been replaced. Where they are unknown, `score_cell` says why.
+    count = loaded.explanation.num_classes or int(model.num_classes)  # type: ignore[arg-type]
     if cell.task != "single" and data.stream:
         raise NotApplicableError("a stream has no list of its images: it is scored by the task single alone")
     if cell.task == "single" and data.multilabel:
@@ -239,8 +241,9 @@ def _load(cell: Cell, loaded: Loaded, options: Options) -> tuple[Any, Record, Al
         data = real_labels(data)
     labels = [range(len(data.classes))] if data.stream else data.labels
     if data.stream and not data.classes:  # labels without names are the head's own
-        data = replace(data, classes=tuple(map(str, range(model.num_classes))))  # type: ignore[arg-type]
-    alignment = align(data.classes, labels, model, options.class_map if cell.task == "multilabel" else None)
+        data = replace(data, classes=tuple(map(str, range(count))))
+    class_map = options.class_map if cell.task == "multilabel" else None
+    alignment = align(data.classes, labels, model, class_map, count)
     requested = {"input_size": (3, *size), "crop_mode": options.crop_mode, "crop_pct": options.crop_pct}
     if cell.task == "mosaic":
         requested |= {"crop_mode": "squash", "crop_pct": 1.0}  # the mosaic has the right size already

@@ -20,17 +20,15 @@ def autocast(options: Options) -> AbstractContextManager[Any]:
     return torch.autocast(torch.device(options.device).type, amp) if amp else nullcontext()
 
 
-@torch.inference_mode()
 def plain_seconds(model: nn.Module, loader: Any, options: Options) -> float:
     """One evaluation pass of the plain model over the same loader."""
     started = time.perf_counter()
     for images, *_ in loader:
-        with autocast(options):
+        with torch.inference_mode(), autocast(options):
             model(images.to(options.device, non_blocking=True)).float().cpu()
     return time.perf_counter() - started
 
 
-@torch.inference_mode()
 def five_crops(
     model: nn.Module, size: tuple[int, int], images: Any, preprocessing: Record, alignment: Alignment, options: Options
 ) -> dict[str, Tensor]:
@@ -42,7 +40,7 @@ def five_crops(
     columns = torch.as_tensor(alignment.columns)
     kept: list[Tensor] = []
     for crops, index in DataLoader(dataset, batch_size=batch_size, num_workers=options.workers):
-        with autocast(options):
+        with torch.inference_mode(), autocast(options):
             logits = model(crops.flatten(0, 1).to(options.device))
         kept.append(logits.float().cpu()[:, columns].unflatten(0, (-1, 5))[index >= 0])
     every = torch.cat(kept)

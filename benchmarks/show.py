@@ -54,7 +54,7 @@ def _show(args: argparse.Namespace) -> None:
     scores, _ = score(model, [(x, torch.zeros(1))], [PLAIN, wrapped])
     with torch.inference_mode():
         maps = timm_csra.score_maps(model, x)[0]
-    names = [_readable(names) for names in head_classes(model) or [{str(i)} for i in range(len(maps))]]
+    names = [_readable(names) for names in head_classes(model, len(maps)) or [{str(i)} for i in range(len(maps))]]
     top = min(TOP, len(names))
     order = {
         heading: scores.logits(setting)[0].topk(top).indices.tolist()

@@ -1,6 +1,8 @@
 """`tune` against the same protocol written out, and against data in which the truth is known."""
 
+import copy
 import math
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -147,6 +149,68 @@ def test_what_does_not_fit_is_refused() -> None:
         timm_csra.tune(model, loader(model), lams=[0])
     with pytest.raises(ValueError, match="metric: top5 counts every class as predicted where there are 4"):
         timm_csra.tune(model, loader(model), metric="top5")
+
+
+def test_a_classifier_that_num_classes_does_not_know() -> None:
+    model = timm.create_model("test_resnet").eval()
+    model.fc = torch.nn.Linear(model.num_features, 20)
+    images, labels = torch.randn(40, 3, 64, 64), torch.arange(40) % 20
+    told = copy.deepcopy(model)
+    told.num_classes = 20
+    for targets in (labels, torch.nn.functional.one_hot(labels, 20)):
+        expected = timm_csra.tune(told, [(images, targets)], folds=3)
+        assert timm_csra.tune(model, [(images, targets)], folds=3) == expected
+    with pytest.raises(ValueError, match=r"found targets \(40,\) .*index \(N,\) from 0 to 19, or \(N, 20\) with 1"):
+        timm_csra.tune(model, [(images, labels + 1)], folds=3)
+
+
+class Caching(torch.utils.data.Dataset):
+    """Makes each image once, and keeps it."""
+
+    def __init__(self) -> None:
+        self.kept: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def __len__(self) -> int:
+        return 12
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        image = torch.randn(3, 64, 64, generator=torch.Generator().manual_seed(index))
+        return self.kept.setdefault(index, (image, torch.tensor(index % 4)))
+
+
+def test_what_a_data_set_keeps_can_be_trained_on_afterwards() -> None:
+    model = timm.create_model("test_resnet", num_classes=4).eval()
+    dataset = Caching()
+    timm_csra.tune(model, torch.utils.data.DataLoader(dataset, batch_size=4), folds=3)
+    images, targets = (torch.stack(parts) for parts in zip(*dataset.kept.values(), strict=True))
+    assert not any(part.is_inference() for pair in dataset.kept.values() for part in pair)
+    images = dataset.kept[0][0][None]
+    torch.nn.functional.cross_entropy(model(images), targets[:1]).backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+def test_a_loader_that_needs_gradients() -> None:
+    """Adversarial images, made as they are asked for."""
+    model = timm.create_model("test_resnet", num_classes=4).eval()
+
+    def adversarial() -> Iterator[tuple[Tensor, Tensor]]:
+        for _ in range(3):
+            images = torch.randn(4, 3, 64, 64, requires_grad=True)
+            (gradient,) = torch.autograd.grad(model(images).sum(), images)
+            yield images.detach() + 0.1 * gradient.sign(), torch.arange(4)
+
+    assert timm_csra.tune(model, adversarial(), folds=3).images == 12
+
+
+def test_a_metric_of_ones_own_may_take_gradients() -> None:
+    model = timm.create_model("test_resnet", num_classes=4).eval()
+
+    def steepness(logits: Tensor, targets: Tensor) -> Tensor:
+        logits = logits.requires_grad_()
+        return torch.autograd.grad(torch.nn.functional.cross_entropy(logits, targets), logits)[0].norm()
+
+    batch = (torch.randn(12, 3, 64, 64), torch.arange(12) % 4)
+    assert timm_csra.tune(model, [batch], metric=steepness, folds=3).nested.baseline > 0
 
 
 @pytest.mark.cuda

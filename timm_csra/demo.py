@@ -140,13 +140,12 @@ def look(name: str, path: str | None) -> Seen:
             base, maps = model(x)[0], score_maps(model, x)[0]
     except UnsupportedModelError as error:
         raise gr.Error(str(error)) from error
-    return Seen(picture, base, maps, class_names(model))
+    return Seen(picture, base, maps, class_names(model, len(base)))
 
 
-def class_names(model: nn.Module) -> tuple[str, ...]:
-    """From the checkpoint, else ImageNet's, else numbers."""
-    cfg, count = getattr(model, "pretrained_cfg", {}), int(model.num_classes)  # type: ignore[arg-type]
-    names = cfg.get("label_names")
+def class_names(model: nn.Module, count: int) -> tuple[str, ...]:
+    """Of `count` logits: from the checkpoint, else ImageNet's, else numbers."""
+    names = getattr(model, "pretrained_cfg", {}).get("label_names")
     if not names and count == 1000:
         info = ImageNetInfo()
         names = [info.index_to_description(index).split(",")[0] for index in range(count)]

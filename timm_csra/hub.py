@@ -22,18 +22,22 @@ from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi, hf_hub_downlo
 from huggingface_hub.errors import EntryNotFoundError
 from safetensors import SafetensorError, safe_open
 from timm.models import is_model
+from timm.utils import reparameterize_model
 from torch import nn
 
 from .card import Record, model_card
 from .config import CSRAConfig
 from .errors import describe
-from .patching import is_wrapped, wrap
+from .misfits import REPARAMETERISED, Misfits, Shape
+from .patching import check_supported, is_wrapped, wrap
 from .version import __version__
 
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
 FOREIGN_WEIGHTS = (WEIGHTS, "pytorch_model.bin", "open_clip_model.safetensors", "open_clip_pytorch_model.bin")
 PICKLES = (".bin", ".pth", ".pt", ".tar", ".ckpt")
 LABELS = ("label_names", "label_descriptions")
+RECORDS_ARGUMENTS = hasattr(timm.models, "resolve_model_input_args")  # how a model was made, in `model_args`
+SHOWN = 4  # weights of each kind that do not fit, in errors of saving: a reparameterised model has hundreds
 CLIENT: dict[str, Any] = {"library_name": "timm_csra", "library_version": __version__}
 
 _logger = logging.getLogger(__name__)
@@ -84,7 +88,9 @@ def save_pretrained(
 
     Raises:
         TypeError: the model is not wrapped.
-        ValueError: `results` are no finished records, or of other weights.
+        ValueError: `from_pretrained` could not load what would be saved: weights of layers that timm does not build
+            (a new classifier of which `model.num_classes` does not know, an MLP in its place, a parametrization, a
+            reparameterised model), or no classifier. Or `results` are no finished records, or of other weights.
 
     Example:
         >>> import tempfile, timm_csra
@@ -206,12 +212,18 @@ def from_pretrained(
     settings.temperature = settings.temperature if temperature is None else temperature
     if stored is None:
         _logger.warning(f"{name}: {CONFIG} has no settings of timm_csra; wrapped with {settings}.")
+    if (folder / WEIGHTS).is_file():
+        # By name: timm 1.0.22 gives the file it finds in a folder to torch.load, and torch 2.5 reads no safetensors.
+        by_name = {"source": "", "file": str(folder / WEIGHTS), "custom_load": False}
+        kwargs["pretrained_cfg_overlay"] = {**(kwargs.get("pretrained_cfg_overlay") or {}), **by_name}
     try:
         model = timm.create_model(f"local-dir:{folder}", pretrained=True, cache_dir=cache_dir, **kwargs)
     except RuntimeError as error:  # timm's: no weights, pickles that want code, keys and shapes that do not fit
         raise ValueError(f"{name}: {error}") from error
     if source == "hf-hub":
         model.pretrained_cfg |= {"source": source, "hf_hub_id": location, "file": None}
+    else:
+        model.pretrained_cfg |= {"source": source, "file": str(folder)}
     return wrap(model, settings.lam, settings.temperature).eval()
 
 
@@ -225,11 +237,12 @@ def weights_sha256(model: nn.Module) -> str:
 
 
 def _write(model: nn.Module, folder: Path, name: str, results: Record | Sequence[Record] | None) -> None:
-    """All three files, into an empty folder."""
+    """All three files, into an empty folder: what `from_pretrained` loads, or an error that says why it could not."""
     if not is_wrapped(model):
         raise TypeError(f"{describe(model)}: found a {type(model).__name__}, expected a wrapped model: wrap it first.")
     records = [results] if isinstance(results, Mapping) else list(results or ())
     settings = cast(CSRAConfig, model.csra)
+    check_supported(model)
     card = model_card(model, settings, name, records, weights_sha256(model) if records else "")
     extra: dict[str, Any] = {"csra": settings.to_dict()}
     cfg = getattr(model, "pretrained_cfg", {})
@@ -244,6 +257,8 @@ def _write(model: nn.Module, folder: Path, name: str, results: Record | Sequence
         if (value := config["pretrained_cfg"].pop(key, None)) is not None:
             config.setdefault(key, value)
     (folder / CONFIG).write_text(json.dumps(config, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    config, _ = _read_config(folder / CONFIG, describe(model))
+    _check_weights(describe(model), folder / WEIGHTS, config, saving=True)
     card.save(folder / CARD)
 
 
@@ -342,8 +357,9 @@ def _refuse_code(name: str, folder: Path) -> None:
             ) from error
 
 
-def _check_weights(name: str, file: Path, config: dict[str, Any]) -> None:
-    """Refuse weights that do not fit the architecture as it was saved, before anything is loaded."""
+def _check_weights(name: str, file: Path, config: dict[str, Any], saving: bool = False) -> None:
+    """Refuse weights that do not fit the architecture as it was saved: before anything is loaded, and before anything
+    that could not be loaded replaces files or is sent."""
     if not file.is_file():
         raise ValueError(f"{name}: {_no_weights(ours=True)}")
     try:
@@ -360,16 +376,25 @@ def _check_weights(name: str, file: Path, config: dict[str, Any]) -> None:
             model = timm.create_model(config["architecture"], pretrained=False, **arguments)
     except (TypeError, ValueError, RuntimeError, AssertionError) as error:  # as many ways as there are architectures
         raise ValueError(f"{name}: {CONFIG} describes no model that timm can build: {error}") from error
-    expected = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
-    misfits = {
-        "missing": sorted(expected.keys() - found.keys()),
-        "unexpected": sorted(found.keys() - expected.keys()),
-        "of another shape": [
-            f"{key} (found {found[key]}, expected {expected[key]})"
-            for key in sorted(found.keys() & expected.keys())
-            if found[key] != expected[key]
-        ],
-    }
-    if any(misfits.values()):
-        listed = "; ".join(f"{what}: {', '.join(keys)}" for what, keys in misfits.items() if keys)
-        raise ValueError(f"{name}: the weights do not fit {config['architecture']}. {listed}.")
+    misfits = Misfits.of(found, _shapes(model))
+    if misfits and saving:
+        raise ValueError(
+            f"{name}: cannot be saved, because from_pretrained could not load it: its weights are not those of "
+            f"{config['architecture']} with {classes} classes as timm builds it. {misfits.listed(SHOWN)}. "
+            f"{_remedy(misfits, model, found, cast(int, classes))}"
+        )
+    if misfits:
+        raise ValueError(f"{name}: the weights do not fit {config['architecture']}. {misfits.listed()}.")
+
+
+def _remedy(misfits: Misfits, expected: nn.Module, found: dict[str, Shape], classes: int) -> str:
+    with torch.device("meta"):
+        fused = reparameterize_model(expected.eval())
+    if not Misfits.of(found, _shapes(fused)):
+        return REPARAMETERISED
+    older = f" timm {timm.__version__} does not record arguments it was made with, such as img_size: timm 1.0.31 does."
+    return misfits.remedy(classes) + ("" if RECORDS_ARGUMENTS else older)
+
+
+def _shapes(model: nn.Module) -> dict[str, Shape]:
+    return {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}

@@ -40,6 +40,15 @@ def test_classes_are_aligned(classes: list[str], labels: list[int], model: objec
     assert set(alignment.positions) >= set(labels)
 
 
+def test_the_width_of_the_logits_counts_where_num_classes_is_stale() -> None:
+    stale = head(["dog", "bird", "cat"], 1000)
+    with pytest.raises(NotApplicableError, match="the names of the head's 1000 classes are unknown"):
+        align(["cat", "dog"], [[0], [1]], stale)  # type: ignore[arg-type]
+    assert align(["cat", "dog"], [[0], [1]], stale, count=3).columns == (0, 2)  # type: ignore[arg-type]
+    with pytest.raises(NotApplicableError, match="the names of the head's 20 classes are unknown"):
+        align(["tench"], [[0]], IMAGENET, count=20)  # type: ignore[arg-type]
+
+
 def test_every_label_meets_the_column_of_its_class() -> None:
     alignment = align(["cat", "dog"], [[0], [1]], head(["dog", "bird", "cat"]))  # type: ignore[arg-type]
     assert {index: alignment.columns[place] for index, place in alignment.positions.items()} == {0: 2, 1: 0}

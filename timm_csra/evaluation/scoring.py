@@ -74,7 +74,6 @@ class Scores:
         return (base + setting.lam * heads.mean(dim=0)).to(self.dtype).float()
 
 
-@torch.inference_mode()
 def score(
     model: nn.Module,
     batches: Iterable[tuple[Tensor, Tensor]],
@@ -89,7 +88,8 @@ def score(
 
     Args:
         model: a timm classifier in eval mode, plain or wrapped (its own settings are not used), on `device`.
-        batches: `(images (N, C, H, W), targets (N, ...))`.
+        batches: `(images (N, C, H, W), targets (N, ...))`. Only the model runs in inference mode: what a data set keeps
+            of them can be trained on afterwards.
         settings: which temperatures are needed.
         columns: classes of the head to keep, in order; None for all K.
         device: where `model` is.
@@ -112,7 +112,7 @@ def score(
     targets: list[Tensor] = []
     for images, target in batches:
         images = images.to(device, non_blocking=True)
-        with autocast:
+        with torch.inference_mode(), autocast:
             features = spatial_features(model, images)
             base = cast(Tensor, head(features))  # a tuple only in distilled training
             (attention,) = location_attention(model, head, features, temperatures)

@@ -148,13 +148,14 @@ def _checked(
     model: nn.Module, loader: Iterable[tuple[Tensor, Tensor]], any_targets: bool
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """The batches of somebody else's loader. The first that does not fit is refused, before more of it is run."""
-    classes, shape = cast(int, model.num_classes), None
+    classes, shape = 0, None
     for batch in loader:
         parts = batch if isinstance(batch, (tuple, list)) else [batch]
         if len(parts) != 2 or not all(isinstance(part, Tensor) for part in parts):
             found = ", ".join(type(part).__name__ for part in parts)
             raise TypeError(f"{describe(model)}: the loader gave {found}; expected two tensors: (images, targets).")
         images, targets = parts
+        classes = classes or _width(model, images)
         shape = targets.shape[1:] if shape is None else shape
         if len(targets) != len(images) or targets.shape[1:] != shape or not (any_targets or _fit(targets, classes)):
             values = ", ".join(f"{value:g}" for value in targets.unique()[:4].tolist())
@@ -165,6 +166,13 @@ def _checked(
                 "batches."
             )
         yield images, targets if any_targets or targets.ndim > 1 else targets.long()
+
+
+def _width(model: nn.Module, images: Tensor) -> int:
+    """How many classes the head gives: `num_classes` knows nothing of a classifier that was put in its place."""
+    with torch.inference_mode():
+        logits = cast(Tensor, model(images[:1].to(next(model.parameters()).device)))
+    return logits.shape[1]
 
 
 def _fit(targets: Tensor, classes: int) -> bool:
