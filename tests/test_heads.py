@@ -9,7 +9,6 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-import timm
 import torch
 import torch.nn.functional as F
 from timm.models.byobnet import ByobNet

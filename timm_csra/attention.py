@@ -1,7 +1,8 @@
 """The formula: class-specific residual attention over per-location class scores.
 
 Zhu & Wu, "Residual Attention: A Simple but Effective Method for Multi-Label Recognition", ICCV 2021
-(arXiv 2108.02456), equations 1 to 5 and, for several temperatures, 6; without the weight normalisation of trained heads.
+(arXiv 2108.02456), equations 1 to 5 and, for several temperatures, 6; without the weight
+normalisation of trained heads.
 
 The scores of all locations need not be in memory at once: `Attention` holds what some of the locations contribute, and
 the contributions of two parts merge into that of both, exactly, for every T.
@@ -106,7 +107,7 @@ def add_attention(logits: Tensor, attention: Sequence[Tensor], lam: float) -> Te
 
     Args:
         logits: the model's own, `(N, K)`.
-        attention: the attention term of each temperature, `(N, K)`; several are averaged, so that lam keeps its meaning.
+        attention: `(N, K)` of each temperature; several are averaged, so that lam keeps its meaning.
         lam: their weight.
 
     Returns:

@@ -1,8 +1,8 @@
 """How a model's head works, found out by running a twin of it once on a few numbers.
 
-The twin is a copy of the tree of modules that shares every tensor and has no hooks: nobody sees it run, and nothing of it
-is left in the model. It says which modules run in the head, whether the head is its `pre_logits` followed by one linear
-layer, and whether it says of a constant map what it says of one location.
+The twin is a copy of the tree of modules that shares every tensor and has no hooks: no hook sees it run, and it leaves
+nothing in the model. It shows which modules run in the head, whether the head is its `pre_logits` followed by one linear
+layer, and whether its logits of a constant map depend on the size of the map.
 """
 
 import inspect
@@ -28,8 +28,8 @@ class HeadParts:
 
     Attributes:
         modules: those that run in the head, or all modules of the model where that is not known.
-        classifier: the linear layer or 1x1 convolution that comes last and whose inputs `pre_logits` gives, where nobody
-            watches the head; else None.
+        classifier: the linear layer or 1x1 convolution that comes last and whose inputs `pre_logits` gives, where no
+            hook is in the head; else None.
     """
 
     modules: tuple[nn.Module, ...]
@@ -144,8 +144,9 @@ def _examine(model: nn.Module, head: Head, layout: Layout, locations: tuple[Tens
 def _run(model: nn.Module, head: Head, layout: Layout, rows: tuple[Tensor, ...]) -> Any:
     """Run a head on two constant maps; UnsupportedModelError where the first depends on its size, or on the second."""
     expected = (
-        "Expected a pooling of which a constant map gives its constant whatever its size (a mean, a maximum, an attention), "
-        "and no use of other images in eval: otherwise a single location has no score. Replace that part of the head."
+        "Expected a pooling that turns a constant map into its constant, whatever its size (a mean, a maximum, an "
+        "attention), and no use of other images in eval: otherwise a single location has no score. Replace that part of "
+        "the head."
     )
     try:
         two = head(layout.constant_maps(*rows))

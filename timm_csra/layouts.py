@@ -107,8 +107,8 @@ class AttentionPooledMap(Map):
     """A map that `AttentionPool2d` pools (CLIP ResNets): its embedding makes each position another key and value.
 
     The constant map of location j is the full one: x_j at every position, and their mean, x_j, as the query. With
-    positions p = 0 (the query's) to L, embedding e_p, and q, k, v the affine projections of one attention head, what the
-    last layer gets is
+    positions p = 0 (the query's) to L, embedding e_p, and q, k, v the affine projections of one attention head, the
+    last layer gets
 
         w_p = softmax_p(q(x_j + e_0) . k(e_p) / sqrt(d))           k(x_j) adds the same to every p and cancels
         y_j = v(x_j) + sum_p w_p * (v(e_p) - v(0))                 the weights sum to 1

@@ -5,11 +5,12 @@ itself runs on N * L constant maps, with norms, hidden layers and activations ap
 families is needed; `layouts.py` says how small such a map may be, and knows the families that need more than that.
 
 Where the head is its `pre_logits` followed by one linear layer (`heads.py` finds that out), the head runs up to that
-layer. In eager mode the scores are made for some rows at a time and reduced over the locations at once, so that those of
-all locations and classes are never held together.
+layer. In eager mode the scores are made for some rows at a time and reduced over the locations at once: those of all
+locations and classes are never held together.
 """
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Any, cast
 
 import torch
@@ -85,8 +86,8 @@ def location_scores(model: nn.Module, head: Head, features: Any) -> tuple[Tensor
         One `(N, L, K)` tensor for each element of what `head` returns: one, or two in distilled training.
 
     Raises:
-        UnsupportedModelError: the features hold no location, the head returns no `(N, K)` logits, or what it returns for
-            a constant map depends on the size of the map.
+        UnsupportedModelError: the features hold no location, the head returns no `(N, K)` logits, or its logits of a
+            constant map depend on the size of the map.
     """
     layout = layout_of(model, features)
     locations = layout.locations(features)
@@ -151,7 +152,7 @@ def _even(count: int, size: int) -> list[slice]:
     """Divide `count` into as few parts of at most `size` as there can be, of nearly equal length; one for none."""
     parts = max(1, -(-count // size))
     bounds = [count * part // parts for part in range(parts + 1)]
-    return [slice(start, stop) for start, stop in zip(bounds, bounds[1:], strict=False)]
+    return [slice(start, stop) for start, stop in pairwise(bounds)]
 
 
 def _as(kind: str, logits: Tensor) -> Tensor:

@@ -36,8 +36,8 @@ class CSRAMixin:
         if self.csra.lam and not is_recorded() and self not in _reached:
             _reached.add(cast(nn.Module, self))
             warnings.warn(
-                f"{describe(cast(nn.Module, self))}: its forward did not call forward_head, so that wrapping changes nothing. "
-                "Expected a forward like timm's: forward_head(forward_features(x)).",
+                f"{describe(cast(nn.Module, self))}: its forward did not call forward_head: wrapping changes "
+                "nothing. Expected a forward like timm's: forward_head(forward_features(x)).",
                 stacklevel=2,
             )
         return outputs
@@ -82,8 +82,8 @@ def _valid(model: nn.Module, features: Any, masks: dict[str, Any]) -> Tensor | N
     return valid.bool()
 
 
-# Models whose forward is known to reach `forward_head`, or that have been warned of. Not in the models: pickles and copies
-# must not hold it.
+# Models whose forward is known to reach `forward_head`, or that a warning has named. Not kept in the models: pickles and
+# copies must not hold it.
 _reached: WeakSet[nn.Module] = WeakSet()
 
 
@@ -214,8 +214,8 @@ def check_supported(model: Any) -> None:
         raise UnsupportedModelError(_no_classifier(model))
     if "forward_head" in vars(model):
         raise UnsupportedModelError(
-            f"{describe(model)}: found a forward_head set on the instance, which hides that of the wrapped class. Define it "
-            "in a subclass of the model instead, or delete it: del model.forward_head."
+            f"{describe(model)}: found a forward_head set on the instance, which hides that of the wrapped class. "
+            "Define it in a subclass of the model instead, or delete it: del model.forward_head."
         )
     head = getattr(model, "head", None)
     if "" in pool_types(model):
