@@ -21,7 +21,7 @@ from torch.autograd.forward_ad import unpack_dual
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-from .attention import Attention
+from .attention import Attention, class_attention
 from .errors import UnsupportedModelError, describe
 from .layouts import Head, Layout, layout_of
 
@@ -33,6 +33,25 @@ PRODUCT, PRODUCT_OF_ACCELERATORS = 2**21, 2**24
 
 
 def location_attention(
+    model: nn.Module, head: Head, features: Any, terms: Sequence[tuple[str, float]], valid: Tensor | None = None
+) -> tuple[list[Tensor], ...]:
+    """Stand-in: the attention of each pair of scores and T, log-probabilities by holding all scores at once."""
+    temperatures = [temperature for scores, temperature in terms if scores == "logits"]
+    found = _location_attention(model, head, features, temperatures, valid) if temperatures else ()
+    if len(temperatures) == len(terms) and not any(term.isnan().any() for element in found for term in element):
+        return found
+    return tuple(
+        [_term(s if scores == "logits" else s.log_softmax(-1), temperature, valid) for scores, temperature in terms]
+        for s in location_scores(model, head, features)
+    )
+
+
+def _term(scores: Tensor, temperature: float, valid: Tensor | None) -> Tensor:
+    masked = scores.isneginf().all(1)
+    return class_attention(scores.masked_fill(scores.isneginf(), 0), temperature, valid).masked_fill(masked, -torch.inf)
+
+
+def _location_attention(
     model: nn.Module, head: Head, features: Any, temperatures: Sequence[float], valid: Tensor | None = None
 ) -> tuple[list[Tensor], ...]:
     """The attention term of each temperature, in bounded memory: the scores of all locations are never held at once.

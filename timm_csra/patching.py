@@ -9,7 +9,7 @@ from timm.layers import AttentionPool2d, AttentionPoolLatent
 from torch import Tensor, nn
 
 from .attention import add_attention
-from .config import CSRAConfig
+from .config import CSRAConfig, validate_scores
 from .errors import UnsupportedModelError, describe
 from .layouts import Head, layout_of, overrides, spatial_features
 from .locations import location_attention, location_scores
@@ -36,7 +36,8 @@ class CSRAMixin:
             raise UnsupportedModelError(_no_classifier(model))
         features = masks.pop("patches") if x is None else x
         # Locations first: what they refuse, they refuse before the plain head has changed anything.
-        terms = location_attention(model, head, features, self.csra.heads, _valid(model, features, masks))
+        asked = [(self.csra.scores, temperature) for temperature in self.csra.heads]
+        terms = location_attention(model, head, features, asked, _valid(model, features, masks))
         logits = head(features, **masks)
         if isinstance(logits, tuple):
             return tuple(add_attention(y, term, lam) for y, term in zip(logits, terms, strict=True))
@@ -86,7 +87,9 @@ def is_wrapped(model: nn.Module) -> bool:
     return isinstance(model, CSRAMixin)
 
 
-def wrap(model: Model, lam: float = 0.1, temperature: float | tuple[float, ...] = math.inf) -> Model:
+def wrap(
+    model: Model, lam: float = 0.1, temperature: float | tuple[float, ...] = math.inf, scores: str = "logits"
+) -> Model:
     """Add class-specific residual attention to a timm classifier, in place: no retraining, no new weight.
 
     The logits become `base_c + lam * att_c` with `att_c = sum_j softmax_j(T * s_c(j)) * s_c(j)` (for T = inf the
@@ -111,7 +114,7 @@ def wrap(model: Model, lam: float = 0.1, temperature: float | tuple[float, ...] 
         >>> model(torch.randn(2, 3, 160, 160)).shape
         torch.Size([2, 1000])
     """
-    config = CSRAConfig(lam, temperature)
+    config = CSRAConfig(lam, temperature, scores)
     check_supported(model)
     if not is_wrapped(model):
         model.__class__ = _wrapped_class(cast(type, type(model)))
@@ -144,7 +147,7 @@ def plain_head(model: nn.Module) -> Head:
     return super(CSRAMixin, model).forward_head if is_wrapped(model) else model.forward_head  # type: ignore
 
 
-def score_maps(model: nn.Module, x: Tensor) -> Tensor:
+def score_maps(model: nn.Module, x: Tensor, scores: str = "logits") -> Tensor:
     """Class scores of every location, for a wrapped or plain timm classifier, whatever its `lam`.
 
     Args:
@@ -166,12 +169,15 @@ def score_maps(model: nn.Module, x: Tensor) -> Tensor:
         torch.Size([2, 1000, 5, 5])
     """
     check_supported(model)
+    kind = validate_scores(scores)
     if not isinstance(x, Tensor) or x.ndim != 4:
         found = f"a tensor {tuple(x.shape)}" if isinstance(x, Tensor) else f"a {type(x).__name__}"
         raise TypeError(f"{describe(model)}: found {found}, expected images (N, C, H, W).")
     features = spatial_features(model, x)
-    scores = location_scores(model, plain_head(model), features)
-    mean_scores: Tensor = scores[0] if len(scores) == 1 else torch.stack(scores).mean(0)
+    elements = location_scores(model, plain_head(model), features)
+    mean_scores: Tensor = elements[0] if len(elements) == 1 else torch.stack(elements).mean(0)
+    if kind == "log_softmax":
+        mean_scores = mean_scores.log_softmax(-1)
     grid = layout_of(model, features).grid(features, (x.shape[-2], x.shape[-1]))
     if grid is None:
         raise UnsupportedModelError(
