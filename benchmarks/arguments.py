@@ -168,7 +168,7 @@ def asked_options(args: argparse.Namespace, out: Path) -> Options:
         raise ValueError(f"--grid: found {args.grid!r}; expected whole numbers such as 2 or 2,3.")
     device = _device(args.device if not args.devices or args.devices == "all" else args.devices.split(",")[0])
     return Options(
-        settings=tuple(settings_grid(lams, temperatures, args.also)),
+        settings=tuple(settings_grid(lams, temperatures, also=args.also)),
         crop_mode=args.crop_mode,
         crop_pct=args.crop_pct,
         batch_size=args.batch_size or (16 if device == "cpu" else 64),
@@ -180,7 +180,7 @@ def asked_options(args: argparse.Namespace, out: Path) -> Options:
         average_precision=args.average_precision,
         class_map=load_class_map(args.class_map, args.class_scores) if args.class_map else None,
         skip_bad_images=args.skip_bad_images,
-        scores=str(out / "scores") if args.keep_scores or args.rescore else None,
+        kept_scores=str(out / "scores") if args.keep_scores or args.rescore else None,
         rescore=args.rescore,
         rivals=args.rivals,
         time_plain=args.time_plain,

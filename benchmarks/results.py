@@ -7,6 +7,7 @@ from functools import partial
 import numpy as np
 from torch import Tensor
 
+from timm_csra.config import LOGITS
 from timm_csra.evaluation.metrics import (
     ANY_LABEL,
     MULTI_LABEL,
@@ -44,7 +45,7 @@ def results(cell: Cell, scored: Scored, options: Options, phases: Phases) -> Rec
     with phases("metrics"):
         evaluations: dict[Key, dict[str, Evaluation]]
         evaluations = {setting: measured(partial(scores.logits, setting)) for setting in options.settings}
-        for name, logits in {"max_pool": scores.attention[math.inf], **scores.pooled}.items():
+        for name, logits in {"max_pool": scores.attention[LOGITS, math.inf], **scores.pooled}.items():
             evaluations[name] = measured(partial(_part, logits))
         images = np.arange(len(targets))
         tables = {
