@@ -9,7 +9,9 @@ from typing import Any
 
 import torch
 
-from timm_csra.evaluation.scoring import DEFAULT, settings_grid
+from timm_csra.config import LOGITS, SCORES
+from timm_csra.evaluation.scoring import settings_grid
+from timm_csra.evaluation.statistics import FIXED
 
 from . import checkpoints, sample, sources
 from .argument_types import natural, positive, share
@@ -51,6 +53,15 @@ def add_labels(group: Any) -> None:
     )
 
 
+def add_scores(group: Any) -> None:
+    group.add_argument(
+        "--scores",
+        default=",".join(SCORES),
+        help="what is compared over locations: logits (the paper's), log_softmax (log-probabilities, for classifiers "
+        "trained with softmax cross entropy), or both in the same pass (default: %(default)s)",
+    )
+
+
 def add_images(parser: argparse.ArgumentParser) -> None:
     """Options about what a model gets to see of an image."""
     images = parser.add_argument_group("images", "from the checkpoint, unless given")
@@ -72,7 +83,7 @@ def parser(description: str) -> argparse.ArgumentParser:
         epilog=EXAMPLES + sources.HELP,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.set_defaults(also=(DEFAULT,))  # of the protocol `fixed`
+    parser.set_defaults(also=tuple(FIXED.values()))
     what = parser.add_argument_group("what is measured")
     what.add_argument(
         "--sample", action="store_true", help="the embedded default: three checkpoints and seven photographs"
@@ -81,15 +92,21 @@ def parser(description: str) -> argparse.ArgumentParser:
     what.add_argument("--data", nargs="+", metavar="DATA", help="one or several sets of photographs, see below")
     add_labels(what)
     what.add_argument("--task", metavar="TASKS", help=f"some of {','.join(TASKS)} (default: single)")
-    what.add_argument("--lams", default="0,0.02,0.05,0.1,0.2,0.3,0.5,1", help="default: %(default)s; 0 and 0.1 always")
+    what.add_argument(
+        "--lams",
+        default="0,0.02,0.05,0.1,0.2,0.3,0.5,1,2",
+        help="default: %(default)s; always 0, 0.1 on logits and 0.3 on log_softmax, with T inf",
+    )
     what.add_argument(
         "--temperatures", default="1,5,inf", help="1+inf is one setting of two heads (default: %(default)s)"
     )
+    add_scores(what)
     what.add_argument(
         "--activation",
         choices=("softmax", "sigmoid"),
         default="softmax",
-        help="sigmoid, for a head trained so, adds CF1 and OF1 at probability 0.5 (default: %(default)s)",
+        help="sigmoid, for a head trained so, adds CF1 and OF1 at probability 0.5, which log_softmax has not (default: "
+        "%(default)s)",
     )
     what.add_argument(
         "--average-precision",
@@ -115,9 +132,9 @@ def parser(description: str) -> argparse.ArgumentParser:
         help="also time a plain evaluation pass before and after each cell: the record's `cost` has the ratio",
     )
     how.add_argument("--retry-failed", action="store_true", help="measure again what has failed before")
-    how.add_argument("--keep-scores", action="store_true", help="keep the logits of every T in OUT/scores (float16)")
+    how.add_argument("--keep-scores", action="store_true", help="keep all scores, of every T, in OUT/scores (float16)")
     how.add_argument(
-        "--rescore", action="store_true", help="new settings from kept scores, with no forward pass; same temperatures"
+        "--rescore", action="store_true", help="new lams from kept scores, with no forward pass; same --scores, T"
     )
     how.add_argument(
         "--expected",
@@ -162,13 +179,17 @@ def parser(description: str) -> argparse.ArgumentParser:
 def asked_options(args: argparse.Namespace, out: Path) -> Options:
     temperatures = [tuple(_numbers("--temperatures", part, "+")) for part in args.temperatures.split(",")]
     lams = _numbers("--lams", args.lams, ",")
+    scores = args.scores.split(",")
+    if unknown := [name for name in scores if name not in SCORES]:
+        raise ValueError(f"--scores: found {', '.join(map(repr, unknown))}; expected some of {','.join(SCORES)}.")
+    also = [setting for setting in args.also if setting.scores in (LOGITS, *scores)]  # the paper's always
     if any(not re.fullmatch(r"(?=.*[1-9])(\d+|\d*\.?\d+x)", part.strip()) for part in args.img_size.split(",")):
         raise ValueError(f"--img-size: found {args.img_size!r}; expected pixels or multiples such as 224 or 1x,2x.")
     if any(not re.fullmatch(r"[1-9]\d*", part) for part in args.grid.split(",")):
         raise ValueError(f"--grid: found {args.grid!r}; expected whole numbers such as 2 or 2,3.")
     device = _device(args.device if not args.devices or args.devices == "all" else args.devices.split(",")[0])
     return Options(
-        settings=tuple(settings_grid(lams, temperatures, args.also)),
+        settings=tuple(settings_grid(lams, temperatures, scores, also)),
         crop_mode=args.crop_mode,
         crop_pct=args.crop_pct,
         batch_size=args.batch_size or (16 if device == "cpu" else 64),
@@ -180,7 +201,7 @@ def asked_options(args: argparse.Namespace, out: Path) -> Options:
         average_precision=args.average_precision,
         class_map=load_class_map(args.class_map, args.class_scores) if args.class_map else None,
         skip_bad_images=args.skip_bad_images,
-        scores=str(out / "scores") if args.keep_scores or args.rescore else None,
+        kept_scores=str(out / "scores") if args.keep_scores or args.rescore else None,
         rescore=args.rescore,
         rivals=args.rivals,
         time_plain=args.time_plain,

@@ -23,7 +23,7 @@ AMP = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 class Options:
     """How cells are run; everything here that can change a result is part of a record's key.
 
-    `scores` is the folder where scores are kept, if they are; with `rescore` they are read from there.
+    `kept_scores` is the folder where scores are kept, if they are; with `rescore` they are read from there.
     """
 
     settings: tuple[Setting, ...]
@@ -38,7 +38,7 @@ class Options:
     average_precision: str = "continuous"
     class_map: ClassMap | None = None
     skip_bad_images: bool = False
-    scores: str | None = None
+    kept_scores: str | None = None
     rescore: bool = False
     rivals: bool = False
     time_plain: bool = False
@@ -93,7 +93,7 @@ class Cell:
             "average_precision": options.average_precision,
             "class_map": options.class_map.fingerprint if options.class_map else None,
             "skip_bad_images": options.skip_bad_images,
-            "scores": "float16" if options.rescore else None,
+            "kept_scores": "float16" if options.rescore else None,
             "rivals": options.rivals,
             "versions": versions("timm", "torch") | {"timm_csra": __version__},
         }
@@ -105,7 +105,7 @@ def show_size(size: tuple[int, int]) -> int | str:
 
 def show_setting(setting: Setting) -> list[Any]:
     """JSON knows no infinity."""
-    return [setting.lam, show_temperature(setting)]
+    return [setting.lam, show_temperature(setting), setting.scores]
 
 
 def show_temperature(setting: Setting) -> str:

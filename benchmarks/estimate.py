@@ -68,9 +68,9 @@ def macs_of(cell: Cell) -> float:
 def memory_of(cell: Cell, options: Options) -> float:
     """Bytes of main memory that a cell may take: what the libraries and the model do, and its scores three times over
     (as they come, joined, and in the metrics)."""
-    temperatures = {temperature for setting in options.settings for temperature in setting.temperature}
+    terms = {term for setting in options.settings for term in setting.terms}
     classes = max(len(cell.data.classes), 1)
-    return 2 * 2**30 + 3 * 4.0 * cell.images * classes * (1 + len(temperatures))
+    return 2 * 2**30 + 3 * 4.0 * cell.images * classes * (1 + len(terms))
 
 
 @cache

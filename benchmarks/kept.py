@@ -1,5 +1,6 @@
 """What the forward passes of a cell gave, and how it is kept for other settings."""
 
+import itertools
 import json
 import os
 from collections.abc import Sequence
@@ -11,7 +12,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from timm_csra.evaluation.scoring import Scores, Setting
+from timm_csra.config import LOGITS, SCORES
+from timm_csra.evaluation.scoring import Scores, Setting, Term
 
 from .cells import Cell, Options
 from .datasets import DataError
@@ -20,7 +22,7 @@ from .records import Record, record_path
 
 @dataclass(frozen=True)
 class Scored:
-    """All that a cell's forward passes gave: what results are computed from, for any settings of the same T.
+    """All that a cell's forward passes gave: what results are computed from, for any settings of the same scores and T.
 
     Attributes:
         scores: of the scored classes, in the data's images.
@@ -35,20 +37,20 @@ class Scored:
 
 def scores_file(cell: Cell, options: Options) -> Path | None:
     """Where the scores of a cell are kept, whatever the settings: by everything else that determines them."""
-    if options.scores is None:
+    if options.kept_scores is None:
         return None
-    every = ("settings", "scores", "activation", "average_precision")
+    every = ("settings", "kept_scores", "activation", "average_precision")
     key = {name: value for name, value in cell.key(options).items() if name not in every}
-    return Path(options.scores) / record_path(Path(), key).with_suffix(".safetensors").name
+    return Path(options.kept_scores) / record_path(Path(), key).with_suffix(".safetensors").name
 
 
 def write_scores(file: Path, scored: Scored) -> None:
     """In half precision, which rounds logits to three digits; DataError where they do not fit into it."""
     tensors = {"base": scored.scores.base}
-    tensors |= {f"attention.{temperature:g}": t for temperature, t in scored.scores.attention.items()}
+    tensors |= {f"attention.{kind}.{temperature:g}": t for (kind, temperature), t in scored.scores.attention.items()}
     tensors |= {f"pooled.{name}": t for name, t in scored.scores.pooled.items()}
     halves = {name: tensor.half().contiguous() for name, tensor in tensors.items()}
-    if not all(tensor.isfinite().all() for tensor in halves.values()):
+    if any((tensors[name].isfinite() & half.isinf()).any() for name, half in halves.items()):
         raise DataError(f"{file.name}: logits beyond 65504 do not fit into half precision; leave out --keep-scores.")
     metadata = {"facts": json.dumps(scored.facts), "dtype": str(scored.scores.dtype).removeprefix("torch.")}
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -61,7 +63,7 @@ def read_scores(file: Path | None, settings: Sequence[Setting]) -> Scored:
     """The scores that `--keep-scores` kept.
 
     Raises:
-        DataError: there are none, or not of every temperature that the settings need.
+        DataError: there are none, or not of all scores and temperatures that the settings need.
     """
     if file is None or not file.is_file():
         raise DataError(f"no scores are kept at {file}: run the cell with --keep-scores first, on the same data.")
@@ -74,11 +76,19 @@ def read_scores(file: Path | None, settings: Sequence[Setting]) -> Scored:
         part, _, rest = name.partition(".")
         if rest:
             parts[part][rest] = tensor.float()
-    attention = {float(name): tensor for name, tensor in parts["attention"].items()}
-    wanted = {temperature for setting in settings for temperature in setting.temperature}
-    if not wanted <= attention.keys():
-        there = ", ".join(f"{temperature:g}" for temperature in sorted(attention))
-        raise DataError(f"{file}: scores are kept for T {there}; expected --temperatures among them.")
+    attention = {_term(name): tensor for name, tensor in parts["attention"].items()}
+    if not {term for setting in settings for term in setting.terms} <= attention.keys():
+        there = "; ".join(
+            f"{kind}, T {', '.join(f'{temperature:g}' for _, temperature in sorted(terms))}"
+            for kind, terms in itertools.groupby(sorted(attention), key=lambda term: term[0])
+        )
+        raise DataError(f"{file}: kept are {there}; expected --scores and --temperatures among them.")
     dtype = getattr(torch, metadata["dtype"])
     scores = Scores(tensors["base"].float(), attention, dtype, parts["pooled"])
     return Scored(scores, targets, json.loads(metadata["facts"]))
+
+
+def _term(name: str) -> Term:
+    """`log_softmax.5`; before there were two kinds of scores, `5` was of the logits."""
+    kind, _, temperature = name.partition(".")
+    return (kind, float(temperature)) if kind in SCORES else (LOGITS, float(name))

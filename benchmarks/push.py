@@ -18,14 +18,15 @@ class Choice:
 
     Attributes:
         row: the cross-fitted result that decided, the clearest of them.
-        lam, temperature: the settings that are best on all of that result's images; what they gain is not claimed, the
-            cross-fitted gain is.
+        lam, temperature, scores: the settings that are best on all of that result's images; what they gain is not
+            claimed, the cross-fitted gain is.
     """
 
     checkpoint: Checkpoint
     row: Row
     lam: float
     temperature: tuple[float, ...]
+    scores: str
     records: tuple[Record, ...]
 
     def repository(self, prefix: str) -> str:
@@ -36,7 +37,7 @@ class Choice:
         row, heads = self.row, "+".join(f"{head:g}" for head in self.temperature)
         gain = f"{row['metric']} {row['gain']:+.2f} [{row['ci_low']:+.2f}, {row['ci_high']:+.2f}]"
         where = f"{row['data']}, {row['task']} (Holm p = {row['p_holm']:.2g})"
-        return f"{self.checkpoint.name}: {gain} on {where}, lam {self.lam:g}, T {heads}"
+        return f"{self.checkpoint.name}: {gain} on {where}, {self.scores}, lam {self.lam:g}, T {heads}"
 
 
 def choose(rows: Iterable[Row], measured: Mapping[Checkpoint, Sequence[Record]]) -> list[Choice]:
@@ -67,14 +68,14 @@ def choose(rows: Iterable[Row], measured: Mapping[Checkpoint, Sequence[Record]])
             best = next(r for r in row["results"] if (r["protocol"], r["metric"]) == ("best", row["metric"]))
             heads = tuple(map(float, best["temperature"].split("+")))
             finished = tuple(record for record in records if record["status"] == "ok")
-            choices.append(Choice(checkpoint, row, float(best["lam"]), heads, finished))
+            choices.append(Choice(checkpoint, row, float(best["lam"]), heads, best["scores"], finished))
     return choices
 
 
 def push(choice: Choice, prefix: str) -> str:
     """Load the checkpoint, wrap it, push it; returns the commit's URL."""
     model = choice.checkpoint.create(choice.checkpoint.input_size())
-    timm_csra.wrap(model, choice.lam, choice.temperature)
+    timm_csra.wrap(model, choice.lam, choice.temperature, choice.scores)
     name = choice.repository(prefix)
     message = f"{choice.checkpoint.name}, wrapped by timm_csra"
     return timm_csra.push_to_hub(model, name, commit_message=message, results=choice.records).commit_url

@@ -10,6 +10,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from timm_csra.config import LOGITS
+
 Record = dict[str, Any]
 
 
@@ -25,7 +27,17 @@ def read_record(path: Path) -> Record | None:
     """The record of a finished cell, or None where it has not been finished."""
     if not path.is_file():
         return None
+    return _read(path)
+
+
+def _read(path: Path) -> Record:
+    """Records of before there were two kinds of scores name none: they are of logits."""
     record: Record = json.loads(path.read_text(encoding="utf-8"))
+    if "scores" in record:
+        record["kept_scores"] = record.pop("scores")  # what this was called then
+    for row in (*record.get("results", ()), *record.get("all_settings", ())):
+        settings = [lam for lam in str(row["lam"]).split(";") if lam]  # none of a rival
+        row.setdefault("scores", ";".join([LOGITS] * len(settings)))
     return record
 
 
@@ -37,7 +49,7 @@ def write_record(path: Path, record: Record) -> None:
 def read_records(folder: Path) -> list[Record]:
     """All records in the folder, of earlier sweeps too."""
     files = sorted((folder / "records").glob("*.json"))
-    return [json.loads(file.read_text(encoding="utf-8")) for file in files]
+    return [_read(file) for file in files]
 
 
 def write_table(path: Path, columns: Sequence[str], rows: Iterable[dict[str, Any]]) -> None:

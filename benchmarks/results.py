@@ -1,12 +1,13 @@
 """What the scores of a cell say, for every setting: metrics, comparisons with the plain model, calibration."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 
 import numpy as np
 from torch import Tensor
 
+from timm_csra.config import LOG_SOFTMAX, LOGITS
 from timm_csra.evaluation.metrics import (
     ANY_LABEL,
     MULTI_LABEL,
@@ -18,14 +19,26 @@ from timm_csra.evaluation.metrics import (
     calibration,
     evaluate,
 )
-from timm_csra.evaluation.scoring import ALL, DEFAULT, PLAIN, Scores
-from timm_csra.evaluation.statistics import Comparison, Key, Table, best, crossfit, halves, without_choice
+from timm_csra.evaluation.scoring import ALL, PLAIN, Scores, Setting
+from timm_csra.evaluation.statistics import (
+    FIXED,
+    VERSUS,
+    Comparison,
+    Key,
+    Table,
+    best,
+    crossfit,
+    halves,
+    without_choice,
+)
 
 from .cells import Cell, Options, show_temperature
 from .classes import COMBINE, combined
 from .kept import Scored
 from .phases import Phases
 from .records import Record
+
+THRESHOLD = "compares each logit with 0; a log-probability, at most 0, lowers them all, and no threshold fits"
 
 
 def results(cell: Cell, scored: Scored, options: Options, phases: Phases) -> Record:
@@ -34,8 +47,9 @@ def results(cell: Cell, scored: Scored, options: Options, phases: Phases) -> Rec
     groups = facts.pop("groups")
     combine = options.class_map.combine if options.class_map else COMBINE[0]
     metrics = _metrics(cell, options, targets)
+    ranking = metrics and {name: metric for name, metric in metrics.items() if name not in SIGMOID}
 
-    def measured(logits: Logits) -> dict[str, Evaluation]:
+    def measured(logits: Logits, metrics: dict[str, Metric] | None = metrics) -> dict[str, Evaluation]:
         def grouped(images: slice = ALL, classes: slice = ALL) -> Tensor:
             return combined(logits(images), groups, combine)[:, classes]
 
@@ -43,15 +57,18 @@ def results(cell: Cell, scored: Scored, options: Options, phases: Phases) -> Rec
 
     with phases("metrics"):
         evaluations: dict[Key, dict[str, Evaluation]]
-        evaluations = {setting: measured(partial(scores.logits, setting)) for setting in options.settings}
-        for name, logits in {"max_pool": scores.attention[math.inf], **scores.pooled}.items():
+        evaluations = {
+            setting: measured(partial(scores.logits, setting), ranking if setting.scores == LOG_SOFTMAX else metrics)
+            for setting in options.settings
+        }
+        for name, logits in {"max_pool": scores.attention[LOGITS, math.inf], **scores.pooled}.items():
             evaluations[name] = measured(partial(_part, logits))
         images = np.arange(len(targets))
         tables = {
-            metric: Table.of(metric, {key: of[metric] for key, of in evaluations.items()}, [images])
+            metric: Table.of(metric, {key: of[metric] for key, of in evaluations.items() if metric in of}, [images])
             for metric in evaluations[PLAIN]
         }
-        calibrated = _calibration(scores, targets) if cell.task == "single" else None
+        calibrated = _calibration(scores, targets, options.settings) if cell.task == "single" else None
     with phases("statistics"):
         independent = cell.task != "mosaic" or cell.data.tilings is None
         seed = options.seed if independent else None
@@ -59,9 +76,14 @@ def results(cell: Cell, scored: Scored, options: Options, phases: Phases) -> Rec
     return facts | {
         "results": [_result(comparison) for comparison in comparisons],
         "all_settings": [
-            {"lam": s.lam, "temperature": show_temperature(s)}
-            | {name: _json(float(table.values[s][0])) for name, table in tables.items()}
+            {"scores": s.scores, "lam": s.lam, "temperature": show_temperature(s)}
+            | {name: _json(float(table.values[s][0])) for name, table in tables.items() if s in table.values}
             for s in options.settings
+        ],
+        "left_out": [
+            {"metric": metric, "scores": LOG_SOFTMAX, "reason": THRESHOLD}
+            for metric in tables
+            if metric in SIGMOID and any(setting.scores == LOG_SOFTMAX for setting in options.settings)
         ],
         "calibration": calibrated,
     }
@@ -80,10 +102,15 @@ def _metrics(cell: Cell, options: Options, targets: Tensor) -> dict[str, Metric]
     return MULTI_LABEL | voc | (SIGMOID if options.activation == "sigmoid" else {})
 
 
-def _calibration(scores: Scores, targets: Tensor) -> Record:
-    """Logits grow by about 1 + lam: what that does to probabilities, and what dividing by it mends."""
-    wrapped = scores.logits(DEFAULT)
-    logits = {"plain": scores.base, "fixed": wrapped, "fixed, logits / (1 + lam)": wrapped / (1 + DEFAULT.lam)}
+def _calibration(scores: Scores, targets: Tensor, settings: Sequence[Setting]) -> Record:
+    """What the fixed settings do to the softmax probabilities of the sum. The paper's makes logits grow by about
+    1 + lam, and dividing by that mends some of it."""
+    logits = {"plain": scores.base}
+    for protocol, setting in FIXED.items():
+        if setting in settings:
+            logits[protocol] = scores.logits(setting)
+            if setting.scores == LOGITS:
+                logits[f"{protocol}, logits / (1 + lam)"] = logits[protocol] / (1 + setting.lam)
     return {
         name: {metric: _json(value) for metric, value in calibration(values, targets).items()}
         for name, values in logits.items()
@@ -91,13 +118,13 @@ def _calibration(scores: Scores, targets: Tensor) -> Record:
 
 
 def _compare(table: Table, targets: Tensor, seed: int | None) -> Iterator[Comparison]:
-    fixed, *others = without_choice(table, seed)
-    yield fixed
+    before_looking = without_choice(table, seed)
+    yield from (one for one in before_looking if one.protocol in (*FIXED, VERSUS))
     if seed is not None and len(targets) >= 4:
         split = halves(targets.numpy() if targets.ndim == 1 else len(targets), seed)
         yield crossfit(Table.of(table.metric, {s: table.evaluations[s] for s in table.settings}, split), seed)
     yield best(table)
-    yield from others
+    yield from (one for one in before_looking if one.protocol not in (*FIXED, VERSUS))
 
 
 def _result(comparison: Comparison) -> Record:
@@ -105,6 +132,7 @@ def _result(comparison: Comparison) -> Record:
     return {
         "metric": comparison.metric,
         "protocol": comparison.protocol,
+        "scores": ";".join(setting.scores for setting in comparison.settings),
         "lam": ";".join(f"{setting.lam:g}" for setting in comparison.settings),
         "temperature": ";".join(map(show_temperature, comparison.settings)),
         "baseline": _json(comparison.baseline),
@@ -118,4 +146,5 @@ def _result(comparison: Comparison) -> Record:
 
 
 def _json(value: float) -> float | None:
-    return None if np.isnan(value) else value
+    """JSON knows neither NaN nor the infinite likelihood of a masked class."""
+    return value if np.isfinite(value) else None

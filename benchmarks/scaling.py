@@ -20,6 +20,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from timm_csra.config import LOGITS
 from timm_csra.evaluation.scoring import DEFAULT, Scores, Setting, settings_grid
 
 from .argument_types import positive
@@ -101,7 +102,7 @@ def synthetic(size: Size) -> tuple[Scored, tuple[Setting, ...]]:
     def logits() -> torch.Tensor:
         return torch.randn(size.images, size.classes, generator=generator).add_(present, alpha=2)
 
-    scores = Scores(logits(), {temperature: logits() for temperature in TEMPERATURES})
+    scores = Scores(logits(), {(LOGITS, temperature): logits() for temperature in TEMPERATURES})
     lams = [0.1 * (1 + i) for i in range(max(1, size.settings // len(HEADS)))]
     facts: dict[str, Any] = {"groups": None}
     settings = settings_grid(lams, HEADS, also=[DEFAULT])

@@ -2,23 +2,26 @@
 
 import gc
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock
 from statsmodels.stats.multitest import multipletests
 
+from timm_csra.evaluation.statistics import FIXED, VERSUS
+
 from .expected import Expected, check, read_expected
 from .records import Record, read_records, write_table
 
 COLUMNS = (
-    *("model", "data", "task", "img_size", "n", "columns", "metric", "protocol", "lam", "temperature"),
-    *("baseline", "value", "gain", "ci_low", "ci_high", "p_value", "p_holm", "verdict", "test"),
+    *("model", "data", "task", "img_size", "n", "columns", "metric", "protocol", "scores", "lam"),
+    *("temperature", "baseline", "value", "gain", "ci_low", "ci_high", "p_value", "p_holm", "verdict", "test"),
     *("requested", "grid", "kind", "macs", "extra_macs", "baseline_check", "status", "reason"),
 )
 ALPHA = 0.05
 VERDICTS = ("better", "worse", "no evidence")
+OVER_PLAIN = (*FIXED, "crossfit")  # protocols whose verdicts are of gains over the plain model
 
 Row = dict[str, Any]
 
@@ -69,6 +72,21 @@ def headline(rows: Iterable[Row]) -> dict[tuple[str, ...], Counter[str]]:
             flagged = row.get("baseline_check") == "flagged"
             counts.setdefault(name, Counter())["flagged" if flagged else row["verdict"]] += 1
     return counts
+
+
+def versus(counts: Mapping[tuple[str, ...], Mapping[str, int]]) -> list[str]:
+    """What a headline says of the two fixed settings compared with each other."""
+    lines = []
+    for (data, task, grid, size, metric, protocol), verdicts in counts.items():
+        if protocol == VERSUS:
+            better, worse, nothing = (verdicts.get(verdict, 0) for verdict in VERDICTS)
+            flagged = f", {verdicts['flagged']} flagged" if verdicts.get("flagged") else ""
+            where = f"{data}, {task}{'' if grid == 'None' else f' {grid}x{grid}'}, {size}, {metric}"
+            lines.append(
+                f"{where}: log_softmax better than logits on {better} checkpoints, worse on {worse}, no evidence on "
+                f"{nothing}{flagged}"
+            )
+    return lines
 
 
 def write_summary(folder: Path) -> tuple[Path, list[Row]]:

@@ -181,7 +181,7 @@ def _offline(missing: dict[Checkpoint, str]) -> str:
 
 def _console() -> Console:
     """On a terminal its own width; in a file or pipe wide enough for every column."""
-    return Console() if sys.stdout.isatty() else Console(width=230)
+    return Console() if sys.stdout.isatty() else Console(width=320)
 
 
 if __name__ == "__main__":

@@ -1,20 +1,26 @@
 """What a sweep prints: one line for each cell and metric, gains and losses alike."""
 
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
+
+from timm_csra.evaluation.statistics import FIXED, VERSUS
 
 from .records import Record
-from .summary import VERDICTS
+from .summary import OVER_PLAIN, VERDICTS, versus
 
 LEGEND = (
     "Percent, and points of gain over lam=0 with 95 % paired bootstrap intervals over images. "
-    "fixed: lam 0.1, T inf. crossfit: chosen on one half, measured on the other, both ways. "
+    "fixed: the paper's, logits, lam 0.1, T inf. fixed_log_softmax: lam 0.3, T inf. log_softmax_vs_logits: the second "
+    "over the first. crossfit: chosen on one half, measured on the other, both ways. "
     "best: chosen on the test data itself, optimistic. Other columns: the plain model otherwise pooled."
 )
-PROTOCOLS = ("fixed", "crossfit", "best")
+PROTOCOLS = (*FIXED, VERSUS, "crossfit", "best")
+SHARED = ("data", "task", "n")  # what is said once where it is the same for all
 HEADLINE = (
     "Checkpoints by verdict: two-sided tests at 5 % after Holm's correction over the checkpoints of a line, in all "
     "records of the folder."
@@ -26,8 +32,14 @@ def print_records(records: Iterable[Record], console: Console) -> None:
     records = list(records)
     finished = [record for record in records if record["status"] == "ok"]
     if finished:
-        console.print(_table(finished))
+        wide = _table(finished)
+        fits = console.measure(wide, options=console.options.update_width(10**4)).maximum <= console.width
+        for table in [wide] if fits else map(_of_one_cell, finished):
+            console.print(table)
         console.print(LEGEND, style="dim", highlight=False, soft_wrap=True)
+        left_out = (left for record in finished for left in record.get("left_out", ()))
+        for line in dict.fromkeys(map(_left_out, left_out)):
+            console.print(line, style="yellow", markup=False, highlight=False, soft_wrap=True)
     for record in records:
         if record["status"] == "ok":
             continue
@@ -43,31 +55,85 @@ def print_records(records: Iterable[Record], console: Console) -> None:
 
 
 def _table(records: list[Record]) -> Table:
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for name in ("model", "data", "task", "px", "metric"):
+    rows = [_cells(record, metric, found) for record in records for metric, found in _by_metric(record).items()]
+    said = {name for name in SHARED if len({row[name] for row in rows}) == 1 and len(records) > 1}
+    title = ", ".join(f"n = {rows[0][name]}" if name == "n" else rows[0][name] for name in SHARED if name in said)
+    table = Table(box=None, pad_edge=False, header_style="bold", title=title or None, title_justify="left")
+    lead = [name for name in ("model", "data", "task", "px") if name not in said]
+    numbers = [name for name in ("n", "lam=0") if name not in said]
+    known = dict.fromkeys([*PROTOCOLS, *sorted({name for row in rows for name in row["gains"]})])
+    protocols = [name for name in known if any(row["gains"].get(name, "-") != "-" for row in rows)]
+    for name in (*lead, "metric"):
         table.add_column(name, no_wrap=name != "model", overflow="fold")
-    for name in ("n", "lam=0"):
+    for name in numbers:
         table.add_column(name, justify="right", no_wrap=True)
-    used = {result["protocol"] for record in records for result in record["results"]} - {*PROTOCOLS, "curve"}
-    protocols = [*PROTOCOLS, *sorted(used)]  # and the other ways to pool, and rivals, that were measured
     for name in protocols:
-        # On a narrow terminal they take several lines, and lose nothing.
-        table.add_column(name, justify="right", overflow="fold")
-    for record in records:
-        by_metric: dict[str, dict[str, Any]] = {}
-        for result in record["results"]:
-            by_metric.setdefault(result["metric"], {})[result["protocol"]] = result
-        model = (
-            record["model"].removeprefix("pypi:") if record["model"].startswith("pypi:") else _short(record["model"])
-        )
-        task = f"{record['task']} {record['grid']}x{record['grid']}" if record.get("grid") else record["task"]
-        lead = [model, record["data"], task, str(record["img_size"])]
-        for metric, found in by_metric.items():
-            baseline = found["fixed"]["baseline"]
-            gains = (_gain(found.get(name)) for name in protocols)
-            table.add_row(*lead, metric, str(record["n"]), _number(baseline), *gains)
-            lead = [""] * 4
+        widest = max(Text.from_markup(row["gains"].get(name, "-")).cell_len for row in rows)
+        table.add_column(_broken(name, widest), justify="right", overflow="fold")
+    before = None
+    for row in rows:
+        first = [row[name] if row["record"] is not before else "" for name in lead]
+        gains = [row["gains"].get(name, "-") for name in protocols]
+        table.add_row(*first, row["metric"], *(row[name] for name in numbers), *gains)
+        before = row["record"]
     return table
+
+
+def _of_one_cell(record: Record) -> Table:
+    """For a terminal that is too narrow for one table: a line for each metric and protocol."""
+    rows = [_cells(record, metric, found) for metric, found in _by_metric(record).items()]
+    title = "{model}, {data}, {task}, {px} px, n = {n}".format(**rows[0]) if rows else _short(record["model"])
+    table = Table(box=None, pad_edge=False, header_style="bold", title=title, title_justify="left")
+    for name in ("metric", "lam=0", "protocol", "gain", "setting"):
+        table.add_column(
+            name, justify="right" if name == "lam=0" else "left", overflow="fold", no_wrap=name == "protocol"
+        )
+    for row in rows:
+        first = [row["metric"], row["lam=0"]]
+        for protocol in (*PROTOCOLS, *(name for name in row["gains"] if name not in PROTOCOLS)):
+            if (cell := row["gains"].get(protocol, "-")) != "-":
+                gain, _, setting = cell.partition("\n")
+                table.add_row(*first, protocol, gain, setting)
+                first = ["", ""]
+    return table
+
+
+def _by_metric(record: Record) -> dict[str, dict[str, Any]]:
+    found: dict[str, dict[str, Any]] = {}
+    for result in record["results"]:
+        if result["protocol"] != "curve":
+            found.setdefault(result["metric"], {})[result["protocol"]] = result
+    return found
+
+
+def _cells(record: Record, metric: str, found: dict[str, Any]) -> dict[str, Any]:
+    """A row of the table."""
+    task = f"{record['task']} {record['grid']}x{record['grid']}" if record.get("grid") else record["task"]
+    return {
+        "record": record,
+        "model": _short(record["model"]),
+        "data": record["data"],
+        "task": task,
+        "px": str(record["img_size"]),
+        "metric": metric,
+        "n": str(record["n"]),
+        "lam=0": _number(found["fixed"]["baseline"]),
+        "gains": {protocol: _gain(result) for protocol, result in found.items()},
+    }
+
+
+def _broken(name: str, width: int) -> str:
+    """`log_softmax_vs_logits` over cells that are narrower, in several lines."""
+    lines = [""]
+    for part in re.findall("[^_]+_?", name):
+        if lines[-1] and len(lines[-1] + part) > width:
+            lines.append("")
+        lines[-1] += part
+    return "\n".join(lines)
+
+
+def _left_out(left: dict[str, str]) -> str:
+    return f"{left['metric']} is left out for {left['scores']}: it {left['reason']}."
 
 
 def print_headline(counts: Mapping[tuple[str, ...], Mapping[str, int]], console: Console) -> None:
@@ -78,13 +144,15 @@ def print_headline(counts: Mapping[tuple[str, ...], Mapping[str, int]], console:
     for name in (*VERDICTS, "flagged"):
         table.add_column(name, justify="right")
     for (data, task, grid, size, metric, protocol), verdicts in counts.items():
-        if protocol in ("fixed", "crossfit"):
+        if protocol in OVER_PLAIN:
             named = task if grid in ("None", "2") else f"{task} {grid}x{grid}"
             numbers = (str(verdicts.get(name, 0)) for name in (*VERDICTS, "flagged"))
             table.add_row(data, named, size, metric, protocol, *numbers)
     if table.row_count:
         console.print(HEADLINE, style="dim", highlight=False, soft_wrap=True)
         console.print(table)
+    for line in versus(counts):
+        console.print(line, highlight=False, soft_wrap=True)
 
 
 def print_plan(cells: Iterable[tuple[str, ...]], console: Console) -> None:
@@ -105,11 +173,20 @@ def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.2f}"
 
 
-def _gain(result: dict[str, Any] | None) -> str:
-    """`+1.20 [+0.40, +2.10]`, and for a chosen setting which: `lam 0.2;0.3`."""
-    if result is None or result["gain"] is None:
+def _gain(result: dict[str, Any]) -> str:
+    """`+1.20 [+0.40, +2.10]`, and for a chosen setting, below it, which: `log_softmax lam 0.2;0.3 T inf`."""
+    if result["gain"] is None:
         return "-"
     interval = "" if result["ci_low"] is None else f" [{result['ci_low']:+.2f}, {result['ci_high']:+.2f}]"
-    chosen = f" lam {result['lam']} T {result['temperature']}" if result["protocol"] in ("crossfit", "best") else ""
+    chosen = f"\n{_setting(result)}" if result["protocol"] in ("crossfit", "best") else ""
     colour = "green" if (result["ci_low"] or 0) > 0 else "red" if (result["ci_high"] or 0) < 0 else "default"
     return f"[{colour}]{result['gain']:+.2f}{interval.replace('[', chr(92) + '[')}[/]{chosen}"
+
+
+def _setting(result: dict[str, Any]) -> str:
+    """What both halves chose alike is said once."""
+    scores, lam, temperature = (
+        values if len(set(values.split(";"))) > 1 else values.split(";")[0]
+        for values in (result["scores"], result["lam"], result["temperature"])
+    )
+    return f"{scores} lam {lam} T {temperature}"

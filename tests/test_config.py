@@ -8,6 +8,7 @@ import torch
 
 import timm_csra
 from timm_csra import CSRAConfig
+from timm_csra.config import SCORES
 
 
 @pytest.mark.parametrize(
@@ -63,6 +64,19 @@ def test_bad_temperature(temperature: object, error: type[Exception], text: str)
     check_refused("temperature", temperature, error, text)
 
 
+@pytest.mark.parametrize(
+    ("scores", "error", "text"),
+    [
+        ("softmax", ValueError, "scores must be 'logits' or 'log_softmax', got 'softmax'"),
+        ("", ValueError, "scores must be 'logits' or 'log_softmax', got ''"),
+        (None, TypeError, r"scores must be 'logits' or 'log_softmax', got None \(NoneType\)"),
+        (("logits",), TypeError, r"got \('logits',\) \(tuple\)"),
+    ],
+)
+def test_bad_scores(scores: object, error: type[Exception], text: str) -> None:
+    check_refused("scores", scores, error, text)
+
+
 def check_refused(name: str, value: object, error: type[Exception], text: str) -> None:
     """As an argument of `wrap`, and as an assignment to a wrapped model, which then keeps what it had."""
     import timm
@@ -79,6 +93,23 @@ def check_refused(name: str, value: object, error: type[Exception], text: str) -
     assert model.csra == CSRAConfig(0.2, 3)
 
 
+@pytest.mark.parametrize("scores", SCORES)
+def test_scores_are_an_argument_an_assignment_and_stored(scores: str) -> None:
+    import timm
+
+    model = timm_csra.wrap(timm.create_model("test_resnet"), 0.3, scores=scores)
+    assert model.csra == CSRAConfig(0.3, math.inf, scores)
+    model.csra.scores = "logits"
+    assert model.csra == CSRAConfig(0.3)
+    config = CSRAConfig(0.3, (1, math.inf), scores)
+    assert config.to_dict() == {"version": 2, "lam": 0.3, "temperature": [1.0, "inf"], "scores": scores}
+    assert CSRAConfig.from_dict(config.to_dict()) == config
+
+
+def test_what_version_1_stored_is_read_as_logits() -> None:
+    assert CSRAConfig.from_dict({"version": 1, "lam": 0.3, "temperature": ["inf"]}) == CSRAConfig(0.3, scores="logits")
+
+
 def test_unknown_setting_is_refused() -> None:
-    with pytest.raises(AttributeError, match="CSRAConfig has no setting 'lamb'; it has lam, temperature"):
+    with pytest.raises(AttributeError, match="CSRAConfig has no setting 'lamb'; it has lam, temperature, scores"):
         CSRAConfig().lamb = 0.3  # type: ignore[attr-defined]

@@ -43,14 +43,18 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
 
 
 def make(
-    name: str = "test_resnet", lam: float = 0.3, temperature: object = (1.0, math.inf), **kwargs: object
+    name: str = "test_resnet",
+    lam: float = 0.3,
+    temperature: object = (1.0, math.inf),
+    scores: str = "logits",
+    **kwargs: object,
 ) -> nn.Module:
     torch.manual_seed(0)
     model = timm.create_model(name, **kwargs).eval()
     with torch.no_grad():
         for parameter in model.parameters():  # no head of zeros, or equal logits would prove nothing
             parameter.add_(torch.randn_like(parameter) * 0.01)
-    return timm_csra.wrap(model, lam, temperature)  # type: ignore[arg-type]
+    return timm_csra.wrap(model, lam, temperature, scores)  # type: ignore[arg-type]
 
 
 @torch.inference_mode()
@@ -136,7 +140,7 @@ def test_labels_survive(tmp_path: Path) -> None:
     timm_csra.save_pretrained(model, tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     assert (config["label_names"], config["num_classes"]) == (["cat", "dog"], 2)
-    assert config["csra"] == {"version": 1, "lam": 0.3, "temperature": [1.0, "inf"]}
+    assert config["csra"] == {"version": 2, "lam": 0.3, "temperature": [1.0, "inf"], "scores": "logits"}
     assert "num_classes" not in config.get("model_args", {})
     loaded = timm_csra.from_pretrained(tmp_path)
     assert loaded.pretrained_cfg["label_names"] == ["cat", "dog"]
@@ -276,9 +280,20 @@ def test_other_settings_and_arguments_at_loading(tmp_path: Path) -> None:
     timm_csra.save_pretrained(model, tmp_path)
     assert timm_csra.from_pretrained(tmp_path, lam=0).csra == timm_csra.CSRAConfig(0.0, (1.0, math.inf))
     assert timm_csra.from_pretrained(tmp_path, temperature=5).csra == timm_csra.CSRAConfig(0.3, 5.0)
+    assert timm_csra.from_pretrained(tmp_path, scores="log_softmax").csra.scores == "log_softmax"
     assert timm_csra.from_pretrained(tmp_path, num_classes=6).num_classes == 6
     with pytest.raises(ValueError, match="lam must be finite"):
         timm_csra.from_pretrained(tmp_path, lam=-1)
+
+
+def test_both_kinds_of_scores_come_back(tmp_path: Path) -> None:
+    model = make(lam=0.3, temperature=math.inf, scores="log_softmax")
+    timm_csra.save_pretrained(model, tmp_path)
+    loaded = timm_csra.from_pretrained(tmp_path)
+    assert loaded.csra == timm_csra.CSRAConfig(0.3, math.inf, "log_softmax")
+    assert torch.equal(logits(loaded), logits(model))
+    edit_config(tmp_path, csra={"version": 1, "lam": 0.3, "temperature": ["inf"]})  # what 0.1.0 wrote
+    assert timm_csra.from_pretrained(tmp_path).csra == timm_csra.CSRAConfig(0.3, math.inf, "logits")
 
 
 def test_saving_again_keeps_the_users_card_and_other_files(tmp_path: Path) -> None:
@@ -311,17 +326,26 @@ def test_create_model_wraps_what_timm_creates() -> None:
     assert (model.csra.lam, model.csra.temperature, model.num_classes, model.training) == (0.2, (5.0,), 3, True)
     with pytest.raises(ValueError, match="lam must be finite and at least 0, got -1"):
         timm_csra.create_model("resnet152", lam=-1)  # before anything is downloaded
+    with pytest.raises(ValueError, match="scores must be 'logits' or 'log_softmax', got 'both'"):
+        timm_csra.create_model("resnet152", scores="both")
+    model = timm_csra.create_model("test_resnet", pretrained=False, lam=0.3, scores="log_softmax")
+    assert model.csra == timm_csra.CSRAConfig(0.3, math.inf, "log_softmax")
 
 
 # What is refused
 
 
 BAD_SETTINGS = {
-    "a newer version": ({"version": 2, "lam": 0.1, "temperature": ["inf"]}, ValueError, "csra: found version 2, expected 1"),
+    "a newer version": ({"version": 3, "lam": 0.1, "temperature": ["inf"]}, ValueError, "csra: found version 3, expected 1 or 2"),
+    "a version of a half": ({"version": 1.0, "lam": 0.1, "temperature": ["inf"]}, ValueError, "csra: found version 1.0, expected 1 or 2"),
+    "scores in version 1": ({"version": 1, "lam": 0.1, "temperature": [1], "scores": "logits"}, ValueError, "expected version, lam, temperature in version 1"),
+    "no scores": ({"version": 2, "lam": 0.1, "temperature": [1]}, ValueError, "expected version, lam, temperature, scores in version 2"),
+    "unknown scores": ({"version": 2, "lam": 0.1, "temperature": [1], "scores": "sum"}, ValueError, "scores must be 'logits' or 'log_softmax', got 'sum'"),
+    "scores a list": ({"version": 2, "lam": 0.1, "temperature": [1], "scores": ["logits"]}, TypeError, "scores must be 'logits' or 'log_softmax', got"),
     "no version": ({"lam": 0.1, "temperature": ["inf"]}, ValueError, "found version None"),
     "a boolean version": ({"version": True, "lam": 0.1, "temperature": ["inf"]}, ValueError, "found version True"),
     "unknown keys": ({"version": 1, "lam": 0.1, "temperature": [1], "code": "x"}, ValueError, "code; expected version, lam"),
-    "missing keys": ({"version": 1, "lam": 0.1}, ValueError, "found version, lam; expected version, lam and temperature"),
+    "missing keys": ({"version": 1, "lam": 0.1}, ValueError, "found version, lam; expected version, lam, temperature"),
     "a list": ([0.1], TypeError, "csra: found a list, expected an object"),
     "lam a string": ({"version": 1, "lam": "0.1", "temperature": ["inf"]}, TypeError, "lam must be a real number, got '0.1'"),
     "lam a boolean": ({"version": 1, "lam": True, "temperature": ["inf"]}, TypeError, "lam must be a real number"),
@@ -597,12 +621,22 @@ def test_no_token_is_logged(hub: Hub, caplog: pytest.LogCaptureFixture, capfd: p
 
 def record(model: nn.Module, **changes: object) -> dict[str, object]:
     row = {"metric": "lrap", "lam": "0.1", "temperature": "inf", "baseline": 31.88, "value": 35.55, "gain": 3.67,
-           "ci_low": 2.32, "ci_high": 5.07, "protocol": "fixed"}  # fmt: skip
-    crossfit = row | {"protocol": "crossfit", "lam": "0.5;1", "temperature": "1;inf", "gain": 6.13, "value": 38.01}
+           "ci_low": 2.32, "ci_high": 5.07, "protocol": "fixed", "scores": "logits"}  # fmt: skip
+    crossfit = row | {"protocol": "crossfit", "lam": "0.5;1", "temperature": "1;inf", "gain": 6.13, "value": 38.01,
+                      "scores": "log_softmax;logits"}  # fmt: skip
+    softened = row | {
+        "protocol": "fixed_log_softmax",
+        "lam": "0.3",
+        "scores": "log_softmax",
+        "gain": 3.52,
+        "value": 35.4,
+    }
+    between = softened | {"protocol": "log_softmax_vs_logits", "baseline": 35.55, "gain": -0.15}
     best = row | {"protocol": "best", "ci_low": None, "ci_high": None}
     return {
         "status": "ok", "weights_sha256": weights_sha256(model), "model": "mine", "data": "imagenette500", "n": 125,
-        "task": "mosaic", "img_size": 224, "results": [row, crossfit, best], **changes,
+        "task": "mosaic", "img_size": 224, "results": [row, softened, between, crossfit, best],
+        **changes,
     }  # fmt: skip
 
 
@@ -617,6 +651,8 @@ def test_the_card_says_what_it_is_and_how_to_use_it(tmp_path: Path) -> None:
         "`test_resnet` with 1000\nclasses",
         "| lam | 0.1 |",
         "| temperature T | inf |",
+        "| scores | logits |",
+        "Logits grow by about 1 + lam",
         "timm_csra.from_pretrained(",
     ):
         assert words in card.text
@@ -659,21 +695,44 @@ def test_the_card_has_what_was_measured(tmp_path: Path) -> None:
     timm_csra.save_pretrained(model, tmp_path, results=record(model))
     card = ModelCard.load(tmp_path / "README.md")
     assert (
-        "| imagenette500, mosaic | 224 | 125 | lrap | fixed | 0.1 | inf | 31.88 | 35.55 | +3.67 [+2.32, +5.07] |"
+        "| imagenette500, mosaic | 224 | 125 | lrap | fixed | logits | 0.1 | inf | 31.88 | 35.55 | +3.67 [+2.32, +5.07] |"
         in card.text
     )
-    assert "| crossfit | 0.5;1 | 1;inf | 31.88 | 38.01 | +6.13" in card.text
+    assert "| crossfit | log_softmax;logits | 0.5;1 | 1;inf | 31.88 | 38.01 | +6.13" in card.text
+    assert "| fixed_log_softmax |" not in card.text  # not what this model does
     results = {result.metric_name: result for result in card.data.eval_results}
     assert {name: result.metric_value for name, result in results.items()} == {
         "lrap, plain": 31.88, "lrap, wrapped, fixed": 35.55, "lrap, wrapped, crossfit": 38.01,
     }  # fmt: skip
     wrapped = results["lrap, wrapped, fixed"]
     assert wrapped.dataset_name == "imagenette500, mosaic, 224 px, 125 pictures"
-    assert wrapped.metric_args["ci_low"] == 2.32
+    assert (wrapped.metric_args["ci_low"], wrapped.metric_args["scores"]) == (2.32, "logits")
 
     other = make(lam=0.4)  # `fixed` is not what this model does
     timm_csra.save_pretrained(other, tmp_path / "other", results=[record(other)])
     assert "| fixed |" not in (tmp_path / "other" / "README.md").read_text()
+
+
+def test_the_card_of_log_softmax_has_its_own_figures(tmp_path: Path) -> None:
+    model = make(lam=0.3, temperature=math.inf, scores="log_softmax")
+    timm_csra.save_pretrained(model, tmp_path, results=record(model))
+    text = (tmp_path / "README.md").read_text()
+    assert "| scores | log_softmax |" in text
+    assert "| lrap | fixed_log_softmax | log_softmax | 0.3 | inf | 31.88 | 35.40 | +3.52" in text
+    assert "| fixed |" not in text and "| log_softmax_vs_logits |" not in text
+    assert "a log-probability, at most 0, is added to each logit" in text
+
+
+def test_records_of_an_earlier_version_are_of_logits(tmp_path: Path) -> None:
+    model = make(lam=0.1, temperature=math.inf)
+    before = record(model)
+    for row in before["results"]:  # type: ignore[attr-defined]
+        del row["scores"]
+    before["results"] = [row for row in before["results"] if "log_softmax" not in row["protocol"]]  # type: ignore
+    timm_csra.save_pretrained(model, tmp_path, results=before)
+    text = (tmp_path / "README.md").read_text()
+    assert "| lrap | fixed | logits | 0.1 | inf |" in text
+    assert "| crossfit | logits;logits | 0.5;1 |" in text
 
 
 @pytest.mark.parametrize(

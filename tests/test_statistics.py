@@ -8,7 +8,7 @@ import torch
 from scipy import stats
 
 from timm_csra.evaluation.metrics import Evaluation, PerImage, Rows, evaluate
-from timm_csra.evaluation.scoring import DEFAULT, PLAIN, Setting
+from timm_csra.evaluation.scoring import DEFAULT, DEFAULT_LOG_SOFTMAX, PLAIN, Setting
 from timm_csra.evaluation.statistics import Comparison, Table, best, crossfit, halves, without_choice
 
 HIGH = Setting(0.5, (1.0,))
@@ -117,6 +117,91 @@ def test_the_curve_holds_fixed_and_shares_its_resamples() -> None:
     assert points[1].interval is not None
     assert points[1].interval[0] < points[1].gain < points[1].interval[1]
     assert all(point.interval is None for point in without_choice(on_all("lrap", settings, 400), seed=None))
+
+
+def both(seed: int = 0, count: int = 400) -> dict[Setting, PerImage]:
+    """A grid of logits, and one of log-probabilities that gains less."""
+    other = grid(seed + 1, count)
+    return grid(seed, count) | {
+        DEFAULT_LOG_SOFTMAX: PerImage(
+            grid(seed, count)[PLAIN].values + other[DEFAULT].values - other[PLAIN].values - 3
+        ),
+        Setting(2.0, (1.0,), "log_softmax"): grid(seed, count)[HIGH],
+    }
+
+
+def test_both_fixed_settings_and_the_one_over_the_other() -> None:
+    settings = both()
+    table = on_all("lrap", settings, 400)
+    fixed_, log_softmax, between, *curve = without_choice(table, seed=0)
+    protocols = [comparison.protocol for comparison in (fixed_, log_softmax, between)]
+    assert protocols == ["fixed", "fixed_log_softmax", "log_softmax_vs_logits"]
+    assert (fixed_.settings, log_softmax.settings) == ((DEFAULT,), (DEFAULT_LOG_SOFTMAX,))
+    assert log_softmax.baseline == fixed_.baseline
+    assert (between.baseline, between.value) == (fixed_.value, log_softmax.value)
+    difference = settings[DEFAULT_LOG_SOFTMAX].values - settings[DEFAULT].values
+    assert between.gain == pytest.approx(difference.mean())
+    assert between.gain == pytest.approx(log_softmax.gain - fixed_.gain)
+    assert between.interval == pytest.approx(
+        stats.t.interval(0.95, 399, difference.mean(), stats.sem(difference)), abs=0.35
+    )
+    assert between.test == "paired t"
+    reference = stats.ttest_rel(settings[DEFAULT_LOG_SOFTMAX].values, settings[DEFAULT].values)
+    assert between.p_value == pytest.approx(reference.pvalue)
+    assert [point.settings for point in curve] == [(DEFAULT,), (DEFAULT_LOG_SOFTMAX,)]  # T = 1 is on no curve
+    assert without_choice(table, seed=None)[2].interval is None
+
+
+def test_hits_of_the_fixed_settings_are_compared_by_mcnemars_test() -> None:
+    rng = np.random.default_rng(0)
+    hits = {setting: rng.random(300) < share for setting, share in
+            ((PLAIN, 0.5), (DEFAULT, 0.55), (DEFAULT_LOG_SOFTMAX, 0.7))}  # fmt: skip
+    values = {setting: PerImage(100.0 * hit, binary=True) for setting, hit in hits.items()}
+    between = without_choice(on_all("top1", values, 300), seed=0)[2]
+    gained = int((hits[DEFAULT_LOG_SOFTMAX] & ~hits[DEFAULT]).sum())
+    lost = int((hits[DEFAULT] & ~hits[DEFAULT_LOG_SOFTMAX]).sum())
+    assert between.test == "McNemar exact"
+    assert between.p_value == pytest.approx(stats.binomtest(gained, gained + lost).pvalue)
+    assert between.gain == pytest.approx(100 * (gained - lost) / 300)
+
+
+def test_the_fixed_settings_have_one_curve_each_and_no_comparison_where_one_is_missing() -> None:
+    settings = {key: value for key, value in both().items() if key != DEFAULT_LOG_SOFTMAX}
+    protocols = [comparison.protocol for comparison in without_choice(on_all("lrap", settings, 400), seed=0)]
+    assert protocols == ["fixed", "curve"]
+    settings = both() | {
+        Setting(1.0, DEFAULT.temperature, scores): grid()[HIGH] for scores in ("logits", "log_softmax")
+    }
+    curve = [c.settings[0] for c in without_choice(on_all("lrap", settings, 400), seed=None) if c.protocol == "curve"]
+    assert [(s.scores, s.lam) for s in curve] == [
+        ("logits", 0.1), ("logits", 1.0), ("log_softmax", 0.3), ("log_softmax", 1.0),
+    ]  # fmt: skip
+
+
+def test_the_comparison_of_equals_is_found_as_rarely_as_its_p_value_says() -> None:
+    """mAP, whose test is made of the bootstrap."""
+    rejected = 0
+    for seed in range(60):
+        generator = torch.Generator().manual_seed(seed)
+        targets = torch.rand(120, 3, generator=generator) < 0.3
+        signal = targets.float() + torch.randn(120, 3, generator=generator)
+        values = {
+            setting: evaluate(signal + 0.5 * torch.randn(120, 3, generator=generator), targets)["mAP"]
+            for setting in (PLAIN, DEFAULT, DEFAULT_LOG_SOFTMAX)
+        }
+        between = without_choice(on_all("mAP", values, 120), seed)[2]
+        assert between.test == "bootstrap z"
+        assert between.p_value is not None
+        rejected += between.p_value < 0.05
+    assert stats.binomtest(rejected, 60, 0.05).pvalue > 0.001
+
+
+def test_choices_are_among_both_kinds_of_scores() -> None:
+    settings = {PLAIN: PerImage(np.zeros(20)), DEFAULT: PerImage(np.where(np.arange(20) < 10, 8.0, -6.0)),
+                DEFAULT_LOG_SOFTMAX: PerImage(np.where(np.arange(20) < 10, -2.0, 4.0))}  # fmt: skip
+    halves_ = (np.arange(0, 10), np.arange(10, 20))
+    assert crossfitted("top1", settings, halves_, seed=0).settings == (DEFAULT_LOG_SOFTMAX, DEFAULT)
+    assert best(on_all("top1", settings, 20)).settings == (DEFAULT,)
 
 
 def test_rivals_are_compared_under_their_names_on_the_same_resamples() -> None:

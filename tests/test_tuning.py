@@ -28,7 +28,7 @@ def synthetic(seed: int, count: int = 200, signal: float = 0.0, classes: int = 5
     def noise() -> Tensor:
         return torch.randn(count, classes, generator=generator)
 
-    attention = {temperature: signal * right + noise() for temperature in (1.0, math.inf)}
+    attention = {("logits", temperature): signal * right + noise() for temperature in (1.0, math.inf)}
     return Scores(0.7 * right + noise(), attention), targets
 
 

@@ -6,10 +6,12 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from torch import nn
 
-from .config import CSRAConfig
+from .config import LOG_SOFTMAX, LOGITS, CSRAConfig
 from .errors import describe
 
 Record = Mapping[str, Any]  # what `python -m benchmarks.sweep` writes for a cell
+
+FIXED = ("fixed", "fixed_log_softmax")  # protocols whose settings were set before looking
 
 # What the Hub knows by an identifier; any other licence goes by its name.
 LICENSES = ("apache-2.0", "bsd-3-clause", "cc-by-4.0", "cc-by-nc-4.0", "gemma", "mit", "unknown")
@@ -29,6 +31,7 @@ the last feature map is added to its logits. The weights are those of the plain 
 |---|---|
 | lam | {{ lam }} |
 | temperature T | {{ temperature }} |
+| scores | {{ scores }} |
 
 ## Use
 
@@ -46,7 +49,7 @@ import timm
 model = timm.create_model({{ timm_literal }}, pretrained=True).eval()
 ```
 
-Logits grow by about 1 + lam: rank with them, but do not read them as probabilities of the plain model's calibration.
+{{ reading }}
 
 ## Origin
 
@@ -54,6 +57,14 @@ Logits grow by about 1 + lam: rank with them, but do not read them as probabilit
 
 {{ license_text }}
 {{ measured }}"""
+
+
+READING = {
+    LOGITS: "Logits grow by about 1 + lam: rank with them, but do not read them as probabilities of the plain model's\n"
+    "calibration.",
+    LOG_SOFTMAX: "lam times a log-probability, at most 0, is added to each logit: rank with them, but compare no\n"
+    "logit with a threshold.",
+}
 
 
 def model_card(model: nn.Module, settings: CSRAConfig, name: str, records: Sequence[Record], weights: str) -> ModelCard:
@@ -96,6 +107,8 @@ def model_card(model: nn.Module, settings: CSRAConfig, name: str, records: Seque
         classes=model.num_classes,
         lam=f"{settings.lam:g}",
         temperature=_heads(settings),
+        scores=settings.scores,
+        reading=READING[settings.scores],
         name_literal=repr(name),
         timm_literal=repr(f"{'local-dir' if local else 'hf-hub'}:{name}"),
         origin=f"Base checkpoint, as the model's `pretrained_cfg` names it: `{base}`."
@@ -110,7 +123,7 @@ def model_card(model: nn.Module, settings: CSRAConfig, name: str, records: Seque
 
 def _heads(settings: CSRAConfig) -> str:
     """As `--temperatures` of the sweep takes it, and its records have it."""
-    return "+".join(f"{head:g}" for head in settings.heads)
+    return "+".join(f"{temperature:g}" for temperature in settings.temperatures)
 
 
 def _check_record(record: Record, weights: str) -> None:
@@ -126,13 +139,17 @@ def _check_record(record: Record, weights: str) -> None:
 
 def _rows(record: Record, settings: CSRAConfig) -> list[Record]:
     """Cross-fitted results, which choose settings themselves, and those of the settings fixed beforehand, where the
-    model has these."""
-    own = (f"{settings.lam:g}", _heads(settings))
+    model has these. Records of an earlier version, which knew logits alone, do not name the scores."""
+    own = (f"{settings.lam:g}", _heads(settings), settings.scores)
+    rows = [{"scores": ";".join([LOGITS] * len(row["lam"].split(";"))), **row} for row in record["results"]]
     return [
         row
-        for row in record["results"]
+        for row in rows
         if row["gain"] is not None
-        and (row["protocol"] == "crossfit" or (row["protocol"] == "fixed" and (row["lam"], row["temperature"]) == own))
+        and (
+            row["protocol"] == "crossfit"
+            or (row["protocol"] in FIXED and (row["lam"], row["temperature"], row["scores"]) == own)
+        )
     ]
 
 
@@ -147,7 +164,7 @@ def _eval_results(record: Record, settings: CSRAConfig) -> list[EvalResult]:
         metric = row["metric"]
         plain, wrapped = f"{metric}, plain", f"{metric}, wrapped, {row['protocol']}"
         results[plain] = EvalResult(**where, metric_type=metric, metric_name=plain, metric_value=row["baseline"])
-        facts = {key: row[key] for key in ("protocol", "lam", "temperature", "gain", "ci_low", "ci_high")}
+        facts = {key: row[key] for key in ("protocol", "scores", "lam", "temperature", "gain", "ci_low", "ci_high")}
         results[wrapped] = EvalResult(
             **where, metric_type=metric, metric_name=wrapped, metric_value=row["value"], metric_args=facts
         )
@@ -160,17 +177,18 @@ def _measured(records: Sequence[Record], settings: CSRAConfig) -> str:
         "## Measured",
         "",
         "By `python -m benchmarks.sweep` of timm_csra: percent, and points of gain over the plain model with 95 %",
-        "paired bootstrap intervals over pictures. `fixed`: lam 0.1, T inf, set before looking. `crossfit`: chosen on",
+        "paired bootstrap intervals over pictures. Without any choice on these pictures: `fixed` (logits, lam 0.1,",
+        "T inf) and `fixed_log_softmax` (lam 0.3, T inf), where they are this model's settings. `crossfit`: chosen on",
         "one half of the pictures, measured on the other, both ways (both settings are listed).",
         "",
-        "| data, task | pixels | n | metric | protocol | lam | T | plain | wrapped | gain |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "| data, task | pixels | n | metric | protocol | scores | lam | T | plain | wrapped | gain |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for record in records:
         for row in _rows(record, settings):
             interval = "" if row["ci_low"] is None else f" [{row['ci_low']:+.2f}, {row['ci_high']:+.2f}]"
             cells = [f"{record['data']}, {record['task']}", record["img_size"], record["n"]]
-            cells += [row[name] for name in ("metric", "protocol", "lam", "temperature")]
+            cells += [row[name] for name in ("metric", "protocol", "scores", "lam", "temperature")]
             cells += [f"{row['baseline']:.2f}", f"{row['value']:.2f}", f"{row['gain']:+.2f}{interval}"]
             lines.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join([*lines, ""])

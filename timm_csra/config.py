@@ -1,4 +1,4 @@
-"""The two settings of class-specific residual attention, validated wherever they are set."""
+"""The settings of class-specific residual attention, validated wherever they are set."""
 
 import math
 from dataclasses import dataclass
@@ -17,28 +17,39 @@ def validate_lam(lam: Any) -> float:
 
 
 def validate_temperature(temperature: Any) -> tuple[float, ...]:
-    """Return `temperature` as a non-empty tuple of positive floats (`inf` allowed), one per head."""
-    heads = tuple(temperature) if isinstance(temperature, (tuple, list)) else (temperature,)
-    if not heads:
+    """Return `temperature` as a non-empty tuple of positive floats (`inf` allowed)."""
+    values = tuple(temperature) if isinstance(temperature, (tuple, list)) else (temperature,)
+    if not values:
         raise ValueError(
             f"temperature must hold at least one value, got {temperature!r}. Use math.inf for the maximum."
         )
-    for head in heads:
-        if isinstance(head, bool) or not isinstance(head, Real):
+    for value in values:
+        if isinstance(value, bool) or not isinstance(value, Real):
             raise TypeError(
                 "temperature must be a positive number, math.inf, or a tuple of them, "
-                f"got {head!r} ({type(head).__name__})."
+                f"got {value!r} ({type(value).__name__})."
             )
-        if not float(head) > 0:  # also catches NaN
+        if not float(value) > 0:  # also catches NaN
             raise ValueError(
-                f"temperature must be positive, got {head!r}. Use math.inf for the maximum over locations."
+                f"temperature must be positive, got {value!r}. Use math.inf for the maximum over locations."
             )
-    return tuple(float(head) for head in heads)
+    return tuple(float(value) for value in values)
 
 
-VERSION = 1  # of the form in which settings are stored
+def validate_scores(scores: Any) -> str:
+    """Return `scores` where it is one of `SCORES`. TypeError if it is no string, ValueError for another one."""
+    if not isinstance(scores, str):
+        raise TypeError(f"scores must be {_EITHER}, got {scores!r} ({type(scores).__name__}).")
+    if scores not in SCORES:
+        raise ValueError(f"scores must be {_EITHER}, got {scores!r}.")
+    return scores
 
-_VALIDATORS = {"lam": validate_lam, "temperature": validate_temperature}
+
+_EITHER = " or ".join(map(repr, SCORES))
+VERSION = 2  # of the form in which settings are stored; version 1 knew logits alone
+_STORED = {1: ("version", "lam", "temperature"), 2: ("version", "lam", "temperature", "scores")}
+
+_VALIDATORS = {"lam": validate_lam, "temperature": validate_temperature, "scores": validate_scores}
 
 
 @dataclass
@@ -47,12 +58,14 @@ class CSRAConfig:
 
     Args:
         lam: weight of the attention term, finite and >= 0. 0 is the plain model.
-        temperature: the paper's T, positive; `math.inf` takes the maximum over locations. Several values are
-            several heads whose attention terms are averaged. Always stored as a tuple.
+        temperature: the paper's T, positive; `math.inf` takes the maximum over locations. Of several values the
+            attention terms are averaged. Always stored as a tuple.
+        scores: what is compared over locations: "logits", the paper's, or "log_softmax", the log-probabilities of
+            each location.
 
     Raises:
         TypeError: a value of the wrong type (`bool` included).
-        ValueError: `lam` negative, infinite or NaN; `temperature` empty, NaN or not positive.
+        ValueError: `lam` negative, infinite or NaN; `temperature` empty, NaN or not positive; unknown `scores`.
 
     Example:
         >>> config = CSRAConfig(lam=0.1)
@@ -60,11 +73,12 @@ class CSRAConfig:
         (inf,)
         >>> config.temperature = (1, math.inf)
         >>> config
-        CSRAConfig(lam=0.1, temperature=(1.0, inf))
+        CSRAConfig(lam=0.1, temperature=(1.0, inf), scores='logits')
     """
 
     lam: float = 0.1
     temperature: float | tuple[float, ...] = math.inf
+    scores: str = LOGITS
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name not in _VALIDATORS:
@@ -73,7 +87,8 @@ class CSRAConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """For a configuration file: plain JSON values, with the version of this form."""
-        return {"version": VERSION, "lam": self.lam, "temperature": ["inf" if math.isinf(t) else t for t in self.heads]}
+        temperatures = ["inf" if math.isinf(t) else t for t in self.temperatures]
+        return {"version": VERSION, "lam": self.lam, "temperature": temperatures, "scores": self.scores}
 
     @classmethod
     def from_dict(cls, stored: Any) -> "CSRAConfig":
@@ -84,27 +99,32 @@ class CSRAConfig:
             ValueError: another version, keys missing or unknown, or a value out of range.
 
         Example:
-            >>> CSRAConfig.from_dict({"version": 1, "lam": 0.1, "temperature": ["inf"]})
-            CSRAConfig(lam=0.1, temperature=(inf,))
+            >>> CSRAConfig.from_dict({"version": 2, "lam": 0.3, "temperature": ["inf"], "scores": "log_softmax"})
+            CSRAConfig(lam=0.3, temperature=(inf,), scores='log_softmax')
         """
         if not isinstance(stored, dict):
-            raise TypeError(f"found a {type(stored).__name__}, expected an object with version, lam and temperature.")
-        if (version := stored.get("version")) != VERSION or isinstance(version, bool):
-            raise ValueError(f"found version {version!r}, expected {VERSION}. A newer timm_csra may read it.")
-        if stored.keys() != {"version", "lam", "temperature"}:
-            raise ValueError(f"found {', '.join(map(str, stored))}; expected version, lam and temperature.")
-        heads = stored["temperature"]
-        if not isinstance(heads, list):
-            raise TypeError(f'found temperature {heads!r}, expected a list such as ["inf"].')
-        return cls(stored["lam"], tuple(math.inf if head == "inf" else head for head in heads))
+            raise TypeError(f"found a {type(stored).__name__}, expected an object with {', '.join(_STORED[VERSION])}.")
+        version = stored.get("version")
+        if not isinstance(version, int) or isinstance(version, bool) or version not in _STORED:
+            known = " or ".join(map(str, _STORED))
+            raise ValueError(f"found version {version!r}, expected {known}. A newer timm_csra may read it.")
+        if stored.keys() != set(_STORED[version]):
+            raise ValueError(
+                f"found {', '.join(map(str, stored))}; expected {', '.join(_STORED[version])} in version {version}."
+            )
+        temperatures = stored["temperature"]
+        if not isinstance(temperatures, list):
+            raise TypeError(f'found temperature {temperatures!r}, expected a list such as ["inf"].')
+        temperature = tuple(math.inf if t == "inf" else t for t in temperatures)
+        return cls(stored["lam"], temperature, stored.get("scores", LOGITS))  # what version 1 had
 
     @property
     def terms(self) -> tuple[tuple[str, float], ...]:
         """The attention terms that are averaged: kind of scores and temperature of each."""
-        return tuple(("logits", temperature) for temperature in self.heads)
+        return tuple((self.scores, temperature) for temperature in self.temperatures)
 
     @property
-    def heads(self) -> tuple[float, ...]:
-        """`temperature` as it is stored: one value per head."""
+    def temperatures(self) -> tuple[float, ...]:
+        """`temperature` as it is stored: a tuple."""
         assert isinstance(self.temperature, tuple)
         return self.temperature

@@ -67,7 +67,7 @@ class Seen:
         if config.lam == 0:
             return self.base
         scores = self.maps.flatten(1).T[None]
-        return add_attention(self.base[None], [class_attention(scores, config.heads[0])], config.lam)[0]
+        return add_attention(self.base[None], [class_attention(scores, config.temperatures[0])], config.lam)[0]
 
 
 def installed_wheels() -> list[str]:

@@ -49,6 +49,7 @@ def create_model(
     *,
     lam: float = 0.1,
     temperature: float | tuple[float, ...] = math.inf,
+    scores: str = "logits",
     **kwargs: Any,
 ) -> nn.Module:
     """`timm.create_model`, wrapped.
@@ -56,7 +57,7 @@ def create_model(
     Args:
         model_name: as timm takes it.
         pretrained: load timm's weights.
-        lam, temperature: see `wrap`.
+        lam, temperature, scores: see `wrap`.
         kwargs: for `timm.create_model`.
 
     Returns:
@@ -68,10 +69,10 @@ def create_model(
     Example:
         >>> import timm_csra
         >>> timm_csra.create_model('test_resnet', pretrained=False, lam=0.2).csra
-        CSRAConfig(lam=0.2, temperature=(inf,))
+        CSRAConfig(lam=0.2, temperature=(inf,), scores='logits')
     """
-    CSRAConfig(lam, temperature)  # before anything is downloaded
-    return wrap(timm.create_model(model_name, pretrained=pretrained, **kwargs), lam, temperature)
+    CSRAConfig(lam, temperature, scores)  # before anything is downloaded
+    return wrap(timm.create_model(model_name, pretrained=pretrained, **kwargs), lam, temperature, scores)
 
 
 def save_pretrained(
@@ -98,7 +99,7 @@ def save_pretrained(
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     timm_csra.save_pretrained(model, folder)
         ...     timm_csra.from_pretrained(folder).csra
-        CSRAConfig(lam=0.1, temperature=(inf,))
+        CSRAConfig(lam=0.1, temperature=(inf,), scores='logits')
     """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
@@ -166,6 +167,7 @@ def from_pretrained(
     token: str | bool | None = None,
     lam: float | None = None,
     temperature: float | tuple[float, ...] | None = None,
+    scores: str | None = None,
     **kwargs: Any,
 ) -> nn.Module:
     """Load a wrapped model; or any model that timm can load, and wrap it.
@@ -176,7 +178,7 @@ def from_pretrained(
         revision: branch, tag or commit.
         cache_dir: of the downloads; default: huggingface_hub's.
         token: for the Hub; default: the one that `hf auth login` or `HF_TOKEN` gave.
-        lam, temperature: instead of the stored settings, or of the defaults of `wrap` where none are stored.
+        lam, temperature, scores: instead of the stored settings, or of the defaults of `wrap` where none are stored.
         kwargs: for `timm.create_model`, e.g. `num_classes=5` or `img_size=448`.
 
     Returns:
@@ -210,6 +212,7 @@ def from_pretrained(
     settings = stored or CSRAConfig()
     settings.lam = settings.lam if lam is None else lam
     settings.temperature = settings.temperature if temperature is None else temperature
+    settings.scores = settings.scores if scores is None else scores
     if stored is None:
         _logger.warning(f"{name}: {CONFIG} has no settings of timm_csra; wrapped with {settings}.")
     if (folder / WEIGHTS).is_file():
@@ -224,7 +227,7 @@ def from_pretrained(
         model.pretrained_cfg |= {"source": source, "hf_hub_id": location, "file": None}
     else:
         model.pretrained_cfg |= {"source": source, "file": str(folder)}
-    return wrap(model, settings.lam, settings.temperature).eval()
+    return wrap(model, settings.lam, settings.temperature, settings.scores).eval()
 
 
 def weights_sha256(model: nn.Module) -> str:

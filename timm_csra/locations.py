@@ -65,7 +65,7 @@ def location_attention(
             for here in places:
                 elements = _rows(score, tuple(branch[some, here] for branch in locations))
                 mask = None if valid is None else valid[some, here]
-                part = [[Attention.of(_as(kind, s), Ts, mask) for kind, Ts in temperatures.items()] for s in elements]
+                part = [[Attention.of(as_kind(kind, s), Ts, mask) for kind, Ts in temperatures.items()] for s in elements]
                 whole = _merged(whole, part, temperatures) if whole else part
             groups.append([_in_order(terms, temperatures, element) for element in whole])
     return tuple(
@@ -155,7 +155,8 @@ def _even(count: int, size: int) -> list[slice]:
     return [slice(start, stop) for start, stop in pairwise(bounds)]
 
 
-def _as(kind: str, logits: Tensor) -> Tensor:
+def as_kind(kind: str, logits: Tensor) -> Tensor:
+    """Turn logits `(..., K)` of locations into scores of a kind, see CSRAConfig; log-probabilities in float32 at least."""
     if kind == "logits":
         return logits
     return logits.log_softmax(dim=-1, dtype=torch.promote_types(logits.dtype, torch.float32))

@@ -11,11 +11,11 @@ from timm.layers import AttentionPool2d, AttentionPoolLatent
 from torch import Tensor, nn
 
 from .attention import add_attention
-from .config import CSRAConfig
+from .config import CSRAConfig, validate_scores
 from .errors import UnsupportedModelError, describe
 from .heads import is_recorded
 from .layouts import Head, layout_of, overrides, spatial_features
-from .locations import location_attention, location_scores
+from .locations import as_kind, location_attention, location_scores
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -108,17 +108,24 @@ def is_wrapped(model: nn.Module) -> bool:
     return isinstance(model, CSRAMixin)
 
 
-def wrap(model: Model, lam: float = 0.1, temperature: float | tuple[float, ...] = math.inf) -> Model:
+def wrap(
+    model: Model, lam: float = 0.1, temperature: float | tuple[float, ...] = math.inf, scores: str = "logits"
+) -> Model:
     """Add class-specific residual attention to a timm classifier, in place: no retraining, no new weight.
 
     The logits become `base_c + lam * att_c` with `att_c = sum_j softmax_j(T * s_c(j)) * s_c(j)` (for T = inf the
-    maximum over locations j), where `s_c(j)` is what the model's own head says of class c when every location looks
-    like j (Zhu & Wu, ICCV 2021, arXiv 2108.02456). `state_dict`, `isinstance` and the data config stay as they are.
+    maximum over locations j), where `s_c(j)` is the logit, or log-probability, that the model's own head gives class c
+    when every location looks like j (Zhu & Wu, ICCV 2021, arXiv 2108.02456). `state_dict`, `isinstance` and the data
+    config stay as they are.
 
     Args:
         model: a timm classifier. Wrapping a wrapped model replaces its settings.
         lam: weight of the attention term, finite and >= 0. With 0 the model's own head is called and nothing else.
-        temperature: the paper's T, positive, or `inf`; a tuple for several heads, whose terms are averaged.
+        temperature: the paper's T, positive, or `inf`; of several (a tuple) the terms are averaged.
+        scores: `logits`, the paper's formula, for classifiers trained with a sigmoid for each class (multi-label heads,
+            timm's BCE recipes such as `a1_in1k`); or `log_softmax`, with `lam=0.3`, for those trained with softmax cross
+            entropy, as most of timm's. Softmax training leaves one free offset at every location, which a maximum over
+            locations would compare; log-probabilities have none. `docs/results.md` has the evidence.
 
     Returns:
         The same object. `model.csra` holds the settings; `model.csra.lam = 0.3` takes effect at the next forward.
@@ -129,11 +136,11 @@ def wrap(model: Model, lam: float = 0.1, temperature: float | tuple[float, ...] 
 
     Example:
         >>> import timm, timm_csra
-        >>> model = timm_csra.wrap(timm.create_model('test_resnet').eval(), lam=0.1)
+        >>> model = timm_csra.wrap(timm.create_model('test_resnet').eval(), lam=0.3, scores="log_softmax")
         >>> model(torch.randn(2, 3, 160, 160)).shape
         torch.Size([2, 1000])
     """
-    config = CSRAConfig(lam, temperature)
+    config = CSRAConfig(lam, temperature, scores)
     check_supported(model)
     if not is_wrapped(model):
         model.__class__ = _wrapped_class(cast(type, type(model)))
@@ -166,20 +173,23 @@ def plain_head(model: nn.Module) -> Head:
     return super(CSRAMixin, model).forward_head if is_wrapped(model) else model.forward_head  # type: ignore
 
 
-def score_maps(model: nn.Module, x: Tensor) -> Tensor:
+def score_maps(model: nn.Module, x: Tensor, scores: str = "logits") -> Tensor:
     """Class scores of every location, for a wrapped or plain timm classifier, whatever its `lam`.
 
     Args:
         model: a timm classifier, in eval mode.
         x: images as the model takes them, `(N, 3, H, W)`.
+        scores: `logits`, or `log_softmax` for log-probabilities over the K classes.
 
     Returns:
         `(N, K, rows, columns)`: the score of class k at each location, what the model's own head says when every
-        location looks like that one. For a head that is linear after average pooling their mean is the plain logit.
+        location looks like that one. For a head that is linear after average pooling the mean of the logits is the plain
+        logit.
 
     Raises:
         UnsupportedModelError: the model cannot be wrapped, or its locations form no grid.
         TypeError: `x` is no tensor of images (patches of several grids form no map).
+        ValueError: `scores` is no known kind.
 
     Example:
         >>> import timm, timm_csra
@@ -188,12 +198,13 @@ def score_maps(model: nn.Module, x: Tensor) -> Tensor:
         torch.Size([2, 1000, 5, 5])
     """
     check_supported(model)
+    kind = validate_scores(scores)
     if not isinstance(x, Tensor) or x.ndim != 4:
         found = f"a tensor {tuple(x.shape)}" if isinstance(x, Tensor) else f"a {type(x).__name__}"
         raise TypeError(f"{describe(model)}: found {found}, expected images (N, C, H, W).")
     features = spatial_features(model, x)
-    scores = location_scores(model, plain_head(model), features)
-    mean_scores: Tensor = scores[0] if len(scores) == 1 else torch.stack(scores).mean(0)
+    elements = location_scores(model, plain_head(model), features)
+    mean_scores: Tensor = as_kind(kind, elements[0] if len(elements) == 1 else torch.stack(elements).mean(0))
     grid = layout_of(model, features).grid(model, features, (x.shape[-2], x.shape[-1]))
     if grid is None:
         raise UnsupportedModelError(

@@ -12,8 +12,8 @@ CHECKPOINT = Checkpoint("local-dir", "folder/mine")
 
 def record(task: str, requested: str = "1x", status: str = "ok") -> dict[str, Any]:
     best = [
-        {"protocol": "best", "metric": metric, "lam": lam, "temperature": "1+inf"}
-        for metric, lam in (("top1", "0.2"), ("mAP", "0.5"), ("lrap", "1"))
+        {"protocol": "best", "metric": metric, "lam": lam, "temperature": "1+inf", "scores": scores}
+        for metric, lam, scores in (("top1", "0.2", "logits"), ("mAP", "0.5", "log_softmax"), ("lrap", "1", "logits"))
     ]
     return {"key": {"task": task, "requested": requested}, "task": task, "requested": requested, "status": status,
             "results": best, "data": "photos"}  # fmt: skip
@@ -40,6 +40,7 @@ CASES = {
     "nothing measured": ([], None),
 }
 LAM = {"single": 0.2, "mosaic": 0.5}
+SCORES = {"single": "logits", "mosaic": "log_softmax"}
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -51,6 +52,7 @@ def test_only_what_gains_for_sure_is_pushed(case: str) -> None:
     for choice in choices:
         assert choice.repository("user/csra") == "user/csra-mine"
         assert (choice.lam, choice.temperature) == (LAM[str(expected)], (1.0, float("inf")))
+        assert choice.scores == SCORES[str(expected)]
         assert choice.records == (SINGLE, MOSAIC, LARGE)
         gain = f"local-dir:folder/mine: {choice.row['metric']} +2.00 [+1.00, +3.00] on photos, {expected} (Holm p = "
-        assert str(choice) == f"{gain}{choice.row['p_holm']:.2g}), lam {choice.lam:g}, T 1+inf"
+        assert str(choice) == f"{gain}{choice.row['p_holm']:.2g}), {choice.scores}, lam {choice.lam:g}, T 1+inf"

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.records import read_record, record_path, write_record
+from benchmarks.records import read_record, read_records, record_path, write_record
 from benchmarks.summary import write_summary
 
 KEY = {"model": "local-dir:/a/b", "data": "d", "task": "single", "img_size": 224, "seed": 0}
@@ -54,5 +54,25 @@ def test_summary_has_a_row_for_each_result_and_for_each_cell_without(tmp_path: P
     assert (first["model"], first["img_size"], first["lam"]) == ("local-dir:/a/b", "224", "0.1")
     assert (second["status"], second["reason"], second["metric"]) == ("failed", "boom, twice", "")
     assert json.dumps(list(first))  # the columns that the documentation promises, in order
-    promised = "model,data,task,img_size,n,columns,metric,protocol,lam,temperature,baseline,value,gain,ci_low,ci_high"
-    assert list(first)[:15] == promised.split(",")
+    promised = (
+        "model,data,task,img_size,n,columns,metric,protocol,scores,lam,temperature,baseline,value,gain,ci_low,ci_high"
+    )
+    assert list(first)[:16] == promised.split(",")
+    assert (first["scores"], second["scores"]) == ("logits", "")
+
+
+def test_records_of_before_there_were_two_kinds_of_scores_are_of_logits(tmp_path: Path) -> None:
+    rows = [RESULT, RESULT | {"protocol": "crossfit", "lam": "0.1;0.3"}, RESULT | {"protocol": "max_pool", "lam": ""}]
+    settings = [{"lam": 0.1, "temperature": "inf", "top1": 51.0}]
+    key = KEY | {"scores": None, "settings": [[0.1, "inf"]]}
+    write_record(record_path(tmp_path, key), {**key, "key": key, "results": rows, "all_settings": settings})
+    (record,) = read_records(tmp_path)
+    assert read_record(record_path(tmp_path, key)) == record
+    assert [row["scores"] for row in record["results"]] == ["logits", "logits;logits", ""]
+    assert record["all_settings"] == [settings[0] | {"scores": "logits"}]
+    assert record["key"] == key
+    new = KEY | {"kept_scores": None}
+    rows = [row | {"scores": "log_softmax"} for row in rows]
+    write_record(record_path(tmp_path, new), {**new, "key": new, "results": rows, "all_settings": []})
+    read = read_record(record_path(tmp_path, new))
+    assert read is not None and [row["scores"] for row in read["results"]] == ["log_softmax"] * 3

@@ -7,7 +7,7 @@ import pytest
 
 from benchmarks.expected import check, keep_expected
 from benchmarks.records import record_path, write_record
-from benchmarks.summary import headline, rows_of, write_summary
+from benchmarks.summary import headline, rows_of, versus, write_summary
 
 PUBLISHED = """model,top1,top1_err,top5,top5_err,param_count,img_size,crop_pct,interpolation
 one,80.000,20.000,95.000,5.000,25.0,224,0.875,bicubic
@@ -19,6 +19,7 @@ def record(model: str, gain: float, p: float | None, **more: object) -> dict:
     key = {"model": model, "data": "d", "task": "single", "img_size": 224, "grid": None, "seed": 0, "weights": model}
     key |= {name: more.pop(name) for name in ("task", "img_size", "seed") if name in more}
     result = {"metric": "top1", "protocol": "fixed", "baseline": 80.0, "value": 80 + gain, "gain": gain, "p_value": p}
+    result |= {"lam": "0.1", "temperature": "inf"}
     curve = result | {"protocol": "curve", "p_value": None}
     preprocessing = {"crop_pct": 0.875, "interpolation": "bicubic"}
     about = {"status": "ok", "n": 50_000, "requested": "1x", "preprocessing": preprocessing, **more}
@@ -51,6 +52,20 @@ def test_holm_over_the_checkpoints_of_one_request() -> None:
     assert "verdict" not in rows[7]
     counts = headline(rows[:5])
     assert counts == {("d", "single", "None", "1x", "top1", "fixed"): {"better": 1, "worse": 2, "no evidence": 2}}
+
+
+def test_the_comparison_of_the_fixed_settings_is_a_family_of_its_own() -> None:
+    records = [record(f"m{i}", gain, p) for i, (gain, p) in enumerate([(2.0, 0.001), (1.0, 0.03), (-1.0, 0.002)])]
+    for one, (gain, p) in zip(records, [(1.0, 0.01), (-2.0, 0.001), (0.5, 0.6)], strict=True):
+        fixed = one["results"][0]
+        one["results"].append(fixed | {"protocol": "log_softmax_vs_logits", "gain": gain, "p_value": p})
+    rows = rows_of(records)
+    by = {name: [row for row in rows if row["protocol"] == name] for name in ("fixed", "log_softmax_vs_logits")}
+    assert [row["p_holm"] for row in by["fixed"]] == pytest.approx(holm([0.001, 0.03, 0.002]))
+    assert [row["p_holm"] for row in by["log_softmax_vs_logits"]] == pytest.approx(holm([0.01, 0.001, 0.6]))
+    assert versus(headline(rows)) == [
+        "d, single, 1x, top1: log_softmax better than logits on 1 checkpoints, worse on 1, no evidence on 1"
+    ]
 
 
 def test_baselines_against_published_ones(tmp_path: Path) -> None:

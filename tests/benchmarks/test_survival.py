@@ -234,18 +234,22 @@ def test_kept_scores_answer_new_settings_without_a_forward_pass(tmp_path: Path, 
     arguments = ("--task", "mosaic,single", "--lams", "0,0.1,0.7", "--rescore")
     status, records = sweep(out, model, photos, *arguments)
     assert status == 0
-    rescored = {record["task"]: record for record in records if record["key"]["scores"] == "float16"}
+    rescored = {record["task"]: record for record in records if record["key"]["kept_scores"] == "float16"}
     assert weights.read_bytes() == whole
     for expected in fresh:
         found = rescored[expected["task"]]
-        assert len(found["all_settings"]) == len(expected["all_settings"]) == 1 + 2 * 3
+        assert len(found["all_settings"]) == len(expected["all_settings"]) == 1 + 2 * 2 * 3 + 1
         for a, b in zip(found["all_settings"], expected["all_settings"], strict=True):
+            assert a.pop("scores") == b.pop("scores")
             assert a == pytest.approx(b, abs=100 / 12 + 1e-6)  # half precision may turn one near-tie of 12 images
         assert found["preprocessing"] == expected["preprocessing"]
     status, records = sweep(out, model, photos, "--temperatures", "2", "--rescore")
     assert status == 1
     (failed,) = (record for record in records if record["status"] == "failed")
-    assert "scores are kept for T 1, 5, inf; expected --temperatures among them" in failed["reason"]
+    assert (
+        "kept are log_softmax, T 1, 5, inf; logits, T 1, 5, inf; expected --scores and --temperatures among them"
+        in failed["reason"]
+    )
     status, (record,) = sweep(tmp_path / "none", model, photos, "--rescore")
     assert "run the cell with --keep-scores first" in record["reason"]
 

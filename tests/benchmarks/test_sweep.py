@@ -62,7 +62,11 @@ def test_end_to_end(tmp_path: Path, photos: Path, checkpoint: str, capsys: pytes
         (task, size, n, 3) for task, n in (("single", 30), ("mosaic", 7)) for size in (64, 160)
     }
     assert {row["metric"] for row in rows} == {"top1", "mAP", "lrap", "recall_at_k"}
-    assert [row["protocol"] for row in rows[:3]] == ["fixed", "crossfit", "best"]
+    first = {row["protocol"]: (row["scores"], row["lam"], row["temperature"]) for row in rows[:5]}
+    assert list(first) == ["fixed", "fixed_log_softmax", "log_softmax_vs_logits", "crossfit", "best"]
+    assert first["fixed"] == ("logits", "0.1", "inf")
+    assert first["fixed_log_softmax"] == first["log_softmax_vs_logits"] == ("log_softmax", "0.3", "inf")
+    assert rows[2]["baseline"] == rows[0]["value"]
     for row in rows:
         gain = float(row["value"]) - float(row["baseline"])
         assert float(row["gain"]) == pytest.approx(gain, abs=2e-4)
@@ -76,10 +80,34 @@ def test_end_to_end(tmp_path: Path, photos: Path, checkpoint: str, capsys: pytes
     assert record["kind"] == "exact"
     assert len(record["weights_sha256"]) == 64
     assert record["environment"]["packages"]["timm"] == timm.__version__
-    assert len(record["all_settings"]) == 1 + 7 * 3
+    assert len(record["all_settings"]) == 1 + 2 * 8 * 3
+    curves = [
+        (r["scores"], float(r["lam"])) for r in record["results"] if r["protocol"] == "curve" and r["metric"] == "mAP"
+    ]
+    lams = [0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 1.0, 2.0]
+    assert curves == [(scores, lam) for scores in ("logits", "log_softmax") for lam in lams]
+    single = next(record for record in records if record["task"] == "single")
+    assert set(single["calibration"]) == {"plain", "fixed", "fixed, logits / (1 + lam)", "fixed_log_softmax"}
     printed = capsys.readouterr().out
     assert "crossfit" in printed
     assert "4 records" in printed
+    assert re.search(
+        r"photos\d, mosaic 2x2, 1x, mAP: log_softmax better than logits on \d checkpoints, worse on \d,", printed
+    )
+
+
+@pytest.mark.parametrize(
+    ("scores", "fixed", "count"),
+    [("logits", {"fixed"}, 1 + 2), ("log_softmax", {"fixed", "fixed_log_softmax", "log_softmax_vs_logits"}, 1 + 1 + 2)],
+)
+def test_the_fixed_settings_are_always_measured(
+    scores: str, fixed: set[str], count: int, tmp_path: Path, photos: Path, checkpoint: str
+) -> None:
+    more = ("--img-size", "64", "--scores", scores, "--lams", "0.7", "--temperatures", "5")
+    status, (record,), rows = sweep(tmp_path, checkpoint, photos, *more)
+    assert status == 0
+    assert {row["protocol"] for row in rows} - {"crossfit", "best", "max_pool"} == fixed
+    assert len(record["all_settings"]) == count
 
 
 def test_a_second_run_does_only_what_is_missing(tmp_path: Path, photos: Path, checkpoint: str) -> None:
@@ -133,7 +161,7 @@ def test_corrupt_weights_and_images_fail_their_cells_alone(tmp_path: Path, photo
     assert "a.png: cannot be read as an image" in records[0]["reason"]
 
 
-def test_labels_csv_with_several_labels(tmp_path: Path, checkpoint: str) -> None:
+def test_labels_csv_with_several_labels(tmp_path: Path, checkpoint: str, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "images").mkdir()
     rows = ["file,labels"]
     for index in range(12):
@@ -145,6 +173,19 @@ def test_labels_csv_with_several_labels(tmp_path: Path, checkpoint: str) -> None
     assert status == 0
     assert (record["columns"], record["n"]) == (3, 12)  # horse is declared, and unknown to the head
     assert {result["metric"] for result in record["results"]} == {"mAP", "lrap", "recall_at_k"}
+    assert record["left_out"] == []
+
+    capsys.readouterr()
+    more = ("--task", "multilabel", "--img-size", "64", "--activation", "sigmoid")
+    _, (record,), _ = sweep(tmp_path / "sigmoid", checkpoint, tmp_path, *more)
+    assert [(left["metric"], left["scores"]) for left in record["left_out"]] == [
+        ("CF1", "log_softmax"), ("OF1", "log_softmax"),
+    ]  # fmt: skip
+    thresholds = [result for result in record["results"] if result["metric"] in ("CF1", "OF1")]
+    assert {"fixed", "crossfit", "best", "curve"} <= {result["protocol"] for result in thresholds}
+    assert {result["scores"] for result in thresholds} <= {"logits", "logits;logits", ""}
+    assert all(("CF1" in row) == (row["scores"] == "logits") for row in record["all_settings"])
+    assert "CF1 is left out for log_softmax: it compares each logit with 0" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -162,6 +203,7 @@ def test_labels_csv_with_several_labels(tmp_path: Path, checkpoint: str) -> None
         (["--sample", "--lams", "a"], "--lams: found 'a'; expected numbers separated by ','"),
         (["--sample", "--device", "abacus"], "--device abacus: cannot be used here: Expected one of cpu, cuda"),
         (["--sample", "--lams", "-1"], "lam must be finite and at least 0, got -1.0"),
+        (["--sample", "--scores", "logits,softmax"], "--scores: found 'softmax'; expected some of logits,log_softmax."),
         (["--sample", "--temperatures", "0"], "temperature must be positive, got 0.0"),
         (["--sample", "--task", "single"], "--sample brings its own data and task"),
         (["--models", "pypi:*", "--data", ".", "--task", "detect"], "--task: found detect; expected some of single,"),

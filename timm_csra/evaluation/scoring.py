@@ -1,5 +1,6 @@
 """Score once: base and attention logits do not depend on lam, so one forward pass serves every setting."""
 
+import itertools
 import math
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
@@ -11,40 +12,50 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..attention import add_attention
-from ..config import CSRAConfig
+from ..config import LOG_SOFTMAX, LOGITS, CSRAConfig
 from ..errors import describe
 from ..inspection import Explanation
 from ..layouts import Head, layout_of, spatial_features
 from ..locations import location_attention
 from ..patching import check_supported, is_wrapped, plain_head
 
+Term = tuple[str, float]  # what an attention term is made of: the scores, and T
+
 
 class Setting(NamedTuple):
-    """One choice of lam and of the temperatures of the heads."""
+    """One choice of lam, of the temperatures of the heads, and of the scores; see `CSRAConfig`."""
 
     lam: float
     temperature: tuple[float, ...]
+    scores: str = LOGITS
+
+    @property
+    def terms(self) -> list[Term]:
+        """What the heads need."""
+        return [(self.scores, temperature) for temperature in self.temperature]
 
 
 ALL = slice(None)  # images, or classes
-PLAIN = Setting(0.0, (math.inf,))  # lam = 0: the temperature does not matter
-DEFAULT = Setting(0.1, (math.inf,))
+PLAIN = Setting(0.0, (math.inf,))  # lam = 0: neither temperature nor scores matter
+DEFAULT = Setting(0.1, (math.inf,))  # the paper's
+DEFAULT_LOG_SOFTMAX = Setting(0.3, (math.inf,), LOG_SOFTMAX)
 
 
 def settings_grid(
-    lams: Iterable[float], temperatures: Iterable[float | tuple[float, ...]], also: Iterable[Setting] = ()
+    lams: Iterable[float],
+    temperatures: Iterable[float | tuple[float, ...]],
+    scores: Iterable[str] = (LOGITS,),
+    also: Iterable[Setting] = (),
 ) -> list[Setting]:
     """All combinations, and what is wanted `also`, validated, without duplicates; `PLAIN` is there and comes first.
 
     Example:
         >>> settings_grid([0.2], [1, math.inf])
-        [Setting(lam=0.0, temperature=(inf,)), Setting(lam=0.2, temperature=(1.0,)), \
-Setting(lam=0.2, temperature=(inf,))]
+        [Setting(lam=0.0, temperature=(inf,), scores='logits'), Setting(lam=0.2, temperature=(1.0,), scores='logits'), \
+Setting(lam=0.2, temperature=(inf,), scores='logits')]
     """
-    temperatures = list(temperatures)
-    asked = [(lam, temperature) for lam in lams for temperature in temperatures]
-    configs = [CSRAConfig(lam, temperature) for lam, temperature in [*asked, *also]]
-    grid = {Setting(config.lam, config.heads) for config in configs if config.lam > 0}
+    configs = [CSRAConfig(*asked) for asked in [*itertools.product(lams, temperatures, scores), *also]]
+    grid = {Setting(config.lam, config.temperatures, config.scores) for config in configs if config.lam > 0}
     return [PLAIN, *sorted(grid)]
 
 
@@ -54,14 +65,14 @@ class Scores:
 
     Attributes:
         base: `(n, K)`, the plain model's logits.
-        attention: for each temperature T the attention term att, `(n, K)`.
+        attention: for each kind of scores and temperature T the attention term att, `(n, K)`.
         pooled: logits of other ways to use the plain model, `(n, K)` each, by name.
         dtype: of the model's logits. Those of a setting are rounded to it, as a wrapped model's are: otherwise bf16
             would tie the plain logits alone, and ranks would differ for no other reason.
     """
 
     base: Tensor
-    attention: dict[float, Tensor]
+    attention: dict[Term, Tensor]
     dtype: torch.dtype = torch.float32
     pooled: dict[str, Tensor] = field(default_factory=dict)
 
@@ -70,7 +81,7 @@ class Scores:
         base = self.base[images, classes]
         if setting.lam == 0:
             return base
-        heads = torch.stack([self.attention[temperature][images, classes] for temperature in setting.temperature])
+        heads = torch.stack([self.attention[term][images, classes] for term in setting.terms])
         return (base + setting.lam * heads.mean(dim=0)).to(self.dtype).float()
 
 
@@ -90,8 +101,8 @@ def score(
         model: a timm classifier in eval mode, plain or wrapped (its own settings are not used), on `device`.
         batches: `(images (N, C, H, W), targets (N, ...))`. Only the model runs in inference mode: what a data set keeps
             of them can be trained on afterwards.
-        settings: which temperatures are needed.
-        columns: classes of the head to keep, in order; None for all K.
+        settings: which temperatures and scores are needed.
+        columns: classes of the head to keep, in order; None for all K. Log-probabilities are over all K.
         device: where `model` is.
         amp_dtype: autocast to this dtype, or None.
         test_time_pool: also pool as timm's `TestTimePoolHead` does, see `allows_test_time_pool`.
@@ -100,12 +111,12 @@ def score(
         The scores and the targets of all images, in order, on the CPU.
 
     Raises:
-        ValueError: no image at all, logits that are not finite, or a `forward` that gives other logits than the
-            head on the features (checked on a few images).
+        ValueError: no image at all, logits that are not finite (but for -inf of classes that the plain logits mask),
+            or a `forward` that gives other logits than the head on the features (checked on a few images).
         UnsupportedModelError: the model's locations cannot be scored.
     """
     check_supported(model)
-    temperatures = sorted({temperature for setting in settings for temperature in setting.temperature})
+    asked = sorted({term for setting in settings for term in setting.terms})
     autocast = torch.autocast(torch.device(device).type, amp_dtype) if amp_dtype else nullcontext()
     head = plain_head(model)
     kept: list[list[Tensor]] = []
@@ -115,21 +126,24 @@ def score(
         with torch.inference_mode(), autocast:
             features = spatial_features(model, images)
             base = cast(Tensor, head(features))  # a tuple only in distilled training
-            (attention,) = location_attention(model, head, features, temperatures)
+            (attention,) = location_attention(model, head, features, asked)
             terms = [base, *attention, *([_test_time_pool(model, head, features)] if test_time_pool else [])]
             if not kept:
                 _check_forward(model, images[:CHECKED])
         logits = torch.stack([term.float() for term in terms])
         logits = (logits if columns is None else logits[..., torch.as_tensor(columns, device=logits.device)]).cpu()
-        if not logits.isfinite().all():
-            raise ValueError(f"{describe(model)}: found NaN or infinite logits, expected finite ones.")
+        if not (logits.isfinite() | (logits.isneginf() & logits[0].isneginf())).all():
+            raise ValueError(
+                f"{describe(model)}: found NaN or infinite logits; expected finite ones, or -inf for a class that the "
+                "plain logits mask too."
+            )
         kept.append(list(logits))
         targets.append(target.cpu())
     if not kept:
         raise ValueError(f"{describe(model)}: no image to score.")
     plain, *rest = (torch.cat(parts) for parts in zip(*kept, strict=True))
     pooled = {"test_time_pool": rest.pop()} if test_time_pool else {}
-    return Scores(plain, dict(zip(temperatures, rest, strict=True)), base.dtype, pooled), torch.cat(targets)
+    return Scores(plain, dict(zip(asked, rest, strict=True)), base.dtype, pooled), torch.cat(targets)
 
 
 WINDOW = 7  # locations, what timm's TestTimePoolHead takes
@@ -146,7 +160,7 @@ def _test_time_pool(model: nn.Module, head: Head, features: Tensor) -> Tensor:
     channels_last = layout_of(model, features).format == "NHWC"
     pooled = F.avg_pool2d(features.permute(0, 3, 1, 2) if channels_last else features, WINDOW, stride=1)
     windows = pooled.permute(0, 2, 3, 1) if channels_last else pooled
-    ((highest,),) = location_attention(model, head, windows, (math.inf,))
+    ((highest,),) = location_attention(model, head, windows, PLAIN.terms)
     return (cast(Tensor, head(windows)) + highest) / 2
 
 
@@ -159,9 +173,12 @@ def _check_forward(model: nn.Module, images: Tensor) -> None:
     base = cast(Tensor, head(features))
     if is_wrapped(model):
         config = cast(CSRAConfig, model.csra)
-        (terms,) = location_attention(model, head, features, config.heads)
+        asked = Setting(config.lam, config.temperatures, config.scores).terms
+        (terms,) = location_attention(model, head, features, asked)
         base = add_attention(base, terms, config.lam)
-    error = (logits - base).abs().max().item()
+    masked = base.isneginf()
+    error = (logits - base).masked_fill(masked & logits.isneginf(), 0).abs().max().item()
+    base = base.masked_fill(masked, 0)
     if base.isfinite().all() and not error <= 1e-3 * base.abs().max().item():
         raise ValueError(
             f"{describe(model)}: forward differs from forward_head(forward_features(x)) by {error:.3g}; expected the "

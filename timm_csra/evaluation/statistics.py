@@ -1,26 +1,30 @@
 """Comparing settings with the plain model without fooling oneself.
 
-Three protocols, never mixed: `fixed` (lam 0.1, T inf, set before looking), `crossfit` (chosen on one half of the
-images, measured on the other, both ways) and `best` (chosen on the very images it is measured on: optimistic, without
-interval or test). Intervals and tests are paired: each image is seen by both settings.
+Protocols, never mixed: `fixed` (the paper's: logits, lam 0.1, T inf) and `fixed_log_softmax` (lam 0.3, T inf), without
+any choice on the data; `crossfit` (chosen on one half of the images, measured on the other, both ways) and `best`
+(chosen on the very images it is measured on: optimistic, without interval or test). `log_softmax_vs_logits` compares
+the two fixed settings with each other. Intervals and tests are paired: each image is seen by both settings.
 """
 
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import DegenerateDataWarning, bootstrap, norm, ttest_1samp
 from statsmodels.stats.contingency_tables import mcnemar
 
+from ..config import SCORES
 from .metrics import Evaluation, PerImage, Rows, weights_of
-from .scoring import DEFAULT, PLAIN, Setting
+from .scoring import DEFAULT, DEFAULT_LOG_SOFTMAX, PLAIN, Setting
 
 CONFIDENCE = 0.95
 RESAMPLES = 1000
 BATCH = 2**24  # images of all resamples at a time, so that memory stays bounded
+FIXED = {"fixed": DEFAULT, "fixed_log_softmax": DEFAULT_LOG_SOFTMAX}  # protocols without any choice on the data
+VERSUS = "log_softmax_vs_logits"  # the second of them over the first
 
 
 @dataclass(frozen=True)
@@ -29,9 +33,10 @@ class Comparison:
 
     Attributes:
         metric: `top1`, `mAP`, ...
-        protocol: `fixed`, `crossfit` or `best`; `curve` for one lam of the curve; `nested` of `tune`; or a rival.
+        protocol: one of `FIXED`, `VERSUS`, `crossfit` or `best`; `curve` for one lam of a curve; `nested` of `tune`; or
+            a rival.
         settings: the setting that was measured; for `crossfit` and `nested` the one chosen for each part.
-        baseline: the metric at lam = 0 on the same images (of several parts, their mean).
+        baseline: the metric at lam = 0 on the same images (of several parts, their mean); for `VERSUS` that of `fixed`.
         value: the metric with `settings`.
         interval: 95 % bounds of the gain, or None.
         p_value: two-sided, of no gain at all, or None. It knows nothing of other comparisons.
@@ -78,7 +83,7 @@ class Table:
 
     @property
     def settings(self) -> list[Setting]:
-        """In order of lam."""
+        """In order of lam. A metric need not have a value for all that were scored."""
         return sorted(key for key in self.values if isinstance(key, Setting))
 
 
@@ -105,21 +110,25 @@ def halves(strata: NDArray[np.integer] | int, seed: int) -> tuple[Rows, Rows]:
 
 
 def without_choice(table: Table, seed: int | None) -> list[Comparison]:
-    """Everything that was set before looking, against the plain model on all images, on the same resamples: `DEFAULT`
-    (`fixed`), then each rival under its own name, then the temperature of `DEFAULT` with every lam (`curve`).
+    """Everything that was set before looking, on all images and the same resamples: each of `FIXED` that the table has,
+    `VERSUS` where it has both, then each rival under its own name, then T = inf with every lam, for each kind of scores
+    (`curve`). All but `VERSUS` are compared with the plain model.
 
-    The curve's intervals make a band that holds point by point, not for the whole curve at once, and it has no tests:
-    it shows, `fixed` and `crossfit` decide.
+    A curve's intervals make a band that holds point by point, not for the whole curve at once, and it has no tests: it
+    shows, the others decide.
 
     Args:
         table: of all images as one part.
         seed: of the bootstrap, None for neither interval nor test.
     """
-    curve = [setting for setting in table.settings if setting.lam and setting.temperature == DEFAULT.temperature]
-    rivals = [key for key in table.values if isinstance(key, str)]
-    choices: list[tuple[str, Key]] = [("fixed", DEFAULT)]
-    choices += [(rival, rival) for rival in rivals] + [("curve", setting) for setting in curve]
-    return _compare(table, [(protocol, (key,)) for protocol, key in choices], seed)
+    fixed = {protocol: setting for protocol, setting in FIXED.items() if setting in table.values}
+    choices = [_Choice(protocol, (setting,)) for protocol, setting in fixed.items()]
+    if fixed.keys() == FIXED.keys():
+        choices.append(_Choice(VERSUS, (DEFAULT_LOG_SOFTMAX,), DEFAULT))
+    choices += [_Choice(rival, (rival,)) for rival in table.values if isinstance(rival, str)]
+    curves = (s for s in table.settings if s.lam and s.temperature == DEFAULT.temperature)
+    choices += [_Choice("curve", (setting,)) for setting in sorted(curves, key=lambda s: (SCORES.index(s.scores), s))]
+    return _compare(table, choices, seed)
 
 
 def crossfit(table: Table, seed: int) -> Comparison:
@@ -131,7 +140,7 @@ def crossfit(table: Table, seed: int) -> Comparison:
 def on_parts(table: Table, protocol: str, settings: Sequence[Setting], seed: int) -> Comparison:
     """A setting for each part of the images, against the plain model on the same parts: the metric is computed within
     each part and averaged, never on scores pooled from several settings, whose logits have different scales."""
-    (comparison,) = _compare(table, [(protocol, settings)], seed)
+    (comparison,) = _compare(table, [_Choice(protocol, settings)], seed)
     return comparison
 
 
@@ -149,36 +158,41 @@ def _best(values: Mapping[Setting, float]) -> Setting:
     return max(defined, key=lambda setting: defined[setting], default=PLAIN)
 
 
-def _compare(table: Table, choices: Sequence[tuple[str, Sequence[Key]]], seed: int | None) -> list[Comparison]:
-    """Each protocol, and what it chose for every part of the images, against the plain model on the same parts."""
-    baseline = float(table.values[PLAIN].mean())
+class _Choice(NamedTuple):
+    """What a protocol takes for every part of the images, and what it is compared with on the same parts."""
+
+    protocol: str
+    keys: Sequence[Key]
+    baseline: Key = PLAIN
+
+
+def _compare(table: Table, choices: Sequence[_Choice], seed: int | None) -> list[Comparison]:
     comparisons = [
         Comparison(
             table.metric,
-            protocol,
-            tuple(key for key in chosen if isinstance(key, Setting)),
-            baseline,
-            float(np.mean([table.values[key][part] for part, key in enumerate(chosen)])),
+            choice.protocol,
+            tuple(key for key in choice.keys if isinstance(key, Setting)),
+            float(table.values[choice.baseline].mean()),
+            float(np.mean([table.values[key][part] for part, key in enumerate(choice.keys)])),
         )
-        for protocol, chosen in choices
+        for choice in choices
     ]
-    if seed is None or np.isnan(baseline) or any(len(rows) < 2 for rows in table.parts):
+    if seed is None or np.isnan(table.values[PLAIN].mean()) or any(len(rows) < 2 for rows in table.parts):
         return comparisons
-    chosen = [keys for _, keys in choices]
     return [
         replace(
             comparison,
             interval=None if np.isnan(low) or np.isnan(high) else (float(low), float(high)),
-            **({} if comparison.protocol == "curve" else _tested(table, keys, comparison.gain, float(error))),
+            **({} if choice.protocol == "curve" else _tested(table, choice, comparison.gain, float(error))),
         )
-        for comparison, keys, low, high, error in zip(
-            comparisons, chosen, *_bootstrap(table, chosen, seed), strict=True
+        for comparison, choice, low, high, error in zip(
+            comparisons, choices, *_bootstrap(table, choices, seed), strict=True
         )
     ]
 
 
 def _bootstrap(
-    table: Table, choices: Sequence[Sequence[Key]], seed: int
+    table: Table, choices: Sequence[_Choice], seed: int
 ) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
     """95 % percentile bootstrap of the gain of each choice: low, high and standard error. Images are resampled within
     each part, the same for all choices, and what several choices use is evaluated once."""
@@ -188,9 +202,9 @@ def _bootstrap(
         total = np.zeros((len(choices), len(samples[0])))
         for part, rows in enumerate(samples):
             weights = weights_of(rows, count)
-            used = dict.fromkeys([PLAIN, *(choice[part] for choice in choices)])
+            used = dict.fromkeys(key for choice in choices for key in (choice.baseline, choice.keys[part]))
             values = {key: table.evaluations[key].weighted(weights) for key in used}
-            total += [values[choice[part]] - values[PLAIN] for choice in choices]
+            total += [values[choice.keys[part]] - values[choice.baseline] for choice in choices]
         return total / len(samples)
 
     with warnings.catch_warnings():
@@ -211,25 +225,25 @@ def _bootstrap(
     return low, high, result.standard_error
 
 
-def _tested(table: Table, chosen: Sequence[Key], gain: float, error: float) -> dict[str, Any]:
+def _tested(table: Table, choice: _Choice, gain: float, error: float) -> dict[str, Any]:
     """Two-sided p-value and its test: McNemar's exact one for hits and misses, the paired t-test for other means over
     images, and for what is no mean over images (mAP, F1) z = gain / bootstrap standard error."""
-    evaluations = table.evaluations
-    used = [(evaluations[PLAIN], evaluations[key], rows) for key, rows in zip(chosen, table.parts, strict=True)]
+    evaluations, before = table.evaluations, table.evaluations[choice.baseline]
+    used = [(before, evaluations[key], rows) for key, rows in zip(choice.keys, table.parts, strict=True)]
     if not all(isinstance(evaluation, PerImage) for evaluation in (used[0][0], used[0][1])):
         if np.isnan(error):
             return {}
         z = gain / error if error else np.copysign(np.inf, gain) if gain else 0.0
         return {"p_value": float(2 * norm.sf(abs(z))), "test": "bootstrap z"}
-    plain = np.concatenate([evaluation.values[rows] for evaluation, _, rows in used])  # type: ignore[attr-defined]
+    base = np.concatenate([evaluation.values[rows] for evaluation, _, rows in used])  # type: ignore[attr-defined]
     value = np.concatenate([evaluation.values[rows] for _, evaluation, rows in used])  # type: ignore[attr-defined]
-    counted = ~np.isnan(plain)
-    plain, value = plain[counted], value[counted]
+    counted = ~np.isnan(base)
+    base, value = base[counted], value[counted]
     if used[0][0].binary:  # type: ignore[attr-defined]
         hits = (True, False)
-        counts = [[np.sum(((plain > 0) == a) & ((value > 0) == b)) for b in hits] for a in hits]
+        counts = [[np.sum(((base > 0) == a) & ((value > 0) == b)) for b in hits] for a in hits]
         return {"p_value": float(mcnemar(counts, exact=True).pvalue), "test": "McNemar exact"}
-    difference = value - plain
+    difference = value - base
     if len(difference) < 2:
         return {}
     p = float(ttest_1samp(difference, 0).pvalue) if np.ptp(difference) else float(not difference.any())
