@@ -1,7 +1,7 @@
 """The two settings of class-specific residual attention, validated wherever they are set."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from numbers import Real
 from typing import Any
 
@@ -36,9 +36,19 @@ def validate_temperature(temperature: Any) -> tuple[float, ...]:
     return tuple(float(head) for head in heads)
 
 
+SCORES = ("logits", "log_softmax")
+
+
+def validate_scores(value: Any) -> str:
+    """Return `value` if it is one of `SCORES`. ValueError otherwise."""
+    if value not in SCORES:
+        raise ValueError(f"scores must be one of {', '.join(map(repr, SCORES))}, got {value!r}.")
+    return str(value)
+
+
 VERSION = 1  # of the form in which settings are stored
 
-_VALIDATORS = {"lam": validate_lam, "temperature": validate_temperature}
+_VALIDATORS = {"lam": validate_lam, "temperature": validate_temperature, "scores": validate_scores}
 
 
 @dataclass
@@ -65,6 +75,7 @@ class CSRAConfig:
 
     lam: float = 0.1
     temperature: float | tuple[float, ...] = math.inf
+    scores: str = field(default="logits", repr=False)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name not in _VALIDATORS:

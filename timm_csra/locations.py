@@ -33,6 +33,28 @@ PRODUCT, PRODUCT_OF_ACCELERATORS = 2**21, 2**24
 
 
 def location_attention(
+    model: nn.Module,
+    head: Head,
+    features: Any,
+    terms: Sequence[float | tuple[str, float]],
+    valid: Tensor | None = None,
+) -> tuple[list[Tensor], ...]:
+    """Stand-in: `(scores, T)` pairs, or temperatures alone as today's callers give them."""
+    pairs = [term if isinstance(term, tuple) else ("logits", term) for term in terms]
+    kinds = {kind for kind, _ in pairs}
+    if kinds <= {"logits"}:
+        return _logit_attention(model, head, features, [temperature for _, temperature in pairs], valid)
+
+    def attention(scores: Tensor, kind: str, temperature: float) -> Tensor:
+        if kind == "log_softmax":
+            scores = scores.to(torch.promote_types(scores.dtype, torch.float32)).log_softmax(-1)
+        return Attention.of(scores, (temperature,), valid).terms((temperature,))[0]
+
+    elements = location_scores(model, head, features)
+    return tuple([attention(element, *pair) for pair in pairs] for element in elements)
+
+
+def _logit_attention(
     model: nn.Module, head: Head, features: Any, temperatures: Sequence[float], valid: Tensor | None = None
 ) -> tuple[list[Tensor], ...]:
     """The attention term of each temperature, in bounded memory: the scores of all locations are never held at once.

@@ -36,7 +36,8 @@ class CSRAMixin:
             raise UnsupportedModelError(_no_classifier(model))
         features = masks.pop("patches") if x is None else x
         # Locations first: what they refuse, they refuse before the plain head has changed anything.
-        terms = location_attention(model, head, features, self.csra.heads, _valid(model, features, masks))
+        pairs = [(self.csra.scores, temperature) for temperature in self.csra.heads]
+        terms = location_attention(model, head, features, pairs, _valid(model, features, masks))
         logits = head(features, **masks)
         if isinstance(logits, tuple):
             return tuple(add_attention(y, term, lam) for y, term in zip(logits, terms, strict=True))
@@ -86,7 +87,9 @@ def is_wrapped(model: nn.Module) -> bool:
     return isinstance(model, CSRAMixin)
 
 
-def wrap(model: Model, lam: float = 0.1, temperature: float | tuple[float, ...] = math.inf) -> Model:
+def wrap(
+    model: Model, lam: float = 0.1, temperature: float | tuple[float, ...] = math.inf, scores: str = "logits"
+) -> Model:
     """Add class-specific residual attention to a timm classifier, in place: no retraining, no new weight.
 
     The logits become `base_c + lam * att_c` with `att_c = sum_j softmax_j(T * s_c(j)) * s_c(j)` (for T = inf the
@@ -111,7 +114,7 @@ def wrap(model: Model, lam: float = 0.1, temperature: float | tuple[float, ...] 
         >>> model(torch.randn(2, 3, 160, 160)).shape
         torch.Size([2, 1000])
     """
-    config = CSRAConfig(lam, temperature)
+    config = CSRAConfig(lam, temperature, scores)
     check_supported(model)
     if not is_wrapped(model):
         model.__class__ = _wrapped_class(cast(type, type(model)))
