@@ -216,9 +216,11 @@ def _top(logits: Tensor) -> Tensor:
 
 def _check_finite(model: nn.Module, logits: Tensor, lam: float) -> None:
     if (logits.isnan() | logits.isposinf()).any():
+        # The softmax over locations of a class that is -inf everywhere is NaN, in a wrapped model too.
+        remedy = "Try smaller lams, float32 or, with a masked class, temperature=inf" if lam else "Look at the images"
         raise ValueError(
             f"{describe(model)}: found NaN or +inf among the logits at lam={lam:g}, expected finite ones, or -inf for "
-            f"a class that has been masked. {'Try smaller lams, or float32' if lam else 'Look at images and weights'}."
+            f"a class that has been masked. {remedy}."
         )
 
 
