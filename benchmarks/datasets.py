@@ -193,6 +193,14 @@ class Photographs(_Images):
         return str(self.data.paths[index])
 
 
+class Unlabelled(Photographs):
+    """Single photographs whose labels, if there are any, are not looked at: every target is 0."""
+
+    def __init__(self, data: ImageSet) -> None:
+        self.data = data
+        self.targets = torch.zeros(len(data), dtype=torch.long)
+
+
 class Streamed(IterableImageDataset):
     """The images of a stream with the positions of their labels among the scored classes; none has an index."""
 

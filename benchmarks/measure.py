@@ -155,7 +155,7 @@ def score_cell(
     with phases("model"):
         scores, targets = score(
             model,
-            _readable(phases.waiting(track(loader)), loader, bad),
+            readable(phases.waiting(track(loader)), loader, bad),
             options.settings,
             columns=alignment.columns,
             device=options.device,
@@ -169,7 +169,7 @@ def score_cell(
         seconds = phases.seconds["wait"] + phases.seconds["model"]
         cost = {"plain_seconds": plain, "score_seconds": seconds, "ratio": seconds / (sum(plain) / 2)}
     if bad and not options.skip_bad_images:
-        raise DataError(_bad_images(loader.dataset, bad))
+        raise DataError(describe_bad_images(loader.dataset, bad))
     if (missing := len(cell.data) - len(targets)) and cell.data.stream and len(cell.data):
         if not options.skip_bad_images:
             raise DataError(
@@ -199,7 +199,7 @@ def score_cell(
     return Scored(scores, targets, facts)
 
 
-def _readable(batches: Iterable[Any], loader: Any, bad: list[int]) -> Iterator[tuple[Tensor, Tensor]]:
+def readable(batches: Iterable[Any], loader: Any, bad: list[int]) -> Iterator[tuple[Tensor, Tensor]]:
     """The images that could be read; the indices of the others go to `bad`."""
     for images, targets, index in batches:
         good = index >= 0
@@ -209,10 +209,10 @@ def _readable(batches: Iterable[Any], loader: Any, bad: list[int]) -> Iterator[t
         elif good.any():
             yield images[good], targets[good]
     if len(bad) == len(loader.dataset):
-        raise DataError(_bad_images(loader.dataset, bad))
+        raise DataError(describe_bad_images(loader.dataset, bad))
 
 
-def _bad_images(dataset: Any, bad: list[int]) -> str:
+def describe_bad_images(dataset: Any, bad: list[int]) -> str:
     shown = "; ".join(dataset.why_not(index) for index in bad[:3])
     more = f"; and {len(bad) - 3} more" if len(bad) > 3 else ""
     return (

@@ -47,6 +47,21 @@ def load_image_set(
     return _read(str(spec), split, data_dir).first(limit)
 
 
+def load_pictures(
+    spec: str | Path, limit: int | None = None, split: str | None = None, data_dir: str | None = None
+) -> ImageSet:
+    """As `load_image_set`, where labels are not asked for: a folder is all pictures in it, whatever else it holds.
+
+    Raises:
+        DataError: no picture, or a stream, which has no list of its pictures.
+    """
+    path = Path(spec)
+    if str(spec).lower().startswith(STREAMS):
+        raise DataError(f"{spec}: a stream has no list of its pictures; expected a folder, an archive or annotations.")
+    folder = path.is_dir() and not (path / "ImageSets" / "Main").is_dir()
+    return (_read_image_folder(path) if folder else _read(str(spec), split, data_dir)).first(limit)
+
+
 def _read(spec: str, split: str | None, data_dir: str | None) -> ImageSet:
     path = Path(spec)
     if spec.lower().startswith(STREAMS):

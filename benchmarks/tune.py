@@ -3,6 +3,10 @@
 Every picture runs once and is scored for every setting. The setting is chosen by cross-validation (the smallest lam
 within one standard error of the best), and what the choice gains is measured on folds that had no part in it. lam = 0
 is recommended unless the 95 % interval of that gain lies above 0.
+
+With --without-labels, choose lam alone, by pictures of one object each, such as the checkpoint was trained on: the
+largest lam at which the plain model keeps its top class on nearly all of them. Labels are neither needed nor used: any
+folder of such pictures will do. Pictures of several objects will not: their top class may change for the better.
 """
 
 import argparse
@@ -22,20 +26,28 @@ from .checkpoints import CheckpointError
 from .classes import COMBINE, NotApplicableError, combined
 from .datasets import DataError
 from .measure import score_cell
+from .without_labels import UNLABELLED_LAMS, add_without_labels, choose_without_labels, refuse_what_does_not_apply
 from .worker import Models
 
 EPILOG = """
 examples:
   python -m benchmarks.tune --models local-dir:my-checkpoint --data my-photos --task multilabel --metric lrap
   python -m benchmarks.tune --models 'pypi:tf_efficientnet_lite0' --data imagenet/val --save tuned-checkpoint
+  python -m benchmarks.tune --models resnet50 --data single-objects --without-labels
 """
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Print what was found. Returns 0, or 2 where nothing could be started."""
-    args = _parser().parse_args(arguments)
+    parser = _parser()
+    args = parser.parse_args(arguments)
     log, screen = Console(stderr=True), Console(soft_wrap=True, highlight=False)
     try:
+        refuse_what_does_not_apply(args, parser)
+        if args.without_labels:
+            return choose_without_labels(args, screen, log)
+        args.lams = args.lams or DEFAULT_LAMS
+        args.temperatures = args.temperatures or DEFAULT_TEMPERATURES
         options = asked_options(args, Path())
         models, data, tasks = asked_what(args)
         cells = [cell for model in models for cell in asked_cells(model, args.img_size, data, tasks, {})]
@@ -73,6 +85,10 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
+DEFAULT_LAMS = ",".join(f"{lam:g}" for lam in LAMS)
+DEFAULT_TEMPERATURES = ",".join(f"{temperature:g}" for temperature in TEMPERATURES)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.tune",
@@ -82,13 +98,15 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--models", metavar="SPEC", required=True, help=f"one of: {checkpoints.HELP}")
     parser.add_argument("--data", nargs=1, metavar="DATA", required=True, help="labelled photographs, see below")
+    add_without_labels(parser)
     parser.add_argument("--task", choices=("single", "multilabel", "mosaic"), help="default: single")
     parser.add_argument(
         "--metric", help="top1, top5, mAP, lrap, recall_at_k, CF1_top3, OF1_top3 (default: top1 or mAP)"
     )
-    parser.add_argument("--lams", default=",".join(f"{lam:g}" for lam in LAMS), help="default: %(default)s")
-    temperatures = ",".join(f"{temperature:g}" for temperature in TEMPERATURES)
-    parser.add_argument("--temperatures", default=temperatures, help="1+inf is two heads (default: %(default)s)")
+    parser.add_argument("--lams", help=f"default: {DEFAULT_LAMS}; without labels {UNLABELLED_LAMS}")
+    parser.add_argument(
+        "--temperatures", help=f"1+inf is two heads (default: {DEFAULT_TEMPERATURES}; without labels one, inf)"
+    )
     parser.add_argument("--folds", type=positive, default=5, help="default: %(default)s")
     parser.add_argument("--save", type=Path, metavar="FOLDER", help="save the checkpoint, wrapped as recommended")
     add_labels(parser)

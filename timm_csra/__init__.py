@@ -3,6 +3,7 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from .agreement import LamChoice, choose_lam
 from .config import CSRAConfig
 from .errors import UnsupportedModelError
 from .hub import create_model, from_pretrained, push_to_hub, save_pretrained
@@ -27,8 +28,10 @@ def __getattr__(name: str) -> Any:
 __all__ = [
     "CSRAConfig",
     "Explanation",
+    "LamChoice",
     "TuneResult",
     "UnsupportedModelError",
+    "choose_lam",
     "create_model",
     "explain",
     "from_pretrained",

@@ -36,6 +36,9 @@ def validate_temperature(temperature: Any) -> tuple[float, ...]:
     return tuple(float(value) for value in values)
 
 
+LOGITS, LOG_SOFTMAX = SCORES = ("logits", "log_softmax")
+
+
 def validate_scores(scores: Any) -> str:
     """Return `scores` where it is one of `SCORES`. TypeError if it is no string, ValueError for another one."""
     if not isinstance(scores, str):

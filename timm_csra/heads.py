@@ -1,8 +1,8 @@
 """How a model's head works, found out by running a twin of it once on a few numbers.
 
 The twin is a copy of the tree of modules that shares every tensor and has no hooks: no hook sees it run, and it leaves
-nothing in the model. It shows which modules run in the head, whether the head is its `pre_logits` followed by one linear
-layer, and whether its logits of a constant map depend on the size of the map.
+nothing in the model. It shows which modules run in the head, whether the head is its `pre_logits` followed by one
+linear layer, and whether its logits of a constant map depend on the size of the map.
 """
 
 import inspect
@@ -145,8 +145,8 @@ def _run(model: nn.Module, head: Head, layout: Layout, rows: tuple[Tensor, ...])
     """Run a head on two constant maps; UnsupportedModelError where the first depends on its size, or on the second."""
     expected = (
         "Expected a pooling that turns a constant map into its constant, whatever its size (a mean, a maximum, an "
-        "attention), and no use of other images in eval: otherwise a single location has no score. Replace that part of "
-        "the head."
+        "attention), and no use of other images in eval: otherwise a single location has no score. Replace that part "
+        "of the head."
     )
     try:
         two = head(layout.constant_maps(*rows))

@@ -65,7 +65,10 @@ def location_attention(
             for here in places:
                 elements = _rows(score, tuple(branch[some, here] for branch in locations))
                 mask = None if valid is None else valid[some, here]
-                part = [[Attention.of(as_kind(kind, s), Ts, mask) for kind, Ts in temperatures.items()] for s in elements]
+                part = [
+                    [Attention.of(as_kind(kind, scores), Ts, mask) for kind, Ts in temperatures.items()]
+                    for scores in elements
+                ]
                 whole = _merged(whole, part, temperatures) if whole else part
             groups.append([_in_order(terms, temperatures, element) for element in whole])
     return tuple(
@@ -156,7 +159,7 @@ def _even(count: int, size: int) -> list[slice]:
 
 
 def as_kind(kind: str, logits: Tensor) -> Tensor:
-    """Turn logits `(..., K)` of locations into scores of a kind, see CSRAConfig; log-probabilities in float32 at least."""
+    """Turn logits `(..., K)` into scores of a kind, see CSRAConfig; log-probabilities are in float32 at least."""
     if kind == "logits":
         return logits
     return logits.log_softmax(dim=-1, dtype=torch.promote_types(logits.dtype, torch.float32))

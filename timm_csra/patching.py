@@ -82,8 +82,8 @@ def _valid(model: nn.Module, features: Any, masks: dict[str, Any]) -> Tensor | N
     return valid.bool()
 
 
-# Models whose forward is known to reach `forward_head`, or that a warning has named. Not kept in the models: pickles and
-# copies must not hold it.
+# Models whose forward is known to reach `forward_head`, or that a warning has named. Not kept in the models: pickles
+# and copies must not hold it.
 _reached: WeakSet[nn.Module] = WeakSet()
 
 
@@ -122,10 +122,10 @@ def wrap(
         model: a timm classifier. Wrapping a wrapped model replaces its settings.
         lam: weight of the attention term, finite and >= 0. With 0 the model's own head is called and nothing else.
         temperature: the paper's T, positive, or `inf`; of several (a tuple) the terms are averaged.
-        scores: `logits`, the paper's formula, for classifiers trained with a sigmoid for each class (multi-label heads,
-            timm's BCE recipes such as `a1_in1k`); or `log_softmax`, with `lam=0.3`, for those trained with softmax cross
-            entropy, as most of timm's. Softmax training leaves one free offset at every location, which a maximum over
-            locations would compare; log-probabilities have none. `docs/results.md` has the evidence.
+        scores: `logits`, the paper's formula, for classifiers trained with a sigmoid for each class (multi-label
+            heads, timm's BCE recipes such as `a1_in1k`); or `log_softmax`, with `lam=0.3`, for those trained with
+            softmax cross entropy, as most of timm's. Softmax training leaves one free offset at every location, which
+            a maximum over locations would compare; log-probabilities have none. `docs/results.md` has the evidence.
 
     Returns:
         The same object. `model.csra` holds the settings; `model.csra.lam = 0.3` takes effect at the next forward.
@@ -183,8 +183,8 @@ def score_maps(model: nn.Module, x: Tensor, scores: str = "logits") -> Tensor:
 
     Returns:
         `(N, K, rows, columns)`: the score of class k at each location, what the model's own head says when every
-        location looks like that one. For a head that is linear after average pooling the mean of the logits is the plain
-        logit.
+        location looks like that one. For a head that is linear after average pooling the mean of the logits is the
+        plain logit.
 
     Raises:
         UnsupportedModelError: the model cannot be wrapped, or its locations form no grid.

@@ -1,10 +1,13 @@
 """`python -m benchmarks.tune`, from photographs on disk to a saved checkpoint."""
 
+import math
 from pathlib import Path
 
 import pytest
 import timm
 import torch
+from PIL import Image
+from timm.data import create_transform, resolve_data_config
 
 import timm_csra
 from benchmarks.tune import main
@@ -37,6 +40,91 @@ def test_what_does_not_fit_is_told(tmp_path: Path, photos: Path, capsys: pytest.
     assert "found 4 combinations of checkpoint, data and task; expected one" in capsys.readouterr().err
     assert main(["--models", model, *arguments, "--task", "multilabel"]) == 2
     assert "needs several labels for each image" in capsys.readouterr().err
+
+
+@pytest.mark.filterwarnings("ignore:.*the largest tried")
+def test_without_labels_any_folder_of_pictures_will_do(
+    tmp_path: Path, photos: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = save(tmp_path / "model")
+    flat = tmp_path / "flat"
+    flat.mkdir()
+    for photo in photos.rglob("*.png"):
+        photo.rename(flat / photo.name)
+    (flat / "labels.csv").write_text("no label here\n")
+    arguments = ["--models", model, "--data", str(flat), "--workers", "0", "--without-labels", "--img-size", "64"]
+    settings = ["--agreement", "0.5", "--lams", "0.2,0.1", "--temperatures", "5+inf", "--scores", "logits"]
+    assert main([*arguments, *settings, "--save", str(tmp_path / "tuned")]) == 0
+    told, warned = capsys.readouterr()
+    saved = timm_csra.from_pretrained(str(tmp_path / "tuned")).eval()
+    plain = timm.create_model(model, pretrained=True).eval()
+    config = resolve_data_config({"input_size": (3, 64, 64)}, model=plain)
+    x = torch.stack([create_transform(**config)(Image.open(path).convert("RGB")) for path in flat.glob("*.png")])
+    with pytest.warns(UserWarning, match="found 12 pictures, which are few"):
+        expected = timm_csra.choose_lam(plain, [x], 0.5, (0.1, 0.2), (5, math.inf), "logits")
+    assert f"{model} on flat, 64 x 64 pixels\n{expected}\nsaved with lam={expected.lam:g} to" in told
+    assert "benchmarks.tune: test_resnet: found 12 pictures, which are few to choose lam by" in warned
+    assert (saved.csra.lam, saved.csra.temperature) == (expected.lam, (5, math.inf))
+
+
+def test_what_goes_wrong_without_labels_is_told(
+    tmp_path: Path, photos: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "empty").mkdir()
+    model, data = ["--models", save(tmp_path / "model")], ["--data", str(photos)]
+    for arguments, text in (
+        ([*model, *data, "--task", "single"], "--task: chooses by labels; leave it out with --without-labels"),
+        ([*model, *data, "--class-map", "coco80-to-imagenet1k"], "--class-map: chooses by labels"),
+        ([*model, *data, "--lams", "0,0.1"], "lams: found 0, 0.1; expected at least one, each above 0"),
+        ([*model, *data, "--lams", "a"], "--lams: found 'a'; expected numbers separated by ','"),
+        ([*model, *data, "--temperatures", "1,inf"], "--temperatures: found 1,inf; expected one with --without-labels"),
+        ([*model, *data, "--temperatures", "-1"], "temperature must be positive, got -1.0"),
+        ([*model, "--data", str(tmp_path / "empty")], "Found 0 images"),
+        ([*model, "--data", "hfids/user/set"], "hfids/user/set: a stream has no list of its pictures"),
+        (["--models", "pypi:*", *data], "found 3 combinations of checkpoint and size; expected one"),
+    ):
+        assert main([*arguments, "--without-labels", "--workers", "0"]) == 2
+        assert text in capsys.readouterr().err
+    assert main([*model, *data, "--agreement", "0.9"]) == 2
+    assert "--agreement: expected together with --without-labels" in capsys.readouterr().err
+    for arguments, text in (
+        (["--agreement", "98"], "found '98'; expected a share above 0, at most 1"),
+        (["--scores", "softmax"], "invalid choice: 'softmax' (choose from"),
+    ):
+        with pytest.raises(SystemExit):
+            main([*model, *data, "--without-labels", *arguments])
+        assert text in capsys.readouterr().err
+
+
+def test_pictures_that_cannot_be_read_without_labels(
+    tmp_path: Path, photos: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (photos / "cat" / "broken.png").write_text("no picture")
+    arguments = ["--models", save(tmp_path / "model"), "--data", str(photos), "--workers", "0", "--without-labels"]
+    assert main(arguments) == 2
+    assert "1 of 13 images cannot be read: " in capsys.readouterr().err
+    assert main([*arguments, "--skip-bad-images"]) == 0
+    told, log = capsys.readouterr()
+    assert "n = 12)" in told
+    assert "left out: 1 of 13 images cannot be read: " in log
+    assert "broken.png" in log
+
+
+def test_the_help_says_which_pictures_are_meant(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    told = " ".join(capsys.readouterr().out.split())
+    assert "any folder of pictures of ONE OBJECT EACH" in told
+    assert "without labels 0.05,0.1,0.2,0.3,0.5,1,2,4,8" in told
+
+
+def test_real_photographs_without_labels(
+    real_data: Path, real_weights: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, data = f"local-dir:{real_weights / 'test_resnet'}", str(real_data / "imagenette500")
+    arguments = ["--models", model, "--data", data, "--limit", "100", "--workers", "0", "--device", "cpu"]
+    assert main([*arguments, "--without-labels"]) == 0
+    assert f"{model} on imagenette500, 96 x 96 pixels\nUse lam=" in capsys.readouterr().out
 
 
 @pytest.mark.slow

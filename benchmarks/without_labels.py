@@ -1,0 +1,119 @@
+"""`benchmarks.tune --without-labels`: lam from pictures of one object each, by `timm_csra.choose_lam`."""
+
+import argparse
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import track
+from timm.data import create_loader, resolve_input_data_config
+from torch import Tensor
+
+import timm_csra
+from timm_csra.agreement import LAMS
+from timm_csra.config import SCORES
+
+from .argument_types import share
+from .arguments import asked_cells, asked_options
+from .cells import Cell, Options
+from .checkpoints import find_checkpoints
+from .datasets import DataError, Unlabelled
+from .measure import Loaded, describe_bad_images, readable
+from .rivals import autocast
+from .sources import load_pictures
+from .worker import Models
+
+UNLABELLED_LAMS = ",".join(f"{lam:g}" for lam in LAMS)
+
+# Options of the choice with labels, and of that without, by their names in the parsed arguments.
+WITH_LABELS = ("task", "metric", "folds", "class_map", "class_scores", "grid", "seed")
+WITHOUT_LABELS = ("agreement", "scores")
+
+
+def add_without_labels(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("without labels")
+    group.add_argument(
+        "--without-labels",
+        action="store_true",
+        help="choose lam by the top classes of the plain model on --data, any folder of pictures of ONE OBJECT EACH "
+        "(or another form below, whose labels are not used)",
+    )
+    group.add_argument(
+        "--agreement", type=share, metavar="SHARE", help="of pictures that have to keep their top class (default: 0.98)"
+    )
+    group.add_argument("--scores", choices=SCORES, help="default: log_softmax")
+
+
+def refuse_what_does_not_apply(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
+    """ValueError for an option of the other way to choose."""
+    wrong, advice = (
+        (WITH_LABELS, "chooses by labels; leave it out with --without-labels")
+        if args.without_labels
+        else (WITHOUT_LABELS, "expected together with --without-labels; add that, or leave it out")
+    )
+    for name in wrong:
+        if getattr(args, name) != parser.get_default(name):
+            raise ValueError(f"--{name.replace('_', '-')}: {advice}.")
+
+
+def choose_without_labels(args: argparse.Namespace, screen: Console, log: Console) -> int:
+    """Print what was found; with --save, save the checkpoint wrapped with it. Returns 0.
+
+    Raises:
+        CheckpointError, DataError, ValueError: what cannot be meant or read, before a picture is run where possible.
+    """
+    args.lams = UNLABELLED_LAMS if args.lams is None else args.lams
+    args.temperatures = "inf" if args.temperatures is None else args.temperatures
+    options = asked_options(args, Path())
+    lams = [float(lam) for lam in args.lams.split(",")]
+    temperatures = args.temperatures.split(",")
+    if len(temperatures) != 1:
+        raise ValueError(f"--temperatures: found {args.temperatures}; expected one with --without-labels, such as inf.")
+    temperature = tuple(float(head) for head in temperatures[0].split("+"))
+    cell = _cell(args)
+    loaded = Models(options.device).get(cell)
+    given = {name: value for name in WITHOUT_LABELS if (value := getattr(args, name)) is not None}
+    with warnings.catch_warnings(record=True) as told, autocast(options):
+        result = timm_csra.choose_lam(
+            loaded.model, _batches(cell, loaded, options, log), lams=lams, temperature=temperature, **given
+        )
+    screen.print(f"{cell.checkpoint.name} on {cell.data.name}, {loaded.size[0]} x {loaded.size[1]} pixels")
+    screen.print(str(result), markup=False)
+    for warning in told:
+        log.print(f"benchmarks.tune: {warning.message}", markup=False, highlight=False, soft_wrap=True)
+    if args.save:
+        timm_csra.save_pretrained(result.apply(loaded.model), args.save)
+        screen.print(f"saved with lam={result.lam:g} to {args.save}", markup=False)
+    return 0
+
+
+def _cell(args: argparse.Namespace) -> Cell:
+    models = find_checkpoints(args.models)
+    data = load_pictures(args.data[0], args.limit, args.split, args.data_dir)
+    cells = [cell for model in models for cell in asked_cells(model, args.img_size, [data], [("single", None)], {})]
+    if len(cells) != 1:
+        raise ValueError(f"found {len(cells)} combinations of checkpoint and size; expected one.")
+    return cells[0]
+
+
+def _batches(cell: Cell, loaded: Loaded, options: Options, log: Console) -> Iterator[Tensor]:
+    """The pictures, prepared as the checkpoint asks; DataError, naming them, where some cannot be read."""
+    requested = {"input_size": (3, *loaded.size), "crop_mode": options.crop_mode, "crop_pct": options.crop_pct}
+    loader = create_loader(
+        Unlabelled(cell.data),
+        **resolve_input_data_config(loaded.model, args=requested),
+        batch_size=options.batch_size,
+        num_workers=options.workers,
+        pin_memory=torch.device(options.device).type == "cuda",
+        use_prefetcher=False,
+    )
+    bad: list[int] = []
+    for images, _ in readable(track(loader, cell.checkpoint.name, console=log, transient=True), loader, bad):
+        yield images
+    if bad:
+        told = describe_bad_images(loader.dataset, bad)
+        if not options.skip_bad_images:
+            raise DataError(told)
+        log.print(f"left out: {told}", markup=False, highlight=False, soft_wrap=True)
