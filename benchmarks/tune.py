@@ -1,8 +1,9 @@
-"""Choose lam and T for a checkpoint from labelled pictures of one's own, or be told that the plain model is best.
+"""Choose lam, T and scores for a checkpoint from labelled pictures of one's own, or be told to leave it plain.
 
-Every picture runs once and is scored for every setting. The setting is chosen by cross-validation (the smallest lam
-within one standard error of the best), and what the choice gains is measured on folds that had no part in it. lam = 0
-is recommended unless the 95 % interval of that gain lies above 0.
+Every picture runs once and is scored for every setting, on logits and on log-probabilities. The setting is chosen by
+cross-validation (of the kind that does best, the smallest lam within one standard error of the best), and what the
+choice gains is measured on folds that had no part in it. lam = 0 is recommended unless the 95 % interval of that gain
+lies above 0.
 """
 
 import argparse
@@ -17,7 +18,7 @@ from timm_csra.evaluation.tuning import LAMS, TEMPERATURES, choose
 
 from . import checkpoints, sources
 from .argument_types import natural, positive
-from .arguments import add_images, add_labels, asked_cells, asked_options, asked_what
+from .arguments import add_images, add_labels, add_scores, asked_cells, asked_options, asked_what
 from .checkpoints import CheckpointError
 from .classes import COMBINE, NotApplicableError, combined
 from .datasets import DataError
@@ -69,7 +70,7 @@ def main(arguments: list[str] | None = None) -> int:
     screen.print(str(result), markup=False)
     if args.save:
         timm_csra.save_pretrained(result.apply(loaded.model), args.save)
-        screen.print(f"saved with lam={result.lam:g} to {args.save}", markup=False)
+        screen.print(f"saved with lam={result.lam:g}, scores={result.scores!r} to {args.save}", markup=False)
     return 0
 
 
@@ -89,6 +90,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--lams", default=",".join(f"{lam:g}" for lam in LAMS), help="default: %(default)s")
     temperatures = ",".join(f"{temperature:g}" for temperature in TEMPERATURES)
     parser.add_argument("--temperatures", default=temperatures, help="1+inf is two heads (default: %(default)s)")
+    add_scores(parser)
     parser.add_argument("--folds", type=positive, default=5, help="default: %(default)s")
     parser.add_argument("--save", type=Path, metavar="FOLDER", help="save the checkpoint, wrapped as recommended")
     add_labels(parser)
