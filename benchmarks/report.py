@@ -6,6 +6,7 @@ method over the checkpoints of the same data, task, requested size, metric and p
 """
 
 import argparse
+import itertools
 import json
 import sys
 from collections import Counter
@@ -18,19 +19,21 @@ import altair as alt
 import vl_convert
 from rich.console import Console
 
-from timm_csra.evaluation.statistics import CONFIDENCE
+from timm_csra.evaluation.statistics import CONFIDENCE, FIXED, VERSUS
 
 from .records import Record, read_records, write_table, write_text
-from .summary import VERDICTS, Row, headline, rows_of
+from .summary import OVER_PLAIN, VERDICTS, Row, headline, rows_of, versus
+from .tables import left_out
 
 PAGE = Path(__file__).with_name("report.html")
 FIRST_METRIC = {"single": "top1", "real": "top1", "multilabel": "mAP", "mosaic": "mAP"}
 FIELDS = (  # of a row of the page
     *("model", "group", "metric", "protocol", "img_size", "n", "baseline", "gain", "ci_low", "ci_high"),
-    *("p_holm", "verdict", "lam", "kind", "macs"),
+    *("p_holm", "verdict", "scores", "lam", "kind", "macs"),
 )
 TIMM_COLUMNS = ("model", "img_size", "top1", "top1_err", "top5", "top5_err", "param_count", "crop_pct", "interpolation")
 NOT_TESTED = "not tested"
+NAMED = (("verdict", NOT_TESTED), ("scores", ""), ("lam", ""), ("kind", ""))  # and what stands for none
 COLOURS = {"better": "#1c9b69", "worse": "#dd5a3c", "no evidence": "#878d96", NOT_TESTED: "#5b8fc9"}
 
 
@@ -79,7 +82,7 @@ def page_data(records: Sequence[Record], rows: Sequence[Row]) -> Record:
             *(number(row["img_size"]), row["n"]),
             *(_rounded(row.get(name)) for name in ("baseline", "gain", "ci_low", "ci_high")),
             None if row.get("p_holm") is None else float(f"{row['p_holm']:.2g}"),
-            *(number(row.get("verdict") or NOT_TESTED), number(row.get("lam") or ""), number(row.get("kind") or "")),
+            *(number(row.get(name) or nothing) for name, nothing in NAMED),
             row.get("macs"),
         ]
         for row in rows
@@ -87,6 +90,7 @@ def page_data(records: Sequence[Record], rows: Sequence[Row]) -> Record:
     curves = [
         [
             *(number(_short(record["model"])), number(group_name(record)), number(result["metric"])),
+            number(result["scores"]),
             *(float(result["lam"]), *(_rounded(result[name]) for name in ("gain", "ci_low", "ci_high"))),
         ]
         for record in records
@@ -103,8 +107,10 @@ def page_data(records: Sequence[Record], rows: Sequence[Row]) -> Record:
         "headline": [
             [f"{data} · {task}{'' if grid == 'None' else f' {grid}x{grid}'} · {size}", metric, protocol, dict(counts)]
             for (data, task, grid, size, metric, protocol), counts in headline(rows).items()
-            if protocol in ("fixed", "crossfit")
+            if protocol in (*OVER_PLAIN, VERSUS)
         ],
+        "versus": VERSUS,
+        "left_out": left_out(records),
         "first_metrics": FIRST_METRIC,
         "failures": _failures(records),
         "measured": _measured(records),
@@ -134,7 +140,7 @@ def _measured(records: Sequence[Record]) -> list[list[str]]:
             "commit": environment.get("commit"),
             "autocast": key["amp"],
             "seed": key["seed"],
-            "settings (lam, T)": f"{len(key['settings'])}",
+            "settings (lam, T, scores)": f"{len(key['settings'])}",
             **environment["packages"],
         }
         for name, value in said.items():
@@ -173,7 +179,7 @@ def charts() -> dict[str, alt.LayerChart]:
     forest = rows.mark_rule().encode(x=alt.X("ci_low:Q", title="gain, points"), x2="ci_high:Q", y=order, color=colour)
     points = rows.mark_point(filled=True, size=55, opacity=1).encode(x=gain, y=order, color=colour, tooltip=tooltip)
     curve = alt.Chart(alt.NamedData("curves")).encode(x=alt.X("lam:Q", title="lam, T = inf"))
-    who = alt.Color("who:N", title=None, scale=alt.Scale(range=["#2a6fb0", "#d9822b"]))
+    who = alt.Color("who:N", title=None, scale=alt.Scale(range=["#2a6fb0", "#d9822b", "#7a4fb5", "#2f9e8f"]))
     band = curve.mark_area(opacity=0.25).encode(y=alt.Y("low:Q", title="gain, points"), y2="high:Q", color=who)
     line = curve.mark_line(point=True).encode(
         y=alt.Y("gain:Q", title="gain, points"),
@@ -182,7 +188,7 @@ def charts() -> dict[str, alt.LayerChart]:
     )
     scatter = alt.Chart(alt.NamedData("every"))
     against = scatter.mark_circle(size=45, opacity=0.6).encode(
-        x=alt.X("baseline:Q", title="plain model, percent", scale=alt.Scale(zero=False)),
+        x=alt.X("baseline:Q", title="baseline, percent", scale=alt.Scale(zero=False)),
         y=alt.Y("gain:Q", title="gain, points"),
         color=colour,
         tooltip=tooltip,
@@ -204,10 +210,15 @@ def charts() -> dict[str, alt.LayerChart]:
 
 
 PLOTTED = 40  # checkpoints in the forest plot of a file
+PLOTS = {  # what each protocol is called in them, and which are drawn: the curve has both kinds of scores
+    "fixed": ("logits, lam 0.1", ("forest", "curve", "baseline", "size")),
+    "fixed_log_softmax": ("log_softmax, lam 0.3", ("forest", "baseline", "size")),
+    VERSUS: ("log_softmax, lam 0.3, over logits, lam 0.1", ("forest",)),
+}
 
 
 def write_plots(data: Record, out: Path) -> list[Path]:
-    """PNG and SVG of each plot, for the first metric of each task, protocol `fixed`."""
+    """PNG and SVG of each plot, for the first metric of each task and what is without any choice on the data."""
     names = data["names"]
     rows = [dict(zip(FIELDS, row, strict=True)) for row in data["rows"]]
     for row in rows:
@@ -215,27 +226,36 @@ def write_plots(data: Record, out: Path) -> list[Path]:
             row[name] = names[row[name]]
         row["pixels"] = int(str(row["img_size"]).split("x")[0]) if str(row["img_size"])[0].isdigit() else None
     written = []
-    for group in sorted({row["group"] for row in rows}):
+    for group, protocol in itertools.product(sorted({row["group"] for row in rows}), PLOTS):
         metric = FIRST_METRIC.get(group.split(" · ")[1].split(" ")[0], "mAP")
-        mine = [r for r in rows if (r["group"], r["metric"], r["protocol"]) == (group, metric, "fixed")]
+        mine = [r for r in rows if (r["group"], r["metric"], r["protocol"]) == (group, metric, protocol)]
+        if not mine:
+            continue
         ranked = sorted(mine, key=lambda row: -row["gain"])
         shown = ranked if len(ranked) <= PLOTTED else [*ranked[: PLOTTED // 2], *ranked[-PLOTTED // 2 :]]
         task = group.rsplit(" · ", 1)[0]
         sets = {
             "rows": [row | {"place": place} for place, row in enumerate(shown)],
-            "curves": _median_curve([c for c in data["curves"] if (names[c[1]], names[c[2]]) == (group, metric)]),
+            "curves": _median_curves(
+                names, [c for c in data["curves"] if (names[c[1]], names[c[2]]) == (group, metric)]
+            ),
             "every": mine,
             "sizes": [
                 r
                 for r in rows
                 if r["pixels"]
-                and (r["group"].rsplit(" · ", 1)[0], r["metric"], r["protocol"]) == (task, metric, "fixed")
+                and (r["group"].rsplit(" · ", 1)[0], r["metric"], r["protocol"]) == (task, metric, protocol)
             ],
         }
+        what, wanted = PLOTS[protocol]
         for name, chart in charts().items():
-            spec = chart.properties(width=520, title=f"{group}, {metric}, lam 0.1").to_dict()
+            if name not in wanted:
+                continue
+            title = f"{group}, {metric}{'' if name == 'curve' else f', {what}'}"
+            spec = chart.properties(width=520, title=title).to_dict()
             spec["datasets"] = {**spec.get("datasets", {}), **sets}
-            stem = "".join(c if c.isalnum() or c in "._-" else "_" for c in f"{name}-{group}-{metric}")
+            of = "" if protocol == "fixed" else f"-{protocol}"
+            stem = "".join(c if c.isalnum() or c in "._-" else "_" for c in f"{name}-{group}-{metric}{of}")
             svg = vl_convert.vegalite_to_svg(spec)
             write_text(out / "plots" / f"{stem}.svg", svg)
             (out / "plots" / f"{stem}.png").write_bytes(vl_convert.svg_to_png(svg, scale=2))
@@ -243,20 +263,26 @@ def write_plots(data: Record, out: Path) -> list[Path]:
     return written
 
 
-def _median_curve(curves: Iterable[Sequence[Any]]) -> list[Record]:
-    """Of all checkpoints, with the band that holds 80 % of them."""
-    by_lam: dict[float, list[float]] = {}
-    for _, _, _, lam, gain, *_ in curves:
-        by_lam.setdefault(lam, []).append(gain)
+def _median_curves(names: Sequence[str], curves: Iterable[Sequence[Any]]) -> list[Record]:
+    """Of all checkpoints, for each kind of scores, with the band that holds 80 % of them."""
+    by_lam: dict[tuple[str, float], list[float]] = {}
+    for _, _, _, scores, lam, gain, *_ in curves:
+        by_lam.setdefault((names[scores], lam), []).append(gain)
     found = []
-    for lam, gains in sorted(by_lam.items()):
+    for (scores, lam), gains in sorted(by_lam.items()):
         gains.sort()
         low, middle, high = (gains[round(share * (len(gains) - 1))] for share in (0.1, 0.5, 0.9))
-        found.append({"who": "median, 80 % of checkpoints", "lam": lam, "gain": middle, "low": low, "high": high})
+        who = f"{scores}: median, 80 % of checkpoints"
+        found.append({"who": who, "lam": lam, "gain": middle, "low": low, "high": high})
     return found
 
 
-RESULT_COLUMNS = ("data", "task", "metric", "baseline", "gain_fixed", "fixed_low", "fixed_high", "gain_crossfit")
+GAINS = {  # columns of protocols without any choice on the data
+    name: (protocol, of)
+    for protocol in (*FIXED, VERSUS)
+    for name, of in ((f"gain_{protocol}", "gain"), (f"{protocol}_low", "ci_low"), (f"{protocol}_high", "ci_high"))
+}
+RESULT_COLUMNS = ("data", "task", "metric", "baseline", *GAINS, "gain_crossfit")
 
 
 def timm_rows(records: Iterable[Record]) -> list[Row]:
@@ -283,9 +309,7 @@ def timm_rows(records: Iterable[Record]) -> list[Row]:
                     "task": group_name(record).split(" · ")[1],
                     "metric": metric,
                     "baseline": found["fixed"]["baseline"],
-                    "gain_fixed": found["fixed"]["gain"],
-                    "fixed_low": found["fixed"]["ci_low"],
-                    "fixed_high": found["fixed"]["ci_high"],
+                    **{name: found.get(protocol, {}).get(of) for name, (protocol, of) in GAINS.items()},
                     "gain_crossfit": found.get("crossfit", {}).get("gain"),
                 }
             )
@@ -300,15 +324,19 @@ def markdown(records: Sequence[Record], rows: Sequence[Row]) -> str:
         "| data, task, size | metric | protocol | better | worse | no evidence |",
         "|---|---|---|--:|--:|--:|",
     ]
-    for (data, task, grid, size, metric, protocol), counts in headline(rows).items():
-        if protocol in ("fixed", "crossfit"):
+    counted = headline(rows)
+    for (data, task, grid, size, metric, protocol), counts in counted.items():
+        if protocol in OVER_PLAIN:
             named = task if grid == "None" else f"{task} {grid}x{grid}"
             numbers = " | ".join(str(counts.get(verdict, 0)) for verdict in VERDICTS)
             lines.append(f"| {data}, {named}, {size} | {metric} | {protocol} | {numbers} |")
+    lines += ["", *(f"- {line}" for line in versus(counted))]
     lines += [
         "",
-        "| model | data, task, size | px | metric | n | lam = 0 | fixed | crossfit |",
-        "|---|---|--:|---|--:|--:|--:|--:|",
+        "`fixed`: logits, lam 0.1. `fixed_log_softmax`: lam 0.3. Both with T inf.",
+        "",
+        f"| model | data, task, size | px | metric | n | lam = 0 | {' | '.join((*FIXED, VERSUS, 'crossfit'))} |",
+        "|---|---|--:|---|--:|--:|--:|--:|--:|--:|",
     ]
     for record in records:
         found: dict[str, dict[str, Record]] = {}
@@ -316,8 +344,10 @@ def markdown(records: Sequence[Record], rows: Sequence[Row]) -> str:
             found.setdefault(result["metric"], {})[result["protocol"]] = result
         for metric, by in found.items():
             cells = [_short(record["model"]), group_name(record), record["img_size"], metric, record["n"]]
-            cells += [_percent(by["fixed"]["baseline"]), _interval(by.get("fixed")), _interval(by.get("crossfit"))]
+            cells += [_percent(by["fixed"]["baseline"])]
+            cells += [_interval(by.get(protocol)) for protocol in (*FIXED, VERSUS, "crossfit")]
             lines.append(f"| {' | '.join(map(str, cells))} |")
+    lines += ["", *(f"- {line}" for line in left_out(records))]
     if failures := _failures(records):
         lines += ["", "Without a result:", ""]
         lines += [f"- {len(f['cells'])} cells, {f['status']}: {f['reason']}" for f in failures]

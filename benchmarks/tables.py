@@ -37,8 +37,7 @@ def print_records(records: Iterable[Record], console: Console) -> None:
         for table in [wide] if fits else map(_of_one_cell, finished):
             console.print(table)
         console.print(LEGEND, style="dim", highlight=False, soft_wrap=True)
-        left_out = (left for record in finished for left in record.get("left_out", ()))
-        for line in dict.fromkeys(map(_left_out, left_out)):
+        for line in left_out(finished):
             console.print(line, style="yellow", markup=False, highlight=False, soft_wrap=True)
     for record in records:
         if record["status"] == "ok":
@@ -132,8 +131,10 @@ def _broken(name: str, width: int) -> str:
     return "\n".join(lines)
 
 
-def _left_out(left: dict[str, str]) -> str:
-    return f"{left['metric']} is left out for {left['scores']}: it {left['reason']}."
+def left_out(records: Iterable[Record]) -> list[str]:
+    """Which metrics have no figures for one kind of scores, and why."""
+    every = (left for record in records for left in record.get("left_out", ()))
+    return list(dict.fromkeys(f"{it['metric']} is left out for {it['scores']}: it {it['reason']}." for it in every))
 
 
 def print_headline(counts: Mapping[tuple[str, ...], Mapping[str, int]], console: Console) -> None:

@@ -1,8 +1,9 @@
-"""Choose lam and T for a checkpoint from labelled pictures of one's own, or be told that the plain model is best.
+"""Choose lam, T and scores for a checkpoint from labelled pictures of one's own, or be told to leave it plain.
 
-Every picture runs once and is scored for every setting. The setting is chosen by cross-validation (the smallest lam
-within one standard error of the best), and what the choice gains is measured on folds that had no part in it. lam = 0
-is recommended unless the 95 % interval of that gain lies above 0.
+Every picture runs once and is scored for every setting, on logits and on log-probabilities. The setting is chosen by
+cross-validation (of the kind that does best, the smallest lam within one standard error of the best), and what the
+choice gains is measured on folds that had no part in it. lam = 0 is recommended unless the 95 % interval of that gain
+lies above 0.
 
 With --without-labels, choose lam alone, by pictures of one object each, such as the checkpoint was trained on: the
 largest lam at which the plain model keeps its top class on nearly all of them. Labels are neither needed nor used: any
@@ -17,6 +18,7 @@ from rich.console import Console
 from rich.progress import track
 
 import timm_csra
+from timm_csra.config import SCORES
 from timm_csra.evaluation.tuning import LAMS, TEMPERATURES, choose
 
 from . import checkpoints, sources
@@ -48,6 +50,7 @@ def main(arguments: list[str] | None = None) -> int:
             return choose_without_labels(args, screen, log)
         args.lams = args.lams or DEFAULT_LAMS
         args.temperatures = args.temperatures or DEFAULT_TEMPERATURES
+        args.scores = args.scores or DEFAULT_SCORES
         options = asked_options(args, Path())
         models, data, tasks = asked_what(args)
         cells = [cell for model in models for cell in asked_cells(model, args.img_size, data, tasks, {})]
@@ -81,11 +84,12 @@ def main(arguments: list[str] | None = None) -> int:
     screen.print(str(result), markup=False)
     if args.save:
         timm_csra.save_pretrained(result.apply(loaded.model), args.save)
-        screen.print(f"saved with lam={result.lam:g} to {args.save}", markup=False)
+        screen.print(f"saved with lam={result.lam:g}, scores={result.scores!r} to {args.save}", markup=False)
     return 0
 
 
 DEFAULT_LAMS = ",".join(f"{lam:g}" for lam in LAMS)
+DEFAULT_SCORES = ",".join(SCORES)
 DEFAULT_TEMPERATURES = ",".join(f"{temperature:g}" for temperature in TEMPERATURES)
 
 
@@ -105,7 +109,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--lams", help=f"default: {DEFAULT_LAMS}; without labels {UNLABELLED_LAMS}")
     parser.add_argument(
-        "--temperatures", help=f"1+inf is two heads (default: {DEFAULT_TEMPERATURES}; without labels one, inf)"
+        "--temperatures",
+        help=f"1+inf averages the terms of both (default: {DEFAULT_TEMPERATURES}; without labels one, inf)",
+    )
+    parser.add_argument(
+        "--scores", help=f"what is compared over locations (default: {DEFAULT_SCORES}; without labels one, log_softmax)"
     )
     parser.add_argument("--folds", type=positive, default=5, help="default: %(default)s")
     parser.add_argument("--save", type=Path, metavar="FOLDER", help="save the checkpoint, wrapped as recommended")

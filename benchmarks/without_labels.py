@@ -13,7 +13,7 @@ from torch import Tensor
 
 import timm_csra
 from timm_csra.agreement import LAMS
-from timm_csra.config import SCORES
+from timm_csra.config import LOG_SOFTMAX, SCORES
 
 from .argument_types import share
 from .arguments import asked_cells, asked_options
@@ -29,7 +29,7 @@ UNLABELLED_LAMS = ",".join(f"{lam:g}" for lam in LAMS)
 
 # Options of the choice with labels, and of that without, by their names in the parsed arguments.
 WITH_LABELS = ("task", "metric", "folds", "class_map", "class_scores", "grid", "seed")
-WITHOUT_LABELS = ("agreement", "scores")
+WITHOUT_LABELS = ("agreement",)
 
 
 def add_without_labels(parser: argparse.ArgumentParser) -> None:
@@ -43,7 +43,6 @@ def add_without_labels(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--agreement", type=share, metavar="SHARE", help="of pictures that have to keep their top class (default: 0.98)"
     )
-    group.add_argument("--scores", choices=SCORES, help="default: log_softmax")
 
 
 def refuse_what_does_not_apply(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
@@ -66,18 +65,26 @@ def choose_without_labels(args: argparse.Namespace, screen: Console, log: Consol
     """
     args.lams = UNLABELLED_LAMS if args.lams is None else args.lams
     args.temperatures = "inf" if args.temperatures is None else args.temperatures
+    args.scores = LOG_SOFTMAX if args.scores is None else args.scores
+    if args.scores not in SCORES:
+        raise ValueError(f"--scores: found {args.scores}; expected one of {', '.join(SCORES)} with --without-labels.")
     options = asked_options(args, Path())
     lams = [float(lam) for lam in args.lams.split(",")]
     temperatures = args.temperatures.split(",")
     if len(temperatures) != 1:
         raise ValueError(f"--temperatures: found {args.temperatures}; expected one with --without-labels, such as inf.")
-    temperature = tuple(float(head) for head in temperatures[0].split("+"))
+    temperature = tuple(float(T) for T in temperatures[0].split("+"))
     cell = _cell(args)
     loaded = Models(options.device).get(cell)
-    given = {name: value for name in WITHOUT_LABELS if (value := getattr(args, name)) is not None}
+    given = {} if args.agreement is None else {"agreement": args.agreement}
     with warnings.catch_warnings(record=True) as told, autocast(options):
         result = timm_csra.choose_lam(
-            loaded.model, _batches(cell, loaded, options, log), lams=lams, temperature=temperature, **given
+            loaded.model,
+            _batches(cell, loaded, options, log),
+            lams=lams,
+            temperature=temperature,
+            scores=args.scores,
+            **given,
         )
     screen.print(f"{cell.checkpoint.name} on {cell.data.name}, {loaded.size[0]} x {loaded.size[1]} pixels")
     screen.print(str(result), markup=False)

@@ -12,15 +12,19 @@ from scipy import stats
 from torch import Tensor
 
 import timm_csra
+from timm_csra.config import SCORES
 from timm_csra.evaluation.scoring import DEFAULT, PLAIN, Scores, Setting, settings_grid
 from timm_csra.evaluation.statistics import folds_of
 from timm_csra.evaluation.tuning import choose
 
 SETTINGS = settings_grid([0.1, 0.5, 1.0], [1.0, math.inf])
+BOTH = settings_grid([0.1, 0.5, 1.0], [1.0, math.inf], SCORES)
 
 
-def synthetic(seed: int, count: int = 200, signal: float = 0.0, classes: int = 5) -> tuple[Scores, Tensor]:
-    """Scores whose attention term knows nothing of the class, or `signal` of it."""
+def synthetic(
+    seed: int, count: int = 200, signal: float = 0.0, classes: int = 5, scores: tuple[str, ...] = ("logits",)
+) -> tuple[Scores, Tensor]:
+    """Scores whose attention terms know nothing of the class; those of the last kind `signal` of it."""
     generator = torch.Generator().manual_seed(seed)
     targets = torch.randint(classes, (count,), generator=generator)
     right = torch.nn.functional.one_hot(targets, classes).float()
@@ -28,26 +32,33 @@ def synthetic(seed: int, count: int = 200, signal: float = 0.0, classes: int = 5
     def noise() -> Tensor:
         return torch.randn(count, classes, generator=generator)
 
-    attention = {("logits", temperature): signal * right + noise() for temperature in (1.0, math.inf)}
+    attention = {
+        (kind, temperature): (signal if kind == scores[-1] else 0.0) * right + noise()
+        for kind in scores
+        for temperature in (1.0, math.inf)
+    }
     return Scores(0.7 * right + noise(), attention), targets
 
 
-def literal(scores: Scores, targets: Tensor, folds: int, seed: int) -> tuple[list[Setting], float]:
+def literal(
+    scores: Scores, targets: Tensor, settings: list[Setting], folds: int, seed: int
+) -> tuple[list[Setting], float]:
     """Nested choice by one standard error, one image and one fold at a time."""
     parts = folds_of(targets.numpy(), seed, folds)
     hits = {
         s: [100 * (scores.logits(s)[rows].argmax(1) == targets[rows]).double().mean().item() for rows in parts]
-        for s in SETTINGS
+        for s in settings
     }
     chosen, gains = [], []
     for held_out in range(folds):
         others = [fold for fold in range(folds) if fold != held_out]
         table = {}
-        for setting in SETTINGS:
+        for setting in settings:
             gain = [hits[setting][fold] - hits[PLAIN][fold] for fold in others]
             table[setting] = (np.mean(gain), np.std(gain, ddof=1) / math.sqrt(len(gain)))
         best, error = max(table.values())
-        near = [setting for setting in SETTINGS if table[setting][0] >= best - error]
+        kind = next(setting.scores for setting in settings if table[setting] == (best, error))
+        near = [s for s in settings if table[s][0] >= best - error and (s.scores == kind or s.lam == 0)]
         lam = min(setting.lam for setting in near)
         setting = max((s for s in near if s.lam == lam), key=lambda s: table[s][0])
         chosen.append(setting)
@@ -57,10 +68,14 @@ def literal(scores: Scores, targets: Tensor, folds: int, seed: int) -> tuple[lis
 
 @pytest.mark.parametrize("signal", [0.0, 1.5])
 @pytest.mark.parametrize("seed", [0, 1, 2])
-def test_nested_choice_by_hand(signal: float, seed: int) -> None:
-    scores, targets = synthetic(seed, signal=signal)
-    result = choose(scores, targets, SETTINGS, folds=4, seed=seed)
-    chosen, gain = literal(scores, targets, 4, seed)
+@pytest.mark.parametrize(
+    "kinds", [SCORES[:1], SCORES, SCORES[::-1]], ids=["one kind", "log_softmax helps", "logits help"]
+)
+def test_nested_choice_by_hand(signal: float, seed: int, kinds: tuple[str, ...]) -> None:
+    scores, targets = synthetic(seed, signal=signal, scores=kinds)
+    settings = BOTH if len(kinds) == 2 else SETTINGS
+    result = choose(scores, targets, settings, folds=4, seed=seed)
+    chosen, gain = literal(scores, targets, settings, 4, seed)
     assert list(result.nested.settings) == chosen
     assert result.nested.gain == pytest.approx(gain)
 
@@ -78,6 +93,17 @@ def test_a_signal_is_found_and_applied() -> None:
     model = timm.create_model("test_resnet").eval()
     assert result.apply(model) is model
     assert (model.csra.lam, model.csra.temperature) == (result.lam, result.temperature)
+
+
+@pytest.mark.parametrize("kinds", [SCORES, SCORES[::-1]], ids=["log_softmax", "logits"])
+def test_the_kind_of_scores_that_helps_is_found_told_and_applied(kinds: tuple[str, ...]) -> None:
+    result = choose(*synthetic(0, 500, signal=2.0, scores=kinds), BOTH)
+    assert result.helps
+    assert result.scores == kinds[-1]
+    assert f"use lam={result.lam:g}, temperature={result.temperature}, scores='{kinds[-1]}'." in str(result)
+    assert f"settings of the folds  {kinds[-1]} " in str(result)
+    model = result.apply(timm.create_model("test_resnet").eval())
+    assert model.csra == timm_csra.CSRAConfig(result.lam, result.temperature, kinds[-1])
 
 
 def test_no_evidence_says_so_and_recommends_the_plain_model() -> None:
@@ -109,12 +135,18 @@ def test_from_images_to_a_result_without_touching_the_model(metric: str | None) 
     model = timm.create_model("test_resnet", num_classes=4).eval()
     several = metric in ("mAP", "lrap")
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    result = timm_csra.tune(model, loader(model, several), metric=metric, lams=[0.05, 0.3], temperatures=[1], folds=3)
+    asked = {"lams": [0.05, 0.3], "temperatures": [1], "folds": 3}
+    result = timm_csra.tune(model, loader(model, several), metric=metric, **asked)
     assert isinstance(result, timm_csra.TuneResult)
     assert (result.metric, result.images) == (metric or "top1", 24)
     assert not timm_csra.is_wrapped(model)
     assert all(torch.equal(state[name], tensor) for name, tensor in model.state_dict().items())
-    assert set(result.settings) == {Setting(0.05, (1.0,)), Setting(0.3, (1.0,))}
+    assert set(result.settings) == {Setting(lam, (1.0,), scores) for lam in (0.05, 0.3) for scores in SCORES}
+    if metric is None:
+        alone = timm_csra.tune(model, loader(model), scores=["log_softmax"], **asked)
+        assert {setting.scores for setting in alone.settings} == {"log_softmax"}
+        with pytest.raises(ValueError, match="scores must be 'logits' or 'log_softmax', got 'sum'"):
+            timm_csra.tune(model, loader(model), scores=["sum"])
 
 
 def test_a_metric_of_ones_own() -> None:

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import re
 import time
 from pathlib import Path
 
@@ -28,20 +29,22 @@ def synthetic(folder: Path, checkpoints: int, sizes: int = 1) -> dict[str, float
                 results = []
                 for metric in metrics:
                     base, gain, error = rng.uniform(30, 90), rng.normal(1, 2), rng.uniform(0.2, 1.5)
-                    for protocol in ("fixed", "crossfit", "best", *(["curve"] * len(LAMS))):
-                        lam = (
-                            LAMS[sum(r["protocol"] == "curve" and r["metric"] == metric for r in results)]
-                            if protocol == "curve"
-                            else 0.1
-                        )
-                        own = gain * lam / 0.1 if protocol == "curve" else gain
+                    other = gain + rng.normal(0.5, 1)
+                    figures = {  # scores, lam, gain, and what it is a gain over
+                        "fixed": ("logits", 0.1, gain, base), "fixed_log_softmax": ("log_softmax", 0.3, other, base),
+                        "log_softmax_vs_logits": ("log_softmax", 0.3, other - gain, base + gain),
+                        "crossfit": ("logits;log_softmax", 0.1, gain, base), "best": ("logits", 0.1, gain, base),
+                    }  # fmt: skip
+                    rows = [*figures.items()]
+                    rows += [("curve", (kind, lam, share * lam / 0.1, base)) for kind, share in (("logits", gain), ("log_softmax", other)) for lam in LAMS]  # fmt: skip
+                    for protocol, (kind, lam, own, before) in rows:
                         results.append(
                             {
-                                "metric": metric, "protocol": protocol, "lam": f"{lam:g}", "temperature": "inf",
-                                "baseline": base, "value": base + own, "gain": own,
+                                "metric": metric, "protocol": protocol, "scores": kind, "lam": f"{lam:g}", "temperature": "inf",
+                                "baseline": before, "value": before + own, "gain": own,
                                 "ci_low": None if protocol == "best" else own - 2 * error,
                                 "ci_high": None if protocol == "best" else own + 2 * error,
-                                "p_value": float(np.exp(-((gain / error) ** 2))) if protocol in ("fixed", "crossfit") else None,
+                                "p_value": None if protocol in ("best", "curve") else float(np.exp(-((own / error) ** 2))),
                                 "test": "paired t",
                             }
                         )  # fmt: skip
@@ -96,18 +99,56 @@ def test_tables_say_what_the_records_say(tmp_path: Path, capsys: pytest.CaptureF
     ]
     mosaics = {row["model"]: row for row in rows if (row["task"], row["metric"]) == ("mosaic 2x2", "mAP")}
     assert {model: float(row["gain_fixed"]) for model, row in mosaics.items()} == pytest.approx(gains, abs=1e-4)
+    versus = {model: float(row["gain_log_softmax_vs_logits"]) for model, row in mosaics.items()}
+    gained = {model: float(row["gain_fixed_log_softmax"]) for model, row in mosaics.items()}
+    assert {model: gained[model] - gains[model] for model in gains} == pytest.approx(versus, abs=1e-3)
     single = next(row for row in rows if row["task"] == "single")
     assert float(single["top1"]) + float(single["top1_err"]) == pytest.approx(100, abs=1e-3)
     text = (report / "results.md").read_text()
     assert text.count("| checkpoint0000.tag |") == 10
     assert "- 1 cells, failed: ValueError: <b>weights</b> do not fit" in text
+    assert "| lam = 0 | fixed | fixed_log_softmax | log_softmax_vs_logits | crossfit |" in text
+    said = re.search(
+        r"- photos, mosaic 2x2, 1x, mAP: log_softmax better than logits on (\d) checkpoints, worse on (\d)", text
+    )
+    assert said is not None
+    assert int(said[1]) <= sum(gain > 0 for gain in versus.values())
+    assert int(said[2]) <= sum(gain < 0 for gain in versus.values())
     for kind in ("png", "svg"):
         plots = sorted(path.name for path in (report / "plots").glob(f"*.{kind}"))
-        assert len(plots) == 20
+        assert len(plots) == 5 * (4 + 3 + 1)
         assert all((report / "plots" / name).stat().st_size > 3000 for name in plots)
     page = (report / "index.html").read_text()
     assert "src=" not in page.split("<script>")[0]
     assert "<b>weights</b>" not in page.split('id="data"')[0]
+
+
+def test_records_of_before_there_were_two_kinds_of_scores(tmp_path: Path) -> None:
+    synthetic(tmp_path, 3)
+    for path in (tmp_path / "records").glob("*.json"):
+        record = json.loads(path.read_text())
+        kept = [result for result in record["results"] if "log_softmax" not in result["protocol"] + result["scores"]]
+        record["results"] = [{name: value for name, value in result.items() if name != "scores"} for result in kept]
+        path.write_text(json.dumps(record))
+    assert main([str(tmp_path), "--no-plots"]) == 0
+    page = (tmp_path / "report" / "index.html").read_text()
+    data = json.loads(page.split('id="data" type="application/json">')[1].split("</script>")[0])
+    at = data["fields"].index("scores")
+    assert {data["names"][row[at]] for row in data["rows"]} == {"logits"}
+    assert {data["names"][curve[3]] for curve in data["curves"]} == {"logits"}
+    row = next(csv.DictReader((tmp_path / "report" / "results.csv").open()))
+    assert row["gain_fixed"] and not row["gain_fixed_log_softmax"]
+
+
+def test_a_metric_that_is_left_out_says_why(tmp_path: Path) -> None:
+    synthetic(tmp_path, 2)
+    left = {"metric": "CF1", "scores": "log_softmax", "reason": "compares each logit with 0"}
+    for path in (tmp_path / "records").glob("*.json"):
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"left_out": [left]}))
+    assert main([str(tmp_path), "--no-plots"]) == 0
+    for name in ("results.md", "index.html"):
+        told = "CF1 is left out for log_softmax: it compares each logit with 0."
+        assert (tmp_path / "report" / name).read_text().count(told) == 1
 
 
 def test_what_was_not_tested_is_drawn_too(tmp_path: Path) -> None:
@@ -164,13 +205,19 @@ def test_a_person_reads_it(tmp_path: Path, chromium) -> None:
     tab.get_by_role("button", name="show the curve of checkpoint0042.tag").click()
     expect(rows.first).to_have_attribute("aria-selected", "true")
     shown = tab.evaluate("views.curve.data('curves').map(row => row.who)")
-    assert "checkpoint0042.tag, 95 %" in shown
+    assert {"checkpoint0042.tag, logits, 95 %", "checkpoint0042.tag, log_softmax, 95 %"} <= set(shown)
+    assert {"logits: median, 80 % of shown", "log_softmax: median, 80 % of shown"} <= set(shown)
     assert tab.evaluate("views.forest.data('rows').length") == 1  # the plots follow the table
     assert tab.evaluate("views.size.data('sizes').length") == 2
     tab.get_by_label("model", exact=True).fill("")
     tab.get_by_label("verdict").select_option("better")
     better = int(counts.split(": ")[1].split(" better")[0])
     assert tab.evaluate("shown.length") == better
+    tab.get_by_label("verdict").select_option("")
+    tab.get_by_label("protocol").select_option("log_softmax_vs_logits")
+    expect(tab.locator("#counts")).to_contain_text("log_softmax over logits: 60 checkpoints: ")
+    expect(rows.first).to_contain_text("log_softmax")
+    expect(tab.locator("#headline")).to_contain_text("log_softmax_vs_logits")
     expect(tab.locator("#failures")).to_contain_text("1 cells, failed: ValueError: <b>weights</b> do not fit")
     expect(tab.locator("#measured")).to_contain_text("c0ffee")
     SCREENSHOTS.mkdir(exist_ok=True, parents=True)

@@ -1,5 +1,5 @@
-"""Which lam and T for one's own checkpoint and pictures, and whether any: chosen by cross-validation, judged by what
-the choice gains on images that had no part in it."""
+"""Which lam, T and scores for one's own checkpoint and pictures, and whether any: chosen by cross-validation, judged by
+what the choice gains on images that had no part in it."""
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from ..config import CSRAConfig
+from ..config import SCORES
 from ..errors import describe
 from ..patching import wrap
 from .metrics import MULTI_LABEL, SINGLE_LABEL, Evaluation, Logits, Metric, Weights, evaluate
@@ -19,7 +19,7 @@ from .scoring import ALL, PLAIN, Scores, Setting, score, settings_grid
 from .statistics import Comparison, Table, folds_of, on_parts
 
 Model = TypeVar("Model", bound=nn.Module)
-LAMS = (0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 1.0)
+LAMS = (0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 1.0, 2.0)
 TEMPERATURES = (1.0, 5.0, math.inf)
 OwnMetric = Callable[[Tensor, Tensor], Any]
 
@@ -61,34 +61,43 @@ class TuneResult:
     def temperature(self) -> tuple[float, ...]:
         return self.recommended.temperature
 
+    @property
+    def scores(self) -> str:
+        return self.recommended.scores
+
     def apply(self, model: Model) -> Model:
         """`wrap` the model, in place, with what is recommended; with lam = 0 it says what the plain model says."""
-        return wrap(model, self.lam, self.temperature)
+        return wrap(model, self.lam, self.temperature, self.scores)
 
     def __str__(self) -> str:
-        nested, show = self.nested, CSRAConfig(self.chosen.lam, self.chosen.temperature)
+        nested, chosen = self.nested, self.chosen
         interval = "no interval" if nested.interval is None else "[{:+.2f}, {:+.2f}]".format(*nested.interval)
         gain = f"{self.metric} {nested.baseline:.2f} -> {nested.value:.2f}, {nested.gain:+.2f} {interval}"
         if self.helps:
-            verdict = f"CSRA helps here: use lam={show.lam:g}, temperature={show.temperature}."
+            use = f"lam={chosen.lam:g}, temperature={chosen.temperature}, scores={chosen.scores!r}"
+            verdict = f"CSRA helps here: use {use}."
         elif nested.interval is not None and nested.interval[1] < 0:
             verdict = "CSRA does harm here: use lam=0, the plain model."
         else:
             verdict = "No evidence that CSRA helps here: use lam=0, the plain model."
         ranked = sorted(self.settings.items(), key=lambda item: -item[1][0])[:5]
         rows = "\n".join(
-            f"    lam {setting.lam:<5g} T {_heads(setting):<8} {mean:+.2f} +- {error:.2f}"
+            f"    {setting.scores:<11} lam {setting.lam:<5g} T {_heads(setting):<8} {mean:+.2f} +- {error:.2f}"
             for setting, (mean, error) in ranked
         )
         return (
             f"{verdict}\n  on held-out images  {gain} (n = {self.images}, {len(nested.settings)} folds)\n"
-            f"  settings of the folds  {', '.join(f'{s.lam:g}' for s in nested.settings)}\n"
+            f"  settings of the folds  {', '.join(map(_named, nested.settings))}\n"
             f"  best of {len(self.settings)} settings by cross-validation, gain and standard error over folds\n{rows}"
         )
 
 
 def _heads(setting: Setting) -> str:
     return "+".join(f"{temperature:g}" for temperature in setting.temperature)
+
+
+def _named(setting: Setting) -> str:
+    return f"{setting.scores} {setting.lam:g}" if setting.lam else "0"
 
 
 def tune(
@@ -98,15 +107,17 @@ def tune(
     metric: str | OwnMetric | None = None,
     lams: Iterable[float] | None = None,
     temperatures: Iterable[float | tuple[float, ...]] | None = None,
+    scores: Iterable[str] | None = None,
     folds: int = 5,
     seed: int = 0,
 ) -> TuneResult:
     """Does class-specific residual attention help this checkpoint on these pictures, and with which settings?
 
     Every image runs once, and is scored for every setting. The images are divided into folds. On each fold, the setting
-    is measured that the other folds choose (nested cross-validation): the one of smallest lam whose mean gain is within
-    one standard error of the best (Breiman et al., "Classification and Regression Trees", 1984, 3.4.3). The plain model
-    is among the settings. Nothing is trained, so that a fold's figures serve every choice that does not use it.
+    is measured that the other folds choose (nested cross-validation): of the kind of scores that does best, the one of
+    smallest lam whose mean gain is within one standard error of the best (Breiman et al., "Classification and
+    Regression Trees", 1984, 3.4.3). The plain model is among the settings. Nothing is trained, so that a fold's figures
+    serve every choice that does not use it.
 
     Args:
         model: a timm classifier in eval mode, plain or wrapped (its own settings are not used, nothing is changed).
@@ -115,8 +126,9 @@ def tune(
             metric of one's own, whatever it takes. A few hundred images are few.
         metric: `top1` or `top5`; with several labels `mAP`, `lrap`, `recall_at_k`, `CF1_top3` or `OF1_top3`; or a
             function of logits `(n, K)` and targets, higher being better. None for `top1` or `mAP`.
-        lams: to try; None for 0.02 to 1.
+        lams: to try; None for 0.02 to 2.
         temperatures: to try with each, a tuple for several heads; None for 1, 5 and infinity.
+        scores: to try with each, "logits", "log_softmax"; None for both.
         folds: at least 3.
         seed: of the folds and of the bootstrap.
 
@@ -138,10 +150,14 @@ def tune(
     """
     if model.training:
         raise ValueError(f"{describe(model)}: found a model in training mode, expected eval: call model.eval() first.")
-    settings = settings_grid(LAMS if lams is None else lams, TEMPERATURES if temperatures is None else temperatures)
+    settings = settings_grid(
+        LAMS if lams is None else lams,
+        TEMPERATURES if temperatures is None else temperatures,
+        SCORES if scores is None else scores,
+    )
     device = next(model.parameters()).device
-    scores, targets = score(model, _checked(model, loader, callable(metric)), settings, device=device)
-    return choose(scores, targets, settings, metric=metric, folds=folds, seed=seed)
+    found, targets = score(model, _checked(model, loader, callable(metric)), settings, device=device)
+    return choose(found, targets, settings, metric=metric, folds=folds, seed=seed)
 
 
 def _checked(
@@ -250,12 +266,15 @@ def _gain(table: Table, setting: Setting, folds: NDArray[np.intp]) -> tuple[floa
 
 
 def _one_standard_error(table: Table, folds: NDArray[np.intp]) -> Setting:
-    """The smallest lam whose gain is within one standard error of the best; the best temperature of that lam."""
+    """The smallest lam whose gain is within one standard error of the best; the best temperature of that lam. Of the
+    best setting's kind of scores alone: the same lam weighs less or more with the other."""
     gains = {setting: _gain(table, setting, folds) for setting in table.settings}
     defined = {setting: gain for setting, gain in gains.items() if not math.isnan(gain[0])}
     if not defined:
         return PLAIN
-    highest, error = max(defined.values())
-    near = [setting for setting, (mean, _) in defined.items() if mean >= highest - error]
+    best = max(defined, key=lambda setting: defined[setting])
+    highest, error = defined[best]
+    comparable = [setting for setting in defined if setting.scores == best.scores or setting == PLAIN]
+    near = [setting for setting in comparable if defined[setting][0] >= highest - error]
     smallest = min(setting.lam for setting in near)
     return max((setting for setting in near if setting.lam == smallest), key=lambda setting: defined[setting][0])
