@@ -10,6 +10,10 @@ machine makes of it: the plain model, and the product of the classifier with all
             linear classifiers without norm or hidden layer between pool and classifier
   testpool  timm's TestTimePoolHead
   wrapped   timm_csra.wrap(model)
+  log_softmax  timm_csra.wrap(model, lam=0.3, scores="log_softmax")
+
+`added` is the median over rounds of what the wrapped model takes longer than the plain one, with its interval; with
+--batch-size 1 it is what wrapping adds to a single forward pass.
 """
 
 import argparse
@@ -23,7 +27,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +44,6 @@ from torch import Tensor, nn
 
 import timm_csra
 from timm_csra.evaluation.scoring import allows_test_time_pool
-from timm_csra.locations import product
 
 from .argument_types import natural, positive
 
@@ -48,7 +51,7 @@ MODELS = (
     "resnet50,efficientnet_b0,tf_efficientnet_lite0,convnext_tiny,swin_tiny_patch4_window7_224,vit_small_patch16_224,"
     "regnety_016,mobilenetv3_small_100"
 )
-VARIANTS = ("plain", "naive", "testpool", "wrapped")
+VARIANTS = ("plain", "naive", "testpool", "wrapped", "log_softmax")
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 Images = Callable[[Tensor], Any]
@@ -56,7 +59,7 @@ Images = Callable[[Tensor], Any]
 
 @dataclass(frozen=True)
 class Ratio:
-    """Time of a variant over that of the plain model: median over rounds, and its 95 % interval."""
+    """Time of a variant over that of another, or their difference: median over rounds, and its 95 % interval."""
 
     median: float
     low: float
@@ -71,6 +74,8 @@ class Cost:
         seconds: median time of a batch, for each variant that applies.
         ratios: to the plain model.
         over_naive: of the wrapped model to the naive four lines, where they apply.
+        over_logits: of log-probabilities to logits, both wrapped.
+        added: seconds by which a batch takes longer wrapped than plain.
         least: the plain model and the product of its classifier with all locations, nothing else, to the plain model.
         floor: (MACs of the model + MACs of scoring its locations) / MACs of the model.
         megabytes: peak memory of one batch above what the model takes, where it was measured.
@@ -83,6 +88,8 @@ class Cost:
     seconds: dict[str, float]
     ratios: dict[str, Ratio]
     over_naive: Ratio | None
+    over_logits: Ratio
+    added: Ratio
     least: Ratio | None
     megabytes: dict[str, float]
 
@@ -90,7 +97,7 @@ class Cost:
 def main(arguments: list[str] | None = None) -> int:
     """Measure, print, and write OUT. Returns 0, or 2 where nothing could be started."""
     args = _parser().parse_args(arguments)
-    screen, log = Console(width=None if sys.stdout.isatty() else 220), Console(stderr=True)
+    screen, log = Console(width=None if sys.stdout.isatty() else 320), Console(stderr=True)
     names = args.models.split(",")
     if unknown := [name for name in names if not timm.is_model(name)]:
         log.print(f"benchmarks.overhead: no timm architecture is called {', '.join(unknown)}.", highlight=False)
@@ -136,6 +143,8 @@ def measure(name: str, args: argparse.Namespace) -> Cost:
         {variant: float(np.median(values)) for variant, values in times.items()},
         {variant: _ratio(values / times["plain"]) for variant, values in times.items() if variant != "plain"},
         _ratio(times["wrapped"] / times["naive"]) if "naive" in times else None,
+        _ratio(times["log_softmax"] / times["wrapped"]),
+        _ratio(times["wrapped"] - times["plain"]),
         None if products is None else _ratio(1 + products / times["plain"]),
         megabytes,
     )
@@ -178,6 +187,8 @@ def _call(
         call: Images = model
     elif variant == "wrapped":
         call = timm_csra.wrap(copy.copy(model))
+    elif variant == "log_softmax":
+        call = timm_csra.wrap(copy.copy(model), lam=0.3, scores="log_softmax")
     elif explanation.kind == "nonlinear" or not isinstance(model.get_classifier(), nn.Linear):  # type: ignore[operator]
         return None
     elif variant == "naive":
@@ -197,7 +208,7 @@ def _product(model: Any, explanation: timm_csra.Explanation, args: argparse.Name
 
     def call(_: Tensor) -> None:
         for weight, bias in zip(classifier.weight.split(1024), classifier.bias.split(1024), strict=True):
-            product(rows, weight, bias)
+            F.linear(rows, weight, bias)
 
     return call
 
@@ -281,15 +292,16 @@ def _table(costs: list[Cost]) -> Table:
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("model", no_wrap=True)
     ratios = [f"{name}/plain" for name in (*VARIANTS[1:], "least")]
-    for name in ("kind", "input", "plain", "floor", *ratios, "wrapped/naive"):
+    for name in ("kind", "input", "plain", "floor", *ratios, "wrapped/naive", "log_softmax/wrapped", "added ms"):
         table.add_column(name, justify="right", no_wrap=True)
     if any(cost.megabytes for cost in costs):
         table.add_column(f"MB {', '.join(VARIANTS)}", justify="right", no_wrap=True)
     for cost in costs:
         cells = [cost.model, str(cost.kind), "x".join(map(str, cost.input_size))]
         cells += [f"{1e3 * cost.seconds['plain']:.1f} ms", f"{cost.floor:.3f}"]
-        for r in (*map(cost.ratios.get, VARIANTS[1:]), cost.least, cost.over_naive):
+        for r in (*map(cost.ratios.get, VARIANTS[1:]), cost.least, cost.over_naive, cost.over_logits):
             cells.append(f"{r.median:.3f} [{r.low:.3f}, {r.high:.3f}]" if r else "-")
+        cells.append("{:.3f} [{:.3f}, {:.3f}]".format(*(1e3 * part for part in astuple(cost.added))))
         if cost.megabytes:
             shown = (cost.megabytes.get(variant, math.nan) for variant in VARIANTS)
             cells.append(" ".join("-" if math.isnan(value) else f"{value:.0f}" for value in shown))

@@ -33,7 +33,7 @@ def test_what_does_not_apply_is_left_out() -> None:
     args = _parser().parse_args([])
     model = timm.create_model("test_convnext").eval()
     calls = {variant: _call(model, variant, timm_csra.explain(model), args) for variant in VARIANTS}
-    assert [variant for variant, call in calls.items() if call] == ["plain", "wrapped"]
+    assert [variant for variant, call in calls.items() if call] == ["plain", "wrapped", "log_softmax"]
 
 
 def test_unknown_models_are_named(capsys: pytest.CaptureFixture[str]) -> None:
@@ -50,6 +50,8 @@ def test_wrapping_is_cheap_in_time_and_memory(tmp_path: Path, capsys: pytest.Cap
     assert costs["resnet18"]["ratios"]["wrapped"]["median"] < 1.3
     assert costs["mobilenetv3_small_100"]["ratios"]["wrapped"]["median"] < 2.2
     assert costs["resnet18"]["floor"] < 1.02
+    assert costs["resnet18"]["over_logits"]["median"] < 1.15
+    assert 0 < costs["resnet18"]["added"]["median"] < 0.3 * costs["resnet18"]["seconds"]["plain"]
     assert 1 < costs["resnet18"]["least"]["median"] < 1.3
     assert costs["mobilenetv3_small_100"]["least"] is None  # its head is no single product
     assert out.with_suffix(".png").stat().st_size > 10_000
