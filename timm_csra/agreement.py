@@ -63,13 +63,13 @@ class LamChoice:
             verdict = (
                 f"Use lam=0, the plain model: at lam={min(self.agreement):g}, the smallest tried, fewer than {share}."
             )
-        heads = "+".join(f"{temperature:g}" for temperature in self.temperature)
+        temperatures = "+".join(f"{temperature:g}" for temperature in self.temperature)
         rows = "\n".join(f"    lam {lam:<5g} {100 * share:6.2f} %" for lam, share in self.agreement.items())
         return (
             f"{verdict}\n"
             f"  over resamples of the pictures  lam from {self.spread[0]:g} to {self.spread[1]:g} "
             f"(95 %, n = {self.images})\n"
-            f"  pictures that keep their top class, T {heads}, scores {self.scores}\n{rows}"
+            f"  pictures that keep their top class, T {temperatures}, scores {self.scores}\n{rows}"
         )
 
 
@@ -96,7 +96,7 @@ def choose_lam(
             such as the model was trained on, prepared as for the model; a few hundred, of all kinds.
         agreement: the share of pictures that have to keep their top class, above 0 and at most 1.
         lams: to try, in any order; None for 0.05 to 8.
-        temperature: the paper's T, or a tuple for several heads.
+        temperature: the paper's T, or a tuple whose terms are averaged.
         scores: `log_softmax`, for a classifier trained with softmax, or `logits`, for one with a sigmoid per class.
 
     Returns:
@@ -216,8 +216,7 @@ def _top(logits: Tensor) -> Tensor:
 
 def _check_finite(model: nn.Module, logits: Tensor, lam: float) -> None:
     if (logits.isnan() | logits.isposinf()).any():
-        # The softmax over locations of a class that is -inf everywhere is NaN, in a wrapped model too.
-        remedy = "Try smaller lams, float32 or, with a masked class, temperature=inf" if lam else "Look at the images"
+        remedy = "Try smaller lams, or float32" if lam else "Look at the images"
         raise ValueError(
             f"{describe(model)}: found NaN or +inf among the logits at lam={lam:g}, expected finite ones, or -inf for "
             f"a class that has been masked. {remedy}."
@@ -225,7 +224,7 @@ def _check_finite(model: nn.Module, logits: Tensor, lam: float) -> None:
 
 
 def _logits_and_attention(model: nn.Module, images: Tensor, config: CSRAConfig) -> tuple[Tensor, list[Tensor]]:
-    """The plain model's logits `(N, K)` and the attention term of each head, by one call of its own `forward`: what
+    """The plain model's logits `(N, K)` and the attention term of each temperature, by one call of its own `forward`: what
     somebody's subclass does there before the features (normalising the images, say) is done here too.
 
     The call goes to a second object with the same parameters, buffers and modules, whose `forward_head` also scores

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from .attention import Attention
 from .errors import UnsupportedModelError, describe
-from .heads import is_recorded, parts_of
+from .heads import is_recorded, on_whole_map, parts_of
 from .layouts import Head, Layout, layout_of
 
 # Scores of a batch that are made at a time: on a CPU what its cache holds (8 MB in float32), elsewhere what keeps the
@@ -58,7 +58,10 @@ def location_attention(
         score, width = _by_head(model, head, layout), cast(int, model.num_classes)
         if parts.classifier is not None and len(locations[0]):  # convolutions take no empty batch
             score, width = _by_classifier(parts.classifier), len(parts.classifier.weight)
-            locations = (_rows(lambda *rows: layout.pre_logits(model, head, *rows), locations),)
+            if parts.pooling:
+                locations = layout.locations(on_whole_map(model, head, parts.pooling, features))
+            else:
+                locations = (_rows(lambda *rows: layout.pre_logits(model, head, *rows), locations),)
         images, places = _spans(locations[0], width)
         for some in images:
             whole: list[list[Attention]] = []
