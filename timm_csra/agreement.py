@@ -224,8 +224,8 @@ def _check_finite(model: nn.Module, logits: Tensor, lam: float) -> None:
 
 
 def _logits_and_attention(model: nn.Module, images: Tensor, config: CSRAConfig) -> tuple[Tensor, list[Tensor]]:
-    """The plain model's logits `(N, K)` and the attention term of each temperature, by one call of its own `forward`: what
-    somebody's subclass does there before the features (normalising the images, say) is done here too.
+    """Give the plain model's logits `(N, K)` and the attention term of each temperature, by one call of its `forward`:
+    what a subclass does there before the features (normalising the images, say) is done here too.
 
     The call goes to a second object with the same parameters, buffers and modules, whose `forward_head` also scores
     the locations; the model itself is left alone.

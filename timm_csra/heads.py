@@ -151,7 +151,7 @@ def _examine(model: nn.Module, head: Head, layout: Layout, locations: tuple[Tens
 
 
 def _pooling(model: nn.Module, head: Head, rows: Tensor, pre_logits: Tensor) -> tuple[str, ...]:
-    """Find the modules without which a map of these two locations gives the `pre_logits` of each; () if there are none."""
+    """Find the modules without which a map of two locations gives the `pre_logits` of each; () if there are none."""
     pools = (SelectAdaptivePool2d, nn.Flatten)
     names = tuple(name for name, child in model.named_children() if isinstance(child, pools))
     try:
