@@ -1,5 +1,6 @@
-"""Show what wrapping changes on one picture: the top classes before and after, and where each class was seen.
+"""Show what wrapping changes on one picture, and where each class was seen.
 
+The top classes are those of the plain model, with logits (the paper's scores), and with log-probabilities.
 Without IMAGE it takes a mosaic of the first four photographs of the embedded sample.
 """
 
@@ -17,7 +18,8 @@ from PIL import Image
 from timm.data import create_transform, resolve_input_data_config, str_to_pil_interp
 
 import timm_csra
-from timm_csra.evaluation.scoring import PLAIN, Setting, score
+from timm_csra.config import LOG_SOFTMAX, LOGITS, SCORES
+from timm_csra.evaluation.scoring import DEFAULT, DEFAULT_LOG_SOFTMAX, PLAIN, Setting, score
 
 from . import checkpoints, sample
 from .argument_types import positive
@@ -40,7 +42,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _show(args: argparse.Namespace) -> None:
-    wrapped = Setting(timm_csra.CSRAConfig(args.lam).lam, PLAIN.temperature)
+    lams = {LOGITS: args.lam, LOG_SOFTMAX: args.lam_log_softmax}
+    wrapped = [Setting(timm_csra.CSRAConfig(lam).lam, PLAIN.temperature, scores) for scores, lam in lams.items()]
     checkpoint = find_checkpoints(args.model)[0]
     size = (args.img_size, args.img_size) if args.img_size else checkpoint.input_size()
     model = checkpoint.create(size)
@@ -51,18 +54,19 @@ def _show(args: argparse.Namespace) -> None:
     picture = mosaic([open_image(path) for path in tiles], 1 if args.image else 2, size, interpolation)
 
     x = create_transform(**config)(picture)[None]
-    scores, _ = score(model, [(x, torch.zeros(1))], [PLAIN, wrapped])
+    scores, _ = score(model, [(x, torch.zeros(1))], [PLAIN, *wrapped])
     with torch.inference_mode():
-        maps = timm_csra.score_maps(model, x)[0]
+        maps = timm_csra.score_maps(model, x, scores=args.scores)[0]
     names = [_readable(names) for names in head_classes(model, len(maps)) or [{str(i)} for i in range(len(maps))]]
     top = min(TOP, len(names))
     order = {
         heading: scores.logits(setting)[0].topk(top).indices.tolist()
-        for heading, setting in (("plain", PLAIN), ("wrapped", wrapped))
+        for heading, setting in (("plain", PLAIN), *((setting.scores, setting) for setting in wrapped))
     }
-    _draw(picture, names, order, maps, f"{checkpoint.id}, lam = {wrapped.lam:g}", args.out)
+    title = f"{checkpoint.id}, lam = {lams[LOGITS]:g} and {lams[LOG_SOFTMAX]:g}; maps of {args.scores}"
+    _draw(picture, names, order, args.scores, maps, title, args.out)
     for heading, classes in order.items():
-        print(f"{heading:8} {', '.join(names[index] for index in classes)}")
+        print(f"{heading:11} {', '.join(names[index] for index in classes)}")
     print(f"written to {args.out}")
 
 
@@ -87,15 +91,17 @@ def _draw(
     picture: Image.Image,
     names: list[str],
     order: dict[str, list[int]],
+    scores: str,
     maps: torch.Tensor,
     title: str,
     out: Path,
 ) -> None:
-    figure, axes = plt.subplots(2, 4, figsize=(11, 5.4), layout="constrained")
+    ratios = [1.6, 1, 1, 1]
+    figure, axes = plt.subplots(2, 4, figsize=(12.4, 5.4), layout="constrained", width_ratios=ratios)
     axes[0, 0].imshow(picture)
     axes[0, 0].set_title("input", fontsize=9)
     _rank(axes[1, 0], names, order, title)
-    for axis, index in zip(axes[:, 1:].flat, order["wrapped"], strict=False):
+    for axis, index in zip(axes[:, 1:].flat, order[scores], strict=False):
         axis.imshow(timm_csra.overlay(picture, maps[index]))
         axis.set_title(f"{names[index]} ({maps[index].max():.1f})", fontsize=9)
     for axis in axes.flat:
@@ -108,11 +114,11 @@ def _draw(
 def _rank(axis: Axes, names: list[str], order: dict[str, list[int]], title: str) -> None:
     axis.set_title(title, fontsize=9)
     for place, (heading, classes) in enumerate(order.items()):
-        axis.text(0.5 * place, 0.95, heading, weight="bold", fontsize=9, transform=axis.transAxes)
+        axis.text(0.36 * place, 0.95, heading, weight="bold", fontsize=9, transform=axis.transAxes)
         for row, index in enumerate(classes):
-            new = heading == "wrapped" and index not in order["plain"]
+            new = index not in order["plain"]
             axis.text(
-                0.5 * place,
+                0.36 * place,
                 0.82 - 0.14 * row,
                 names[index],
                 fontsize=9,
@@ -129,7 +135,11 @@ def _parser() -> argparse.ArgumentParser:
         help="any picture that Pillow reads, squashed to the input size; or sample:NAME, such as sample:coffee",
     )
     parser.add_argument("--model", default="pypi:tf_efficientnet_lite0", metavar="SPEC", help=checkpoints.HELP)
-    parser.add_argument("--lam", type=float, default=0.1, help="default: %(default)s")
+    parser.add_argument("--lam", type=float, default=DEFAULT.lam, help="of logits (default: %(default)s)")
+    parser.add_argument("--lam-log-softmax", type=float, default=DEFAULT_LOG_SOFTMAX.lam, help="default: %(default)s")
+    parser.add_argument(
+        "--scores", choices=SCORES, default=LOGITS, help="whose classes and maps are drawn (default: %(default)s)"
+    )
     parser.add_argument("--img-size", type=positive, help="pixels (default: the checkpoint's own)")
     parser.add_argument("--out", type=Path, default=Path("results/effect.jpg"), help="default: %(default)s")
     return parser

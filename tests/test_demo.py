@@ -18,6 +18,8 @@ import gradio as gr
 
 from benchmarks.checkpoints import PYPI
 from timm_csra import demo
+from timm_csra.config import SCORES
+from timm_csra.evaluation.scoring import DEFAULT, DEFAULT_LOG_SOFTMAX
 
 SCREENSHOTS = Path(os.environ.get("TIMM_CSRA_SCREENSHOTS", "screenshots"))
 
@@ -39,26 +41,37 @@ def random_model(monkeypatch: pytest.MonkeyPatch) -> torch.nn.Module:
 
 @pytest.mark.parametrize("temperature", [0.5, 3.0, math.inf])
 @pytest.mark.parametrize("lam", [0.0, 0.1, 1.5])
+@pytest.mark.parametrize("scores", SCORES)
 def test_recombined_scores_are_what_the_wrapped_model_says(
-    lam: float, temperature: float, photo: str, random_model: torch.nn.Module
+    lam: float, temperature: float, scores: str, photo: str, random_model: torch.nn.Module
 ) -> None:
     seen = demo.look("any", photo)
     config = timm.data.resolve_data_config(model=random_model) | {"crop_mode": "squash", "crop_pct": 1.0}
     x = timm.data.create_transform(**config)(seen.picture)[None]
-    model = timm_csra.wrap(random_model, lam, temperature)
+    model = timm_csra.wrap(random_model, lam, temperature, scores)
     with torch.inference_mode():
-        torch.testing.assert_close(seen.logits(lam, temperature), model(x)[0], rtol=1e-4, atol=1e-3)
+        torch.testing.assert_close(seen.logits(lam, temperature, scores), model(x)[0], rtol=1e-4, atol=1e-3)
+        torch.testing.assert_close(seen.maps_of(scores), timm_csra.score_maps(model, x, scores=scores)[0])
     timm_csra.unwrap(random_model)
 
 
-def test_tables_and_maps(photo: str, random_model: torch.nn.Module) -> None:
+@pytest.mark.parametrize("scores", SCORES)
+def test_tables_and_maps(scores: str, photo: str, random_model: torch.nn.Module) -> None:
     seen = demo.look("any", photo)
-    before, after, maps = demo.show(seen, 1.0, 1.0, True)
+    before, after, maps = demo.show(seen, 1.0, 1.0, True, scores)
     assert [row[1] for row in before] == [seen.names[i] for i in seen.base.topk(6).indices]
-    assert [row[1] for row in after] == [seen.names[i] for i in seen.logits(1.0, math.inf).topk(6).indices]
+    assert [row[1] for row in after] == [seen.names[i] for i in seen.logits(1.0, math.inf, scores).topk(6).indices]
     assert {row[1] for row in before} | {row[1] for row in after} == {caption.rsplit(" (", 1)[0] for _, caption in maps}
     assert all(picture.size == seen.picture.size for picture, _ in maps)
-    assert demo.show(None, 1.0, 1.0, True) == (None, None, [])
+    highest = seen.maps_of(scores).amax(dim=(1, 2))
+    for _, caption in maps:
+        name, value = caption.rstrip(")").rsplit(" (", 1)
+        assert float(value) == pytest.approx(highest[seen.names.index(name)].item(), abs=0.051)
+    assert demo.show(None, 1.0, 1.0, True, scores) == (None, None, [])
+
+
+def test_each_kind_of_scores_has_its_usual_lam() -> None:
+    assert {setting.scores: setting.lam for setting in (DEFAULT, DEFAULT_LOG_SOFTMAX)} == demo.USUAL_LAM
 
 
 def test_what_cannot_be_shown_is_told(tmp_path: Path, photo: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,7 @@
 """A page to try it: `python -m timm_csra.demo`. Extra `demo`; also the app of a Hugging Face Space.
 
-A photograph runs once. Its location scores are kept, and lam and T only recombine them: the tags change at once.
+A photograph runs once. Its location scores are kept, and lam, T and the kind of scores only recombine them: the tags
+change at once.
 """
 
 import argparse
@@ -29,7 +30,7 @@ from torch import Tensor, nn
 
 from . import score_maps
 from .attention import add_attention, class_attention
-from .config import CSRAConfig
+from .config import LOG_SOFTMAX, LOGITS, SCORES, CSRAConfig
 from .errors import UnsupportedModelError
 from .visualize import overlay
 
@@ -43,16 +44,17 @@ ONLINE = ("resnet50.a1_in1k", "convnext_tiny.fb_in1k")
 TOP = 6
 PIXELS = 50_000_000  # of a picture; more is refused
 MAX_FILE = "25mb"
+USUAL_LAM = {LOGITS: 0.1, LOG_SOFTMAX: 0.3}
 
 
 @dataclass(frozen=True)
 class Seen:
-    """What a model says of one picture, for every lam and T.
+    """What a model says of one picture, for every lam, T and kind of scores.
 
     Attributes:
         picture: as the model saw it.
         base: the plain model's logits, `(K,)`.
-        maps: class scores of every location, `(K, rows, columns)`.
+        maps: class scores of every location, logits, `(K, rows, columns)`.
         names: of the classes.
     """
 
@@ -61,13 +63,17 @@ class Seen:
     maps: Tensor
     names: tuple[str, ...]
 
-    def logits(self, lam: float, temperature: float) -> Tensor:
+    def logits(self, lam: float, temperature: float, scores: str = LOGITS) -> Tensor:
         """`(K,)`, what a wrapped model says."""
-        config = CSRAConfig(lam, temperature)
+        config = CSRAConfig(lam, temperature, scores)
         if config.lam == 0:
             return self.base
-        scores = self.maps.flatten(1).T[None]
-        return add_attention(self.base[None], [class_attention(scores, config.temperatures[0])], config.lam)[0]
+        found = self.maps_of(config.scores).flatten(1).T[None]
+        return add_attention(self.base[None], [class_attention(found, config.temperatures[0])], config.lam)[0]
+
+    def maps_of(self, scores: str) -> Tensor:
+        """`(K, rows, columns)`, the scores of this kind."""
+        return self.maps.log_softmax(dim=0) if scores == LOG_SOFTMAX else self.maps
 
 
 def installed_wheels() -> list[str]:
@@ -152,20 +158,21 @@ def class_names(model: nn.Module, count: int) -> tuple[str, ...]:
     return tuple(names) if names and len(names) == count else tuple(map(str, range(count)))
 
 
-def show(seen: Seen | None, lam: float, temperature: float, maximum: bool) -> tuple[Any, ...]:
+def show(seen: Seen | None, lam: float, temperature: float, maximum: bool, scores: str) -> tuple[Any, ...]:
     """Tags of the plain and the wrapped model, and where each of the latter was seen."""
     if seen is None:
         return None, None, []
-    wrapped = seen.logits(lam, math.inf if maximum else temperature)
+    wrapped = seen.logits(lam, math.inf if maximum else temperature, scores)
     plain_top, wrapped_top = (logits.topk(min(TOP, len(logits))).indices.tolist() for logits in (seen.base, wrapped))
     tables = [_table(seen, logits, top) for logits, top in ((seen.base, plain_top), (wrapped, wrapped_top))]
     order = [*dict.fromkeys([*wrapped_top, *plain_top])]
-    shown = seen.maps[order]
+    maps = seen.maps_of(scores)
+    shown = maps[order]
     low, high = float(shown.min()), float(shown.max())  # one scale, so that maps can be compared
     gallery = [
         (
-            overlay(seen.picture, seen.maps[index], low=low, high=high),
-            f"{seen.names[index]} ({seen.maps[index].max():.1f})",
+            overlay(seen.picture, maps[index], low=low, high=high),
+            f"{seen.names[index]} ({maps[index].max():.1f})",
         )
         for index in order
     ]
@@ -184,7 +191,8 @@ def build() -> gr.Blocks:
             "# Class-specific residual attention\n"
             "The classifier that is already there scores every place of a picture, and what the most convinced places "
             "say is added: `logit = base + lam * attention`. Meant for pictures with several objects; on many pictures "
-            "it changes little, and it can do harm. Logits are for ranking: they are no probabilities."
+            "it changes little, and it can do harm. Logits are for ranking: they are no probabilities, and no "
+            "threshold fits those of log_softmax, which fall with lam."
         )
         source, seen = gr.State(None), gr.State(None)
         with gr.Row():
@@ -203,6 +211,13 @@ def build() -> gr.Blocks:
                     example = gr.Radio(list(examples), label="Or an example", elem_id="examples")
                 picture = gr.Image(label="As the model sees it", interactive=False, elem_id="picture", height=260)
             with gr.Column(min_width=280):
+                scores = gr.Radio(
+                    list(SCORES),
+                    value=LOGITS,
+                    label="Scores",
+                    info="logits: the paper's, lam 0.1. log_softmax: for classifiers trained with softmax, lam 0.3",
+                    elem_id="scores",
+                )
                 lam = gr.Slider(0, 2, value=0.1, step=0.01, label="lam", info="0 is the plain model", elem_id="lam")
                 maximum = gr.Checkbox(True, label="T = infinity: the most convinced place alone", elem_id="maximum")
                 temperature = gr.Slider(0.1, 20, value=1, step=0.1, label="T, if finite", elem_id="temperature")
@@ -211,13 +226,14 @@ def build() -> gr.Blocks:
                     before = gr.Dataframe(headers=headers, label="Plain model", interactive=False, elem_id="before")
                     after = gr.Dataframe(headers=headers, label="Wrapped", interactive=False, elem_id="after")
         maps = gr.Gallery(label="Where each class was seen, and its highest score", columns=4, elem_id="maps")
-        shown, outputs = [seen, lam, temperature, maximum], [before, after, maps]
+        shown, outputs = [seen, lam, temperature, maximum, scores], [before, after, maps]
         file.upload(lambda path: path, file, source)
         if examples:
             example.change(examples.get, example, source)
         for changed in (source.change, model.change):
             changed(_look, [model, source], [seen, picture]).success(show, shown, outputs)
-        for control in (lam, temperature, maximum):
+        scores.change(USUAL_LAM.get, scores, lam)  # what each is meant to be used with
+        for control in (lam, temperature, maximum, scores):
             control.change(show, shown, outputs, show_progress="hidden", queue=True)
     return page
 

@@ -4,9 +4,14 @@ from pathlib import Path
 
 import pytest
 import timm
+import torch
 from PIL import Image
 
+import timm_csra
+from benchmarks import checkpoints, sample
+from benchmarks.datasets import mosaic, open_image
 from benchmarks.show import main
+from timm_csra.config import SCORES
 
 
 def test_the_picture_of_the_readme(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -14,9 +19,28 @@ def test_the_picture_of_the_readme(tmp_path: Path, capsys: pytest.CaptureFixture
     with Image.open(tmp_path / "new" / "effect.png") as picture:
         assert picture.width > 800
         assert len(picture.convert("RGB").getcolors(maxcolors=10**7)) > 10_000
-    plain, wrapped, _ = capsys.readouterr().out.splitlines()
-    assert plain.startswith("plain    tiger cat, tabby")
-    assert wrapped.startswith("wrapped  tabby")
+    plain, logits, log_softmax, _ = capsys.readouterr().out.splitlines()
+    assert plain.startswith("plain       tiger cat, tabby")
+    assert logits.startswith("logits      tabby")
+    model = checkpoints.find_checkpoints("pypi:tf_efficientnet_lite0")[0].create((224, 224))
+    tiles = [open_image(sample.path_of(photo)) for photo in sample.PHOTOGRAPHS[:4]]
+    config = timm.data.resolve_model_data_config(model, args={"crop_mode": "squash", "crop_pct": 1.0})
+    picture = mosaic(tiles, 2, (224, 224), Image.Resampling.BICUBIC)
+    x = timm.data.create_transform(**config)(picture)[None]
+    with torch.inference_mode():
+        top = timm_csra.wrap(model, lam=0.3, scores="log_softmax")(x)[0].topk(6).indices.tolist()
+    synsets = timm.data.ImageNetInfo()
+    told = [name.strip() for name in log_softmax.removeprefix("log_softmax").split(",")]
+    names = [synsets.index_to_description(index).lower() for index in top]
+    assert all(name.lower() in whole for name, whole in zip(told, names, strict=True))
+
+
+def test_the_maps_are_those_of_the_scores_that_were_asked_for(tmp_path: Path) -> None:
+    pictures = []
+    for scores in SCORES:
+        assert main(["sample:coffee", "--scores", scores, "--out", str(tmp_path / f"{scores}.png")]) == 0
+        pictures.append((tmp_path / f"{scores}.png").read_bytes())
+    assert pictures[0] != pictures[1]
 
 
 def test_few_classes_and_what_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -36,6 +60,7 @@ def test_few_classes_and_what_is_refused(tmp_path: Path, capsys: pytest.CaptureF
         ([str(photo), "--model", f"local-dir:{tmp_path / 'unpooled'}"], "test_resnet: found global_pool=''"),
         ([str(tmp_path / "gone.png")], "gone.png: cannot be read as an image"),
         ([str(photo), "--lam", "-1"], "lam must be finite and at least 0, got -1.0"),
+        ([str(photo), "--lam-log-softmax", "-2"], "lam must be finite and at least 0, got -2.0"),
         ([str(photo), "--model", "resnet5o"], "resnet5o: matches no pretrained timm model"),
     ):
         assert main([*arguments, *out]) == 2
