@@ -152,8 +152,9 @@ def _examine(model: nn.Module, head: Head, layout: Layout, locations: tuple[Tens
 
 def _pooling(model: nn.Module, head: Head, rows: Tensor, pre_logits: Tensor) -> tuple[str, ...]:
     """Find the modules without which a map of two locations gives the `pre_logits` of each; () if there are none."""
-    pools = (SelectAdaptivePool2d, nn.Flatten)
-    names = tuple(name for name, child in model.named_children() if isinstance(child, pools))
+    names = tuple(
+        name for name, child in model.named_children() if isinstance(child, (SelectAdaptivePool2d, nn.Flatten))
+    )
     try:
         whole = on_whole_map(model, head, names, rows.t()[None, :, :, None])
     except RuntimeError:  # the rest of the head takes no map
@@ -161,11 +162,16 @@ def _pooling(model: nn.Module, head: Head, rows: Tensor, pre_logits: Tensor) -> 
     return names if _close(whole, pre_logits.t()[None, :, :, None]) else ()
 
 
+_NO_POOLING, _NO_FLATTENING = SelectAdaptivePool2d(pool_type=""), nn.Identity()
+
+
 def on_whole_map(model: nn.Module, head: Head, pooling: Iterable[str], features: Tensor) -> Tensor:
     """Compute the `pre_logits` of every location of a map `(N, C, H, W)`, by the head without its pooling."""
     view = type(model).__new__(type(model))
     vars(view).update(vars(model))
-    vars(view)["_modules"] = model._modules | {name: nn.Identity() for name in pooling}
+    flattens = {name: isinstance(model._modules[name], nn.Flatten) for name in pooling}
+    without = {name: _NO_FLATTENING if flatten else _NO_POOLING for name, flatten in flattens.items()}
+    vars(view)["_modules"] = {**model._modules, **without}
     return types.MethodType(head.__func__, view)(features, pre_logits=True)  # type: ignore[attr-defined]
 
 

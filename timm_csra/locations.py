@@ -19,6 +19,7 @@ from timm.layers import Linear
 from torch import Tensor, nn
 
 from .attention import Attention
+from .config import LOGITS
 from .errors import UnsupportedModelError, describe
 from .heads import is_recorded, on_whole_map, parts_of
 from .layouts import Head, Layout, layout_of
@@ -26,6 +27,7 @@ from .layouts import Head, Layout, layout_of
 # Scores of a batch that are made at a time: on a CPU what its cache holds (8 MB in float32), elsewhere what keeps the
 # device busy.
 SCORES, SCORES_OF_ACCELERATORS = 2**21, 2**24
+CONVOLVED = 4096  # classes of the largest classifier that is made as a convolution
 
 Term = tuple[str, float]  # kind of scores, see CSRAConfig, and temperature
 
@@ -62,16 +64,12 @@ def location_attention(
                 locations = layout.locations(on_whole_map(model, head, parts.pooling, features))
             else:
                 locations = (_rows(lambda *rows: layout.pre_logits(model, head, *rows), locations),)
-        images, places = _spans(locations[0], width)
+        images, places = _spans(locations[0], width * (1 if set(temperatures) == {LOGITS} else 2))
         for some in images:
             whole: list[list[Attention]] = []
             for here in places:
-                elements = _rows(score, tuple(branch[some, here] for branch in locations))
                 mask = None if valid is None else valid[some, here]
-                part = [
-                    [Attention.of(as_kind(kind, scores), Ts, mask) for kind, Ts in temperatures.items()]
-                    for scores in elements
-                ]
+                part = _attention(score, tuple(branch[some, here] for branch in locations), temperatures, mask)
                 whole = _merged(whole, part, temperatures) if whole else part
             groups.append([_in_order(terms, temperatures, element) for element in whole])
     return tuple(
@@ -126,27 +124,31 @@ def _by_head(model: nn.Module, head: Head, layout: Layout) -> Callable[..., tupl
 
 
 def _by_classifier(classifier: nn.Linear | nn.Conv2d) -> Callable[[Tensor], tuple[Tensor, ...]]:
-    """The last layer alone, on what `pre_logits` gave. In float32 on a CPU a linear layer is made as a convolution, by
-    oneDNN: the library behind `F.linear` takes up to twice as long on some processors."""
-
-    pointwise = isinstance(classifier, nn.Conv2d)
+    """The last layer alone, on what `pre_logits` gave. In float32 on a CPU it is made as a convolution, by oneDNN: MKL,
+    behind `F.linear`, takes up to twice as long on some processors. oneDNN copies the weight, which is too much memory
+    where there are many classes."""
+    weight, bias = classifier.weight, classifier.bias
     own = type(classifier) in (nn.Linear, Linear, nn.Conv2d) and "forward" not in vars(classifier)  # of torch or timm
+    plain = own and type(weight) is nn.Parameter  # not quantised
+    convolved = plain and weight.device.type == "cpu" and weight.dtype == torch.float32 and len(weight) <= CONVOLVED
 
     def score(rows: Tensor) -> tuple[Tensor, ...]:
-        weight = classifier.weight
-        plain = type(weight) is nn.Parameter and rows.dtype == weight.dtype == torch.float32  # not quantised
-        if own and (pointwise or (plain and rows.device.type == "cpu")):
+        if convolved and rows.dtype == weight.dtype:
             line = rows[None, :, None, :].permute(0, 3, 1, 2)  # (1, D, M, 1), channels last
-            scores = classifier(line) if pointwise else F.conv2d(line, weight[:, :, None, None], classifier.bias)
+            scores = F.conv2d(line, weight.flatten(1)[:, :, None, None], bias)
             return (scores.permute(0, 2, 3, 1).flatten(0, 2),)
-        return (classifier(rows[:, :, None, None]).flatten(1) if pointwise else classifier(rows),)
+        if plain:
+            return (F.linear(rows, weight.flatten(1), bias),)
+        return (
+            classifier(rows) if isinstance(classifier, nn.Linear) else classifier(rows[:, :, None, None]).flatten(1),
+        )
 
     return score
 
 
 def _spans(locations: Tensor, width: int) -> tuple[list[slice], list[slice]]:
-    """Which images and which of their locations are scored at a time. A recorded graph takes all at once: it has to
-    serve other sizes than those of its inputs."""
+    """Which images and which of their locations are scored at a time, if `width` numbers are made of each location. A
+    recorded graph takes all at once: it has to serve other sizes than those of its inputs."""
     if is_recorded():
         return [slice(None)], [slice(None)]
     count, places, channels = locations.shape
@@ -163,9 +165,23 @@ def _even(count: int, size: int) -> list[slice]:
 
 def as_kind(kind: str, logits: Tensor) -> Tensor:
     """Turn logits `(..., K)` into scores of a kind, see CSRAConfig; log-probabilities are in float32 at least."""
-    if kind == "logits":
+    if kind == LOGITS:
         return logits
     return logits.log_softmax(dim=-1, dtype=torch.promote_types(logits.dtype, torch.float32))
+
+
+def _attention(
+    score: Callable[..., tuple[Tensor, ...]],
+    locations: tuple[Tensor, ...],
+    temperatures: dict[str, list[float]],
+    valid: Tensor | None,
+) -> list[list[Attention]]:
+    """Score some locations of some images, and reduce them: for each element of the logits each kind of scores. In a
+    function of its own, so that the scores are gone before others are made."""
+    return [
+        [Attention.of(as_kind(kind, scores), Ts, valid) for kind, Ts in temperatures.items()]
+        for scores in _rows(score, locations)
+    ]
 
 
 def _merged(
