@@ -15,11 +15,12 @@ from timm_csra.evaluation.statistics import FIXED
 
 from . import checkpoints, sample, sources
 from .argument_types import natural, positive, share
+from .calibration import with_calibration
 from .cells import AMP, TASKS, Cell, Options
 from .checkpoints import Checkpoint, find_checkpoints
 from .classes import COMBINE, load_class_map
 from .datasets import ImageSet
-from .sources import load_image_set
+from .sources import load_image_set, load_pictures
 
 EXAMPLES = """
 examples:
@@ -90,6 +91,14 @@ def parser(description: str) -> argparse.ArgumentParser:
     )
     what.add_argument("--models", metavar="SPEC", help=checkpoints.HELP)
     what.add_argument("--data", nargs="+", metavar="DATA", help="one or several sets of photographs, see below")
+    what.add_argument(
+        "--calibration-data",
+        metavar="DATA",
+        help="pictures of ONE OBJECT EACH, in the forms of --data but no stream, no labels needed: adds the protocol "
+        "agreement, lam by timm_csra.choose_lam on them (log_softmax, T inf, 98 %% keep their top class). Those that "
+        "also stand among the pictures measured are left out. Its intervals hold the chosen lam fixed. --split and "
+        "--data-dir apply to them too",
+    )
     add_labels(what)
     what.add_argument("--task", metavar="TASKS", help=f"some of {','.join(TASKS)} (default: single)")
     what.add_argument(
@@ -276,6 +285,13 @@ def asked_what(args: argparse.Namespace) -> tuple[list[Checkpoint], list[ImageSe
     data = [load_image_set(spec, args.limit, args.split, args.data_dir) for spec in args.data]
     grids = [int(part) for part in args.grid.split(",")]
     return find_checkpoints(args.models), data, [(t, g) for t in tasks for g in (grids if t == "mosaic" else [None])]
+
+
+def asked_calibration(args: argparse.Namespace, data: list[ImageSet]) -> list[ImageSet]:
+    """The data with the pictures of `--calibration-data`, not yet compared with them."""
+    if not args.calibration_data:
+        return data
+    return with_calibration(data, load_pictures(args.calibration_data, None, args.split, args.data_dir))
 
 
 def asked_cells(

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from timm_csra import __version__
-from timm_csra.evaluation.scoring import Setting
+from timm_csra.evaluation.scoring import DEFAULT_LOG_SOFTMAX, Setting
 
 from .checkpoints import Checkpoint
 from .classes import ClassMap
@@ -72,8 +72,17 @@ class Cell:
         """How many the model will see."""
         return len(self.data) // (self.grid**2 if self.grid else 1)
 
+    def scored_settings(self, options: Options) -> list[Setting]:
+        """Settings whose terms the pass has to score: what lam is chosen without labels, it needs this one's terms."""
+        calibration = self.data.calibration
+        chosen = calibration is not None and calibration.reason is None
+        return [*options.settings, *([DEFAULT_LOG_SOFTMAX] if chosen else [])]
+
     def key(self, options: Options) -> Record:
         """Everything that determines the result, with plain JSON values."""
+        calibration = self.data.calibration
+        # Only where there is one, so that records of sweeps without keep their names.
+        calibrated = {"calibration_data": calibration.fingerprint} if calibration else {}
         size = self.size if isinstance(self.size, str) else show_size(self.size)
         return {
             "model": self.checkpoint.name,
@@ -96,6 +105,7 @@ class Cell:
             "kept_scores": "float16" if options.rescore else None,
             "rivals": options.rivals,
             "versions": versions("timm", "torch") | {"timm_csra": __version__},
+            **calibrated,
         }
 
 

@@ -4,6 +4,7 @@ import hashlib
 import json
 import pkgutil
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from pathlib import Path
@@ -29,6 +30,17 @@ class Store(Protocol):
 
     def open(self, index: int) -> Any:
         """What PIL opens, or a PIL image."""
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Some of the photographs of a store."""
+
+    store: Store
+    indices: tuple[int, ...]
+
+    def open(self, index: int) -> Any:
+        return self.store.open(self.indices[index])
 
 
 @dataclass(frozen=True)
@@ -59,6 +71,7 @@ class ImageSet:
         ignored: class indices of each photograph that are not judged (`difficult` in Pascal VOC).
         store: where the photographs are, None for files.
         stream: of images with one label each, which have no list: paths and labels are empty.
+        calibration: by what lam is chosen, without labels, for the protocol `agreement` on this data.
     """
 
     name: str
@@ -70,6 +83,7 @@ class ImageSet:
     ignored: tuple[tuple[int, ...], ...] | None = None
     store: Store | None = None
     stream: Source | None = None
+    calibration: "Calibration | None" = None
 
     def __len__(self) -> int:
         return len(self.paths) if self.stream is None else self.stream.count
@@ -87,11 +101,17 @@ class ImageSet:
 
     def open(self, index: int) -> Image.Image:
         """The whole photograph in RGB; DataError, naming it, where it cannot be decoded."""
+        with self.opened(index) as image:
+            return image.convert("RGB")
+
+    @contextmanager
+    def opened(self, index: int) -> Iterator[Image.Image]:
+        """The photograph as it is stored, not decoded yet; DataError, naming it, also where decoding it then fails."""
         path = self.paths[index]
         try:
             image = Image.open(path) if self.store is None else self.store.open(index)
             with image if isinstance(image, Image.Image) else Image.open(image) as opened:
-                return opened.convert("RGB")
+                yield opened
         except (OSError, UnidentifiedImageError, SyntaxError, ValueError) as error:
             raise DataError(f"{path}: cannot be read as an image: {error}") from error
 
@@ -101,8 +121,31 @@ class ImageSet:
             return self
         if self.stream:
             raise DataError(f"{self.name}: --limit needs a list of the images, which a stream does not have.")
-        ignored = self.ignored and self.ignored[:count]
-        return replace(self, paths=self.paths[:count], labels=self.labels[:count], ignored=ignored)
+        return self.some(range(count))
+
+    def some(self, indices: Sequence[int]) -> "ImageSet":
+        """These photographs."""
+        ignored = self.ignored and tuple(self.ignored[i] for i in indices)
+        paths, labels = tuple(self.paths[i] for i in indices), tuple(self.labels[i] for i in indices)
+        store = self.store and _Part(self.store, tuple(indices))
+        return replace(self, paths=paths, labels=labels, ignored=ignored, store=store)
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Pictures of one object each, by which lam is chosen without labels for the data that they go with.
+
+    Attributes:
+        pictures: those that do not also stand among the data measured.
+        fingerprint: of all that were given.
+        left_out: names of those that do.
+        reason: why lam is not chosen for this data, or None.
+    """
+
+    pictures: ImageSet
+    fingerprint: str
+    left_out: tuple[str, ...] = ()
+    reason: str | None = None
 
 
 @cache

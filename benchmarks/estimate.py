@@ -30,11 +30,13 @@ class Estimate:
     images: int
     macs: float
     seconds: float
+    calibration: int = 0  # pictures, for lam without labels
 
     def __str__(self) -> str:
+        pictures = f" and {self.calibration} calibration pictures" if self.calibration else ""
         hours, minutes = divmod(round(self.seconds / 60), 60)
         return (
-            f"{self.cells} cells, {self.images} images, {self.macs / 1e12:.1f} T multiply-accumulates: about "
+            f"{self.cells} cells, {self.images} images{pictures}, {self.macs / 1e12:.1f} T multiply-accumulates: about "
             f"{f'{hours} h {minutes} min' if hours else f'{minutes} min' if minutes else f'{self.seconds:.0f} s'} of "
             "forward passes, with reading and downloading on top where they are slower."
         )
@@ -47,8 +49,14 @@ def estimate(cells: Iterable[Cell], options: Options) -> Estimate:
         return Estimate(0, 0, 0.0, 0.0)
     images = [cell.images for cell in cells]
     macs = sum(count * macs_of(cell) for cell, count in zip(cells, images, strict=True))
-    speed = _macs_per_second(options.device)
-    return Estimate(len(cells), sum(images), macs, macs / speed + START * len({cell.checkpoint for cell in cells}))
+    passes = {
+        (cell.checkpoint, cell.size, cell.data.calibration.left_out): (cell, len(cell.data.calibration.pictures))
+        for cell in cells
+        if cell.data.calibration and not cell.data.calibration.reason
+    }
+    macs += sum(count * macs_of(cell) for cell, count in passes.values())
+    seconds = macs / _macs_per_second(options.device) + START * len({cell.checkpoint for cell in cells})
+    return Estimate(len(cells), sum(images), macs, seconds, sum(count for _, count in passes.values()))
 
 
 def macs_of(cell: Cell) -> float:
@@ -68,7 +76,7 @@ def macs_of(cell: Cell) -> float:
 def memory_of(cell: Cell, options: Options) -> float:
     """Bytes of main memory that a cell may take: what the libraries and the model do, and its scores three times over
     (as they come, joined, and in the metrics)."""
-    terms = {term for setting in options.settings for term in setting.terms}
+    terms = {term for setting in cell.scored_settings(options) for term in setting.terms}
     classes = max(len(cell.data.classes), 1)
     return 2 * 2**30 + 3 * 4.0 * cell.images * classes * (1 + len(terms))
 

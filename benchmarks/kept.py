@@ -39,7 +39,7 @@ def scores_file(cell: Cell, options: Options) -> Path | None:
     """Where the scores of a cell are kept, whatever the settings: by everything else that determines them."""
     if options.kept_scores is None:
         return None
-    every = ("settings", "kept_scores", "activation", "average_precision")
+    every = ("settings", "kept_scores", "activation", "average_precision", "calibration_data")
     key = {name: value for name, value in cell.key(options).items() if name not in every}
     return Path(options.kept_scores) / record_path(Path(), key).with_suffix(".safetensors").name
 

@@ -4,45 +4,27 @@ import re
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
-from functools import cached_property
+from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import Any
 
 import torch
 from timm.data import create_loader, resolve_input_data_config
-from torch import Tensor, nn
 
-import timm_csra
-from timm_csra import Explanation, UnsupportedModelError
+from timm_csra import UnsupportedModelError
 from timm_csra.evaluation.scoring import allows_test_time_pool, score
-from timm_csra.hub import weights_sha256
 
+from .agreement import choose, kept_choice
 from .cells import AMP, Cell, Options, show_size
 from .classes import Alignment, NotApplicableError, align
 from .datasets import DataError, Mosaics, Photographs, Streamed, real_labels, tilings
 from .environment import environment
 from .kept import Scored, read_scores, scores_file, write_scores
+from .loading import Loaded, describe_bad_images, readable
 from .phases import Phases
 from .records import Record
 from .results import results
 from .rivals import five_crops, plain_seconds
-
-
-@dataclass(frozen=True)
-class Loaded:
-    """A checkpoint built for `size` `(H, W)`, on its device, in eval mode; what is known of it serves all its cells."""
-
-    model: nn.Module
-    size: tuple[int, int]
-
-    @cached_property
-    def explanation(self) -> Explanation:
-        return timm_csra.explain(self.model, self.size)
-
-    @cached_property
-    def weights_sha256(self) -> str:
-        return weights_sha256(self.model)
 
 
 def run_cell(
@@ -105,6 +87,7 @@ def _measure(
     file = scores_file(cell, options)
     if options.rescore:
         scored = read_scores(file, options.settings)
+        scored.facts["agreement"] = kept_choice(cell, scored.facts)
     else:
         # A size that is not known yet is for `load` to explain.
         if not isinstance(cell.size, str) and (reason := cell.checkpoint.why_not_at(cell.size)):
@@ -156,7 +139,7 @@ def score_cell(
         scores, targets = score(
             model,
             readable(phases.waiting(track(loader)), loader, bad),
-            options.settings,
+            cell.scored_settings(options),
             columns=alignment.columns,
             device=options.device,
             amp_dtype=AMP[options.amp],
@@ -180,6 +163,8 @@ def score_cell(
     if options.rivals and cell.grid is None and cell.data.stream is None:
         with phases("crops"):
             scores.pooled.update(five_crops(model, loaded.size, loader.dataset, preprocessing, alignment, options))
+    with phases("agreement"):
+        agreement = choose(cell.data.calibration, loaded, options, track)
     facts: Record = {
         "n": len(targets),
         "columns": alignment.count,
@@ -195,30 +180,9 @@ def score_cell(
         "bad_images": [loader.dataset.name(index) for index in bad],
         "missing_images": missing if cell.data.stream and len(cell.data) else 0,
         "cost": cost,
+        "agreement": agreement,
     }
     return Scored(scores, targets, facts)
-
-
-def readable(batches: Iterable[Any], loader: Any, bad: list[int]) -> Iterator[tuple[Tensor, Tensor]]:
-    """The images that could be read; the indices of the others go to `bad`."""
-    for images, targets, index in batches:
-        good = index >= 0
-        bad += (-1 - index[~good]).tolist()
-        if good.all():
-            yield images, targets
-        elif good.any():
-            yield images[good], targets[good]
-    if len(bad) == len(loader.dataset):
-        raise DataError(describe_bad_images(loader.dataset, bad))
-
-
-def describe_bad_images(dataset: Any, bad: list[int]) -> str:
-    shown = "; ".join(dataset.why_not(index) for index in bad[:3])
-    more = f"; and {len(bad) - 3} more" if len(bad) > 3 else ""
-    return (
-        f"{len(bad)} of {len(dataset)} images cannot be read: {shown}{more}. Mend or remove them, or leave them out "
-        "with --skip-bad-images."
-    )
 
 
 def _load(cell: Cell, loaded: Loaded, options: Options) -> tuple[Any, Record, Alignment]:

@@ -14,6 +14,7 @@ NAMES = {
     "model": "forward passes and attention",
     "plain": "plain passes for comparison",
     "crops": "five crops",
+    "agreement": "lam without labels",
     "metrics": "metrics",
     "statistics": "intervals and tests",
 }

@@ -133,7 +133,8 @@ class RayEngine:
         """Every node that could get a cell has the same software and sees the data."""
         kind = "GPU" if self._gpus else "CPU"
         nodes = [node for node in ray.nodes() if node["Alive"] and node["Resources"].get(kind, 0) > 0]
-        files = sorted({str(path) for images in data for path in _sample(images)})
+        calibration = [images.calibration.pictures for images in data if images.calibration]
+        files = sorted({str(path) for images in (*data, *calibration) for path in _sample(images)})
         report = ray.remote(_report)
         asked = {}
         for node in nodes:

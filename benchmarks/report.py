@@ -19,11 +19,11 @@ import altair as alt
 import vl_convert
 from rich.console import Console
 
-from timm_csra.evaluation.statistics import CONFIDENCE, FIXED, VERSUS
+from timm_csra.evaluation.statistics import AGREEMENT, CONFIDENCE, FIXED, VERSUS
 
 from .records import Record, read_records, write_table, write_text
 from .summary import OVER_PLAIN, VERDICTS, Row, headline, rows_of, versus
-from .tables import left_out
+from .tables import LEGEND_OF_AGREEMENT, agreement_notes, left_out
 
 PAGE = Path(__file__).with_name("report.html")
 FIRST_METRIC = {"single": "top1", "real": "top1", "multilabel": "mAP", "mosaic": "mAP"}
@@ -56,7 +56,8 @@ def main(arguments: list[str] | None = None) -> int:
     data = page_data(records, rows)
     write_text(out / "index.html", page(data))
     write_text(out / "results.md", markdown(records, rows))
-    write_table(out / "results.csv", (*TIMM_COLUMNS, *RESULT_COLUMNS), timm_rows(records))
+    columns = [name for name in RESULT_COLUMNS if _has_agreement(records) or AGREEMENT not in name]
+    write_table(out / "results.csv", (*TIMM_COLUMNS, *columns), timm_rows(records))
     plots = [] if args.no_plots else write_plots(data, out)
     screen.print(f"{out / 'index.html'}: {len(records)} records", highlight=False, soft_wrap=True)
     screen.print(f"{len(plots)} plots, results.md and results.csv beside it", highlight=False, soft_wrap=True)
@@ -113,7 +114,7 @@ def page_data(records: Sequence[Record], rows: Sequence[Row]) -> Record:
         "left_out": left_out(records),
         "first_metrics": FIRST_METRIC,
         "failures": _failures(records),
-        "measured": _measured(records),
+        "measured": [*_measured(records), *(["lam without labels", note] for note in agreement_notes(records))],
     }
 
 
@@ -214,6 +215,7 @@ PLOTS = {  # what each protocol is called in them, and which are drawn: the curv
     "fixed": ("logits, lam 0.1", ("forest", "curve", "baseline", "size")),
     "fixed_log_softmax": ("log_softmax, lam 0.3", ("forest", "baseline", "size")),
     VERSUS: ("log_softmax, lam 0.3, over logits, lam 0.1", ("forest",)),
+    AGREEMENT: ("log_softmax, lam chosen without labels", ("forest", "baseline", "size")),
 }
 
 
@@ -279,10 +281,10 @@ def _median_curves(names: Sequence[str], curves: Iterable[Sequence[Any]]) -> lis
 
 GAINS = {  # columns of protocols without any choice on the data
     name: (protocol, of)
-    for protocol in (*FIXED, VERSUS)
+    for protocol in (*FIXED, VERSUS, AGREEMENT)
     for name, of in ((f"gain_{protocol}", "gain"), (f"{protocol}_low", "ci_low"), (f"{protocol}_high", "ci_high"))
 }
-RESULT_COLUMNS = ("data", "task", "metric", "baseline", *GAINS, "gain_crossfit")
+RESULT_COLUMNS = ("data", "task", "metric", "baseline", *GAINS, "agreement_lam", "gain_crossfit")
 
 
 def timm_rows(records: Iterable[Record]) -> list[Row]:
@@ -310,6 +312,7 @@ def timm_rows(records: Iterable[Record]) -> list[Row]:
                     "metric": metric,
                     "baseline": found["fixed"]["baseline"],
                     **{name: found.get(protocol, {}).get(of) for name, (protocol, of) in GAINS.items()},
+                    "agreement_lam": found.get(AGREEMENT, {}).get("lam"),
                     "gain_crossfit": found.get("crossfit", {}).get("gain"),
                 }
             )
@@ -318,6 +321,7 @@ def timm_rows(records: Iterable[Record]) -> list[Row]:
 
 def markdown(records: Sequence[Record], rows: Sequence[Row]) -> str:
     """Verdicts, then a line for each checkpoint and metric; losses and failures too."""
+    protocols = (*FIXED, VERSUS, *([AGREEMENT] if _has_agreement(records) else []), "crossfit")
     lines = [
         "# Results",
         "",
@@ -334,9 +338,10 @@ def markdown(records: Sequence[Record], rows: Sequence[Row]) -> str:
     lines += [
         "",
         "`fixed`: logits, lam 0.1. `fixed_log_softmax`: lam 0.3. Both with T inf.",
+        *([LEGEND_OF_AGREEMENT] if AGREEMENT in protocols else []),
         "",
-        f"| model | data, task, size | px | metric | n | lam = 0 | {' | '.join((*FIXED, VERSUS, 'crossfit'))} |",
-        "|---|---|--:|---|--:|--:|--:|--:|--:|--:|",
+        f"| model | data, task, size | px | metric | n | lam = 0 | {' | '.join(protocols)} |",
+        f"|---|---|--:|---|--:|--:|{'--:|' * len(protocols)}",
     ]
     for record in records:
         found: dict[str, dict[str, Record]] = {}
@@ -345,20 +350,25 @@ def markdown(records: Sequence[Record], rows: Sequence[Row]) -> str:
         for metric, by in found.items():
             cells = [_short(record["model"]), group_name(record), record["img_size"], metric, record["n"]]
             cells += [_percent(by["fixed"]["baseline"])]
-            cells += [_interval(by.get(protocol)) for protocol in (*FIXED, VERSUS, "crossfit")]
+            cells += [_interval(by.get(protocol)) for protocol in protocols]
             lines.append(f"| {' | '.join(map(str, cells))} |")
-    lines += ["", *(f"- {line}" for line in left_out(records))]
+    lines += ["", *(f"- {line}" for line in (*agreement_notes(records), *left_out(records)))]
     if failures := _failures(records):
         lines += ["", "Without a result:", ""]
         lines += [f"- {len(f['cells'])} cells, {f['status']}: {f['reason']}" for f in failures]
     return "\n".join([*lines, ""])
 
 
+def _has_agreement(records: Iterable[Record]) -> bool:
+    return any(result["protocol"] == AGREEMENT for record in records for result in record["results"])
+
+
 def _interval(result: Record | None) -> str:
     if result is None or result["gain"] is None:
         return "-"
     interval = "" if result["ci_low"] is None else f" [{result['ci_low']:+.2f}, {result['ci_high']:+.2f}]"
-    return f"{result['gain']:+.2f}{interval}"
+    chosen = f", lam {result['lam']}" if result["protocol"] == AGREEMENT else ""
+    return f"{result['gain']:+.2f}{interval}{chosen}"
 
 
 def _percent(value: float | None) -> str:

@@ -21,6 +21,7 @@ from timm_csra.evaluation.metrics import (
 )
 from timm_csra.evaluation.scoring import ALL, PLAIN, Scores, Setting
 from timm_csra.evaluation.statistics import (
+    AGREEMENT,
     FIXED,
     VERSUS,
     Comparison,
@@ -29,9 +30,11 @@ from timm_csra.evaluation.statistics import (
     best,
     crossfit,
     halves,
+    on_parts,
     without_choice,
 )
 
+from .agreement import setting_of
 from .cells import Cell, Options, show_temperature
 from .classes import COMBINE, combined
 from .kept import Scored
@@ -44,6 +47,7 @@ THRESHOLD = "compares each logit with 0; a log-probability, at most 0, lowers th
 def results(cell: Cell, scored: Scored, options: Options, phases: Phases) -> Record:
     """Fields of a cell's record: the facts, and what the scores say for every setting of `options`."""
     scores, targets, facts = scored.scores, scored.targets, dict(scored.facts)
+    chosen = setting_of(facts.get("agreement"))
     groups = facts.pop("groups")
     combine = options.class_map.combine if options.class_map else COMBINE[0]
     metrics = _metrics(cell, options, targets)
@@ -55,12 +59,11 @@ def results(cell: Cell, scored: Scored, options: Options, phases: Phases) -> Rec
 
         return evaluate(logits if groups is None else grouped, targets, metrics)
 
+    def of_setting(setting: Setting) -> dict[str, Evaluation]:
+        return measured(partial(scores.logits, setting), ranking if setting.scores == LOG_SOFTMAX else metrics)
+
     with phases("metrics"):
-        evaluations: dict[Key, dict[str, Evaluation]]
-        evaluations = {
-            setting: measured(partial(scores.logits, setting), ranking if setting.scores == LOG_SOFTMAX else metrics)
-            for setting in options.settings
-        }
+        evaluations: dict[Key, dict[str, Evaluation]] = {setting: of_setting(setting) for setting in options.settings}
         for name, logits in {"max_pool": scores.attention[LOGITS, math.inf], **scores.pooled}.items():
             evaluations[name] = measured(partial(_part, logits))
         images = np.arange(len(targets))
@@ -68,11 +71,21 @@ def results(cell: Cell, scored: Scored, options: Options, phases: Phases) -> Rec
             metric: Table.of(metric, {key: of[metric] for key, of in evaluations.items() if metric in of}, [images])
             for metric in evaluations[PLAIN]
         }
-        calibrated = _calibration(scores, targets, options.settings) if cell.task == "single" else None
+        # Of their own: neither crossfit nor best may take a lam that was not asked for.
+        chosen_tables = {}
+        if chosen:
+            for metric, evaluation in (evaluations.get(chosen) or of_setting(chosen)).items():
+                pair: dict[Key, Evaluation] = {PLAIN: evaluations[PLAIN][metric], chosen: evaluation}
+                chosen_tables[metric] = Table.of(metric, pair, [images])
+        calibrated = _calibration(scores, targets, options.settings, chosen) if cell.task == "single" else None
     with phases("statistics"):
         independent = cell.task != "mosaic" or cell.data.tilings is None
         seed = options.seed if independent else None
-        comparisons = [comparison for table in tables.values() for comparison in _compare(table, targets, seed)]
+        comparisons = [
+            comparison
+            for metric, table in tables.items()
+            for comparison in _compare(table, targets, seed, chosen_tables.get(metric))
+        ]
     return facts | {
         "results": [_result(comparison) for comparison in comparisons],
         "all_settings": [
@@ -83,7 +96,7 @@ def results(cell: Cell, scored: Scored, options: Options, phases: Phases) -> Rec
         "left_out": [
             {"metric": metric, "scores": LOG_SOFTMAX, "reason": THRESHOLD}
             for metric in tables
-            if metric in SIGMOID and any(setting.scores == LOG_SOFTMAX for setting in options.settings)
+            if metric in SIGMOID and any(s.scores == LOG_SOFTMAX for s in (*options.settings, chosen) if s)
         ],
         "calibration": calibrated,
     }
@@ -102,24 +115,29 @@ def _metrics(cell: Cell, options: Options, targets: Tensor) -> dict[str, Metric]
     return MULTI_LABEL | voc | (SIGMOID if options.activation == "sigmoid" else {})
 
 
-def _calibration(scores: Scores, targets: Tensor, settings: Sequence[Setting]) -> Record:
-    """What the fixed settings do to the softmax probabilities of the sum. The paper's makes logits grow by about
-    1 + lam, and dividing by that mends some of it."""
+def _calibration(scores: Scores, targets: Tensor, settings: Sequence[Setting], chosen: Setting | None) -> Record:
+    """What the fixed settings, and the one chosen without labels, do to the softmax probabilities of the sum. The
+    paper's makes logits grow by about 1 + lam, and dividing by that mends some of it."""
     logits = {"plain": scores.base}
     for protocol, setting in FIXED.items():
         if setting in settings:
             logits[protocol] = scores.logits(setting)
             if setting.scores == LOGITS:
                 logits[f"{protocol}, logits / (1 + lam)"] = logits[protocol] / (1 + setting.lam)
+    if chosen:
+        logits[AGREEMENT] = scores.logits(chosen)
     return {
         name: {metric: _json(value) for metric, value in calibration(values, targets).items()}
         for name, values in logits.items()
     }
 
 
-def _compare(table: Table, targets: Tensor, seed: int | None) -> Iterator[Comparison]:
+def _compare(table: Table, targets: Tensor, seed: int | None, of_chosen: Table | None) -> Iterator[Comparison]:
+    """`of_chosen` has the plain model and the setting chosen without labels, of the same metric."""
     before_looking = without_choice(table, seed)
     yield from (one for one in before_looking if one.protocol in (*FIXED, VERSUS))
+    if of_chosen is not None:
+        yield on_parts(of_chosen, AGREEMENT, [s for s in of_chosen.settings if s != PLAIN], seed)
     if seed is not None and len(targets) >= 4:
         split = halves(targets.numpy() if targets.ndim == 1 else len(targets), seed)
         yield crossfit(Table.of(table.metric, {s: table.evaluations[s] for s in table.settings}, split), seed)

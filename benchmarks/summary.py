@@ -9,7 +9,7 @@ from typing import Any
 from filelock import FileLock
 from statsmodels.stats.multitest import multipletests
 
-from timm_csra.evaluation.statistics import FIXED, VERSUS
+from timm_csra.evaluation.statistics import AGREEMENT, FIXED, VERSUS
 
 from .expected import Expected, check, read_expected
 from .records import Record, read_records, write_table
@@ -21,7 +21,7 @@ COLUMNS = (
 )
 ALPHA = 0.05
 VERDICTS = ("better", "worse", "no evidence")
-OVER_PLAIN = (*FIXED, "crossfit")  # protocols whose verdicts are of gains over the plain model
+OVER_PLAIN = (*FIXED, AGREEMENT, "crossfit")  # protocols whose verdicts are of gains over the plain model
 
 Row = dict[str, Any]
 

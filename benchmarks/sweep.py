@@ -17,7 +17,8 @@ from rich.console import Console
 from rich.prompt import Confirm
 
 from . import checkpoints, sample
-from .arguments import asked_cells, asked_options, asked_what, asked_workers, parser
+from .arguments import asked_calibration, asked_cells, asked_options, asked_what, asked_workers, parser
+from .calibration import without_measured
 from .cells import Cell, Options, show_size
 from .checkpoints import Checkpoint, CheckpointError, unreachable_hub
 from .datasets import DataError, ImageSet
@@ -42,6 +43,7 @@ def main(arguments: list[str] | None = None) -> int:
         options = asked_options(args, out)
         workers = asked_workers(args, options)
         models, data, tasks = asked_what(args)
+        data = asked_calibration(args, data)
         missing = {} if args.rescore else _not_to_be_had(models)
         with ThreadPoolExecutor(16) as pool:  # the Hub is asked for the hashes of many checkpoints at once
             list(pool.map(lambda model: model.fingerprint, models))
@@ -56,6 +58,10 @@ def main(arguments: list[str] | None = None) -> int:
     sizes = f"{args.img_size},2x" if args.rivals else args.img_size
     cells = [cell for model in models for cell in asked_cells(model, sizes, data, tasks, missing)]
     run = Run(options, out, missing, args.retry_failed, log)
+    if args.calibration_data and not args.rescore and any(run.state(cell) == "to do" for cell in cells):
+        with log.status("Looking for calibration pictures among those measured"):
+            data = without_measured(data)
+        cells = [cell for model in models for cell in asked_cells(model, sizes, data, tasks, missing)]
     ask = args.models == "all" and options.device == "cpu" and not args.yes
     if args.dry_run or ask:
         states = [run.state(cell) for cell in cells]

@@ -8,7 +8,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from timm_csra.evaluation.statistics import FIXED, VERSUS
+from timm_csra.agreement import FEW
+from timm_csra.evaluation.statistics import AGREEMENT, FIXED, VERSUS
 
 from .records import Record
 from .summary import OVER_PLAIN, VERDICTS, versus
@@ -19,7 +20,10 @@ LEGEND = (
     "over the first. crossfit: chosen on one half, measured on the other, both ways. "
     "best: chosen on the test data itself, optimistic. Other columns: the plain model otherwise pooled."
 )
-PROTOCOLS = (*FIXED, VERSUS, "crossfit", "best")
+LEGEND_OF_AGREEMENT = (
+    "agreement: log_softmax, T inf, lam chosen without labels on other pictures; its intervals hold that lam fixed."
+)
+PROTOCOLS = (*FIXED, VERSUS, AGREEMENT, "crossfit", "best")
 SHARED = ("data", "task", "n")  # what is said once where it is the same for all
 HEADLINE = (
     "Checkpoints by verdict: two-sided tests at 5 % after Holm's correction over the checkpoints of a line, in all "
@@ -37,7 +41,9 @@ def print_records(records: Iterable[Record], console: Console) -> None:
         for table in [wide] if fits else map(_of_one_cell, finished):
             console.print(table)
         console.print(LEGEND, style="dim", highlight=False, soft_wrap=True)
-        for line in left_out(finished):
+        if any(record.get("agreement") for record in finished):
+            console.print(LEGEND_OF_AGREEMENT, style="dim", highlight=False, soft_wrap=True)
+        for line in (*agreement_notes(finished), *left_out(finished)):
             console.print(line, style="yellow", markup=False, highlight=False, soft_wrap=True)
     for record in records:
         if record["status"] == "ok":
@@ -137,6 +143,23 @@ def left_out(records: Iterable[Record]) -> list[str]:
     return list(dict.fromkeys(f"{it['metric']} is left out for {it['scores']}: it {it['reason']}." for it in every))
 
 
+def agreement_notes(records: Iterable[Record]) -> list[str]:
+    """By which pictures lam was chosen without labels, and which of them were left out; or why it was not."""
+    notes: dict[str, None] = {}
+    for record in records:
+        if found := record.get("agreement"):
+            where = f"agreement on {record['data']}"
+            names = found["left_out"]
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            told = f"; {len(names)} left out, also among those measured: {', '.join(names[:3])}{more}" if names else ""
+            if found["reason"]:
+                notes[f"{where}: left out, {found['reason']}."] = None
+            else:
+                few = f", which are few: use at least {FEW}" if found["images"] < FEW else ""
+                notes[f"{where}: lam by {found['images']} pictures of {found['data']}{few}{told}."] = None
+    return list(notes)
+
+
 def print_headline(counts: Mapping[tuple[str, ...], Mapping[str, int]], console: Console) -> None:
     """n better, n worse, n no evidence, for each group of checkpoints that was corrected together."""
     table = Table(box=None, pad_edge=False, header_style="bold")
@@ -179,7 +202,7 @@ def _gain(result: dict[str, Any]) -> str:
     if result["gain"] is None:
         return "-"
     interval = "" if result["ci_low"] is None else f" [{result['ci_low']:+.2f}, {result['ci_high']:+.2f}]"
-    chosen = f"\n{_setting(result)}" if result["protocol"] in ("crossfit", "best") else ""
+    chosen = f"\n{_setting(result)}" if result["protocol"] in (AGREEMENT, "crossfit", "best") else ""
     colour = "green" if (result["ci_low"] or 0) > 0 else "red" if (result["ci_high"] or 0) < 0 else "default"
     return f"[{colour}]{result['gain']:+.2f}{interval.replace('[', chr(92) + '[')}[/]{chosen}"
 

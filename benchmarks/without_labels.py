@@ -2,14 +2,11 @@
 
 import argparse
 import warnings
-from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
-import torch
 from rich.console import Console
 from rich.progress import track
-from timm.data import create_loader, resolve_input_data_config
-from torch import Tensor
 
 import timm_csra
 from timm_csra.agreement import LAMS
@@ -17,10 +14,10 @@ from timm_csra.config import LOG_SOFTMAX, SCORES
 
 from .argument_types import share
 from .arguments import asked_cells, asked_options
-from .cells import Cell, Options
+from .cells import Cell
 from .checkpoints import find_checkpoints
-from .datasets import DataError, Unlabelled
-from .measure import Loaded, describe_bad_images, readable
+from .datasets import Unlabelled
+from .loading import describe_bad_images, unlabelled
 from .rivals import autocast
 from .sources import load_pictures
 from .worker import Models
@@ -77,15 +74,20 @@ def choose_without_labels(args: argparse.Namespace, screen: Console, log: Consol
     cell = _cell(args)
     loaded = Models(options.device).get(cell)
     given = {} if args.agreement is None else {"agreement": args.agreement}
+    shown = partial(track, description=cell.checkpoint.name, console=log, transient=True)
+    bad: list[int] = []
     with warnings.catch_warnings(record=True) as told, autocast(options):
         result = timm_csra.choose_lam(
             loaded.model,
-            _batches(cell, loaded, options, log),
+            unlabelled(cell.data, loaded, options, bad, shown),
             lams=lams,
             temperature=temperature,
             scores=args.scores,
             **given,
         )
+    if bad:
+        told_of = describe_bad_images(Unlabelled(cell.data), bad)
+        log.print(f"left out: {told_of}", markup=False, highlight=False, soft_wrap=True)
     screen.print(f"{cell.checkpoint.name} on {cell.data.name}, {loaded.size[0]} x {loaded.size[1]} pixels")
     screen.print(str(result), markup=False)
     for warning in told:
@@ -103,24 +105,3 @@ def _cell(args: argparse.Namespace) -> Cell:
     if len(cells) != 1:
         raise ValueError(f"found {len(cells)} combinations of checkpoint and size; expected one.")
     return cells[0]
-
-
-def _batches(cell: Cell, loaded: Loaded, options: Options, log: Console) -> Iterator[Tensor]:
-    """The pictures, prepared as the checkpoint asks; DataError, naming them, where some cannot be read."""
-    requested = {"input_size": (3, *loaded.size), "crop_mode": options.crop_mode, "crop_pct": options.crop_pct}
-    loader = create_loader(
-        Unlabelled(cell.data),
-        **resolve_input_data_config(loaded.model, args=requested),
-        batch_size=options.batch_size,
-        num_workers=options.workers,
-        pin_memory=torch.device(options.device).type == "cuda",
-        use_prefetcher=False,
-    )
-    bad: list[int] = []
-    for images, _ in readable(track(loader, cell.checkpoint.name, console=log, transient=True), loader, bad):
-        yield images
-    if bad:
-        told = describe_bad_images(loader.dataset, bad)
-        if not options.skip_bad_images:
-            raise DataError(told)
-        log.print(f"left out: {told}", markup=False, highlight=False, soft_wrap=True)

@@ -12,7 +12,8 @@ import torch
 
 from .cells import Cell, Options
 from .checkpoints import Checkpoint, CheckpointError
-from .measure import Loaded, run_cell
+from .loading import Loaded
+from .measure import run_cell
 from .records import Record
 
 Track = Callable[[Iterable[Any]], Iterable[Any]]  # wraps the batches of a cell, to show progress

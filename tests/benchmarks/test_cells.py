@@ -12,7 +12,8 @@ from timm.data import create_transform, resolve_model_data_config
 from benchmarks.cells import Cell, Options
 from benchmarks.checkpoints import Checkpoint
 from benchmarks.datasets import ImageSet, mosaic, tilings
-from benchmarks.measure import Loaded, _load
+from benchmarks.loading import Loaded
+from benchmarks.measure import _load
 from timm_csra.evaluation.scoring import DEFAULT, PLAIN
 
 

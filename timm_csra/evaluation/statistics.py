@@ -25,6 +25,7 @@ RESAMPLES = 1000
 BATCH = 2**24  # images of all resamples at a time, so that memory stays bounded
 FIXED = {"fixed": DEFAULT, "fixed_log_softmax": DEFAULT_LOG_SOFTMAX}  # protocols without any choice on the data
 VERSUS = "log_softmax_vs_logits"  # the second of them over the first
+AGREEMENT = "agreement"  # lam chosen without labels, on other pictures; see `timm_csra.choose_lam`
 
 
 @dataclass(frozen=True)
@@ -33,8 +34,8 @@ class Comparison:
 
     Attributes:
         metric: `top1`, `mAP`, ...
-        protocol: one of `FIXED`, `VERSUS`, `crossfit` or `best`; `curve` for one lam of a curve; `nested` of `tune`; or
-            a rival.
+        protocol: one of `FIXED`, `VERSUS`, `AGREEMENT`, `crossfit` or `best`; `curve` for one lam of a curve; `nested`
+            of `tune`; or a rival.
         settings: the setting that was measured; for `crossfit` and `nested` the one chosen for each part.
         baseline: the metric at lam = 0 on the same images (of several parts, their mean); for `VERSUS` that of `fixed`.
         value: the metric with `settings`.
@@ -137,7 +138,7 @@ def crossfit(table: Table, seed: int) -> Comparison:
     return on_parts(table, "crossfit", (_best(on_second), _best(on_first)), seed)
 
 
-def on_parts(table: Table, protocol: str, settings: Sequence[Setting], seed: int) -> Comparison:
+def on_parts(table: Table, protocol: str, settings: Sequence[Setting], seed: int | None) -> Comparison:
     """A setting for each part of the images, against the plain model on the same parts: the metric is computed within
     each part and averaged, never on scores pooled from several settings, whose logits have different scales."""
     (comparison,) = _compare(table, [_Choice(protocol, settings)], seed)

@@ -1,0 +1,88 @@
+"""A checkpoint in memory, and the pictures that it gets to see."""
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+from timm.data import create_loader, resolve_input_data_config
+from torch import Tensor, nn
+
+import timm_csra
+from timm_csra import Explanation
+from timm_csra.hub import weights_sha256
+
+from .cells import Options
+from .datasets import DataError, ImageSet, Unlabelled
+from .records import Record
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A checkpoint built for `size` `(H, W)`, on its device, in eval mode; what is known of it serves all its cells.
+
+    Attributes:
+        choices: what `choose` in `agreement.py` found, by the pictures and their preparation.
+    """
+
+    model: nn.Module
+    size: tuple[int, int]
+    choices: dict[tuple[object, ...], Record] = field(default_factory=dict, compare=False)
+
+    @cached_property
+    def explanation(self) -> Explanation:
+        return timm_csra.explain(self.model, self.size)
+
+    @cached_property
+    def weights_sha256(self) -> str:
+        return weights_sha256(self.model)
+
+
+def unlabelled(
+    pictures: ImageSet,
+    loaded: Loaded,
+    options: Options,
+    bad: list[int],
+    track: Callable[[Iterable[Any]], Iterable[Any]] = iter,
+) -> Iterator[Tensor]:
+    """Batches `(N, C, H, W)` of pictures whose labels are not looked at, prepared as the checkpoint asks.
+
+    Raises:
+        DataError: some cannot be read, unless they are to be skipped; their indices go to `bad`.
+    """
+    requested = {"input_size": (3, *loaded.size), "crop_mode": options.crop_mode, "crop_pct": options.crop_pct}
+    loader = create_loader(
+        Unlabelled(pictures),
+        **resolve_input_data_config(loaded.model, args=requested),
+        batch_size=options.batch_size,
+        num_workers=options.workers,
+        pin_memory=torch.device(options.device).type == "cuda",
+        use_prefetcher=False,
+    )
+    for images, _ in readable(track(loader), loader, bad):
+        yield images
+    if bad and not options.skip_bad_images:
+        raise DataError(describe_bad_images(loader.dataset, bad))
+
+
+def readable(batches: Iterable[Any], loader: Any, bad: list[int]) -> Iterator[tuple[Tensor, Tensor]]:
+    """The images that could be read; the indices of the others go to `bad`."""
+    for images, targets, index in batches:
+        good = index >= 0
+        bad += (-1 - index[~good]).tolist()
+        if good.all():
+            yield images, targets
+        elif good.any():
+            yield images[good], targets[good]
+    if len(bad) == len(loader.dataset):
+        raise DataError(describe_bad_images(loader.dataset, bad))
+
+
+def describe_bad_images(dataset: Any, bad: list[int]) -> str:
+    shown = "; ".join(dataset.why_not(index) for index in bad[:3])
+    more = f"; and {len(bad) - 3} more" if len(bad) > 3 else ""
+    return (
+        f"{len(bad)} of {len(dataset)} images cannot be read: {shown}{more}. Mend or remove them, or leave them out "
+        "with --skip-bad-images."
+    )
