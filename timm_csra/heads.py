@@ -28,7 +28,7 @@ class HeadParts:
     """What is known of a head.
 
     Attributes:
-        modules: those that run in the head, or all modules of the model where that is not known.
+        modules: those that run in the head, with what they hold; all modules of the model where that is not known.
         classifier: the linear layer or 1x1 convolution that comes last and whose inputs `pre_logits` gives, where no
             hook is in the head; else None.
         pooling: names of the model's own modules without which `pre_logits` work on a whole map `(N, C, H, W)` at once:
@@ -111,13 +111,16 @@ def _is_watched(module: nn.Module) -> bool:
 
 
 def _twin(module: nn.Module, twins: dict[nn.Module, nn.Module]) -> nn.Module:
-    """Copy a tree of modules, in eval mode and without hooks; tensors are shared."""
+    """Copy a tree of modules, in eval mode, without hooks, and not compiled; tensors are shared. What has been scripted
+    cannot be copied, and takes no hook."""
+    if isinstance(module, torch.jit.ScriptModule):
+        return module
     if module not in twins:
         twin = twins[module] = type(module).__new__(type(module))
         vars(twin).update(vars(module))
         vars(twin).update({name: value for name, value in vars(nn.Module()).items() if "hooks" in name})
         children = {name: child if child is None else _twin(child, twins) for name, child in module._modules.items()}
-        vars(twin).update(_modules=children, training=False)
+        vars(twin).update(_modules=children, training=False, _compiled_call_impl=None)
     return twins[module]
 
 
@@ -137,7 +140,8 @@ def _examine(model: nn.Module, head: Head, layout: Layout, locations: tuple[Tens
     rows = tuple(_numbers(2 * branch.shape[2], branch).unflatten(0, (2, -1)) for branch in locations)
     with torch.no_grad():
         logits = _run(model, twin_head, layout, rows)
-        modules = tuple(dict.fromkeys(called))
+        scripted = [module for module in model.modules() if isinstance(module, torch.jit.ScriptModule)]
+        modules = tuple(dict.fromkeys(part for module in [*called, *scripted] for part in module.modules()))
         once = stand_in is not None and called.count(classifier) == 2  # in two runs
         if once and isinstance(logits, Tensor) and "pre_logits" in inspect.signature(head).parameters:
             pre_logits = layout.pre_logits(twin, twin_head, *rows)
