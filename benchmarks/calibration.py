@@ -39,8 +39,9 @@ def without_measured(data: Sequence[ImageSet]) -> list[ImageSet]:
             continue
         pictures = calibration.pictures
         if id(pictures) not in seen:
-            indices, thumbnails = zip(*_thumbnails(pictures), strict=True) if len(pictures) else ((), ())
-            seen[id(pictures)] = list(indices), np.array(thumbnails, np.float32).reshape(-1, SIDE * SIDE * 3)
+            found = list(_thumbnails(pictures))
+            every = np.array([thumbnail for _, thumbnail in found], np.float32)
+            seen[id(pictures)] = [index for index, _ in found], every.reshape(-1, SIDE * SIDE * 3)
         indices, thumbnails = seen[id(pictures)]
         same = {indices[i] for i in np.flatnonzero(_among(thumbnails, images))}
         kept = pictures.some([i for i in range(len(pictures)) if i not in same])
