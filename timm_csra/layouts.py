@@ -57,7 +57,7 @@ class Layout:
         """Find rows and columns of locations, None where they form none. Tokens lie as the patch embedding puts them;
         where it does not say so, on the grid of L cells with the input's `(H, W)` aspect."""
         count = self.locations(features)[0].shape[1]
-        embedding = getattr(model, "patch_embed", None)
+        embedding: Any = getattr(model, "patch_embed", None)
         if hasattr(embedding, "dynamic_feat_size"):
             rows, columns = embedding.dynamic_feat_size(input_size)
             if rows * columns == count:

@@ -32,11 +32,11 @@ class CSRAMixin:
     csra: CSRAConfig
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        outputs = super().__call__(*args, **kwargs)  # type: ignore[misc]
-        if self.csra.lam and not is_recorded() and self not in _reached:
-            _reached.add(cast(nn.Module, self))
+        outputs, model = super().__call__(*args, **kwargs), cast(nn.Module, self)  # type: ignore[misc]
+        if self.csra.lam and not is_recorded() and model not in _reached:
+            _reached.add(model)
             warnings.warn(
-                f"{describe(cast(nn.Module, self))}: its forward did not call forward_head: wrapping changes "
+                f"{describe(model)}: its forward did not call forward_head: wrapping changes "
                 "nothing. Expected a forward like timm's: forward_head(forward_features(x)).",
                 stacklevel=2,
             )
