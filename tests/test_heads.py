@@ -46,6 +46,9 @@ CHANGES: dict[str, Callable[[Any, Tensor, Tensor], Tensor]] = {
     "used twice": lambda self, logits, x: ResNet.forward_head(self, 2 * x),
     "another bias": lambda self, logits, x: F.linear(ResNet.forward_head(self, x, True), self.fc.weight, -self.fc.bias),
     "functional": lambda self, logits, x: F.linear(ResNet.forward_head(self, x, True), self.fc.weight, self.fc.bias),
+    "a temperature that is 1 at first": lambda self, logits, x: logits / self.calibration,
+    "a bound that is not reached at first": lambda self, logits, x: logits.clamp(-self.bound, self.bound),
+    "in place, nothing at first": lambda self, logits, x: logits.mul_(self.calibration),
     "two places": lambda self, logits, x: logits + 0.5 * self.fc(self.global_pool(x.square())),
 }
 
@@ -57,6 +60,10 @@ def test_what_a_head_does_beside_its_classifier_counts(change: str, zero: bool) 
     model = model_of()
     nn.init.normal_(model.fc.bias)
     model.__class__ = type("Changed", (Changed,), {"change": staticmethod(CHANGES[change])})
+    model.calibration, model.bound = 1.0, 1e9
+    timm_csra.unwrap(timm_csra.wrap(model))(x)
+    assert last_layer(model, x) is None
+    model.calibration, model.bound = 0.5, 0.1
     trained = model.fc.weight.detach().clone()
     if zero:  # what is found out must hold for weights that come later
         model.fc.weight.zero_()
@@ -189,6 +196,30 @@ def test_nothing_is_left_in_models_and_nothing_keeps_them() -> None:
     del model, twin, before
     gc.collect()
     assert reference() is None
+
+
+class Rows(nn.Module):
+    """A layer that takes rows and nothing else, in the words of whoever wrote it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        assert x.ndim == 2
+        return x
+
+
+@pytest.mark.parametrize("layer", [nn.BatchNorm1d(1024), Rows()], ids=["batch norm", "assertion"])
+@torch.no_grad()
+def test_heads_that_take_no_whole_map(layer: nn.Module) -> None:
+    model = create("mobilenetv3_small_050").eval()
+    model.flatten = nn.Sequential(nn.Flatten(), layer.eval())
+    maps, plain = timm_csra.score_maps(model, x), model(x)
+    torch.testing.assert_close(timm_csra.wrap(model, 0.5)(x), plain + 0.5 * maps.amax((2, 3)), rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_a_model_that_has_diverged_says_nan_as_plain_timm() -> None:
+    model = create("test_convnext")
+    model.head.norm.weight[3] = math.nan
+    assert timm_csra.wrap(model)(x).isnan().all() and timm_csra.unwrap(model)(x).isnan().all()
 
 
 def test_lam_zero_looks_at_nothing() -> None:

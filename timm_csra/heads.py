@@ -116,7 +116,7 @@ def _twin(module: nn.Module, twins: dict[nn.Module, nn.Module]) -> nn.Module:
     if isinstance(module, torch.jit.ScriptModule):
         return module
     if module not in twins:
-        twin = twins[module] = type(module).__new__(type(module))
+        twin = twins[module] = object.__new__(type(module))  # classes of FSDP make something else of __new__
         vars(twin).update(vars(module))
         vars(twin).update({name: value for name, value in vars(nn.Module()).items() if "hooks" in name})
         children = {name: child if child is None else _twin(child, twins) for name, child in module._modules.items()}
@@ -137,15 +137,15 @@ def _examine(model: nn.Module, head: Head, layout: Layout, locations: tuple[Tens
     stand_in = _StandIn.of(classifier)
     if stand_in is not None:
         vars(twins[classifier])["forward"] = stand_in
-    rows = tuple(_numbers(2 * branch.shape[2], branch).unflatten(0, (2, -1)) for branch in locations)
-    with torch.no_grad():
+    with torch.inference_mode(False), torch.no_grad():  # whose tensors know what they are views of
+        rows = tuple(_numbers(2 * branch.shape[2], branch).unflatten(0, (2, -1)) for branch in locations)
         logits = _run(model, twin_head, layout, rows)
         scripted = [module for module in model.modules() if isinstance(module, torch.jit.ScriptModule)]
         modules = tuple(dict.fromkeys(part for module in [*called, *scripted] for part in module.modules()))
         once = stand_in is not None and called.count(classifier) == 2  # in two runs
         if once and isinstance(logits, Tensor) and "pre_logits" in inspect.signature(head).parameters:
             pre_logits = layout.pre_logits(twin, twin_head, *rows)
-            if pre_logits.ndim == 2 and _close(logits, stand_in(pre_logits)):  # type: ignore[misc]
+            if pre_logits.ndim == 2 and stand_in.gave(logits) and _close(logits, stand_in(pre_logits)):  # type: ignore
                 convolves = any(isinstance(m, nn.Conv2d) and m is not classifier for m in modules)
                 pooling = (
                     _pooling(twin, twin_head, rows[0], pre_logits) if convolves and layout.format == "NCHW" else ()
@@ -161,7 +161,7 @@ def _pooling(model: nn.Module, head: Head, rows: Tensor, pre_logits: Tensor) -> 
     )
     try:
         whole = on_whole_map(model, head, names, rows.t()[None, :, :, None])
-    except RuntimeError:  # the rest of the head takes no map
+    except Exception:  # in whatever words the rest of the head says that it takes no map
         return ()
     return names if _close(whole, pre_logits.t()[None, :, :, None]) else ()
 
@@ -171,7 +171,7 @@ _NO_POOLING, _NO_FLATTENING = SelectAdaptivePool2d(pool_type=""), nn.Identity()
 
 def on_whole_map(model: nn.Module, head: Head, pooling: Iterable[str], features: Tensor) -> Tensor:
     """Compute the `pre_logits` of every location of a map `(N, C, H, W)`, by the head without its pooling."""
-    view = type(model).__new__(type(model))
+    view = object.__new__(type(model))
     vars(view).update(vars(model))
     flattens = {name: isinstance(model._modules[name], nn.Flatten) for name in pooling}
     without = {name: _NO_FLATTENING if flatten else _NO_POOLING for name, flatten in flattens.items()}
@@ -210,6 +210,12 @@ class _StandIn:
     def __init__(self, classes: int, dim: int) -> None:
         self.classes = classes
         self.dim = dim  # of the features
+        self.outputs: list[Tensor] = []
+
+    def gave(self, logits: Tensor) -> bool:
+        """Whether these are its own output or a view of it, untouched: nothing comes after it, however little that does
+        as yet (a temperature of 1, a branch that starts at zero, a bound that was not reached)."""
+        return any((logits is out or logits._base is out) and out._version == 0 for out in self.outputs)
 
     @classmethod
     def of(cls, classifier: Any) -> "_StandIn | None":
@@ -223,8 +229,11 @@ class _StandIn:
 
     def __call__(self, x: Tensor) -> Tensor:
         features = x.movedim(self.dim, -1)
-        projected = features @ _numbers(features.shape[-1], x) / features.shape[-1] ** 0.5
-        return (projected[..., None] * _numbers(self.classes, x)).movedim(-1, self.dim)
+        # 1 + ...: a shift of all features at once must not cancel.
+        projected = features @ (1 + _numbers(features.shape[-1], x)) / features.shape[-1] ** 0.5
+        logits = (projected[..., None] * _numbers(self.classes, x)).movedim(-1, self.dim)
+        self.outputs.append(logits.clone(memory_format=torch.contiguous_format))
+        return self.outputs[-1]
 
 
 def _numbers(count: int, like: Tensor) -> Tensor:
@@ -241,4 +250,4 @@ def _close(a: Tensor, b: Tensor) -> bool:
     if a.shape != b.shape:
         return False
     scale = torch.where(b.isfinite(), b, 0).abs().amax()
-    return torch.allclose(a, b, rtol=0, atol=float(scale) * torch.finfo(b.dtype).eps ** 0.5)
+    return torch.allclose(a, b, rtol=0, atol=float(scale) * torch.finfo(b.dtype).eps ** 0.5, equal_nan=True)
