@@ -250,6 +250,11 @@ class FlattenAll(nn.Module):
         return x.flatten(1).unflatten(1, (96, 25)).mean(2)
 
 
+class SumOfRoots(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.relu().sqrt().sum((2, 3)) + 0 * x.sqrt().sum((2, 3))
+
+
 class OfTheBatch(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return x.mean((2, 3)) - x.mean((0, 2, 3))
@@ -260,6 +265,7 @@ POOLS = [
     (LogSumExpPool, "gives a constant map of 2x2 locations other logits .*Expected a pooling .*Replace that part"),
     (MeanAndDeviation, "gives a constant map of 2x2 locations other logits"),
     (FlattenAll, "test_resnet: its head cannot run on maps of one and of 2x2 locations: .*Expected a pooling"),
+    (SumOfRoots, "gives a constant map of 2x2 locations other logits"),
     (OfTheBatch, "gives a constant map of 2x2 locations other logits .*no use of other images"),
 ]
 

@@ -117,7 +117,9 @@ def _twin(module: nn.Module, twins: dict[nn.Module, nn.Module]) -> nn.Module:
         return module
     if module not in twins:
         twin = twins[module] = object.__new__(type(module))  # classes of FSDP make something else of __new__
+        own = {name: value for name, value in vars(module).items() if getattr(value, "__self__", None) is module}
         vars(twin).update(vars(module))
+        vars(twin).update({name: types.MethodType(method.__func__, twin) for name, method in own.items()})
         vars(twin).update({name: value for name, value in vars(nn.Module()).items() if "hooks" in name})
         children = {name: child if child is None else _twin(child, twins) for name, child in module._modules.items()}
         vars(twin).update(_modules=children, training=False, _compiled_call_impl=None)
@@ -126,6 +128,8 @@ def _twin(module: nn.Module, twins: dict[nn.Module, nn.Module]) -> nn.Module:
 
 def _examine(model: nn.Module, head: Head, layout: Layout, locations: tuple[Tensor, ...]) -> HeadParts:
     if not isinstance(head, types.MethodType):  # a function that is no method of a model cannot be run on a twin
+        return HeadParts(tuple(model.modules()))
+    if any(hasattr(parameter, "full_tensor") for parameter in model.parameters()):  # DTensors, which hooks put together
         return HeadParts(tuple(model.modules()))
     twins: dict[nn.Module, nn.Module] = {}
     twin = _twin(model, twins)
@@ -138,7 +142,8 @@ def _examine(model: nn.Module, head: Head, layout: Layout, locations: tuple[Tens
     if stand_in is not None:
         vars(twins[classifier])["forward"] = stand_in
     with torch.inference_mode(False), torch.no_grad():  # whose tensors know what they are views of
-        rows = tuple(_numbers(2 * branch.shape[2], branch).unflatten(0, (2, -1)) for branch in locations)
+        # 1 + ...: roots and powers of features that an activation has made positive must not be NaN.
+        rows = tuple(1 + _numbers(2 * branch.shape[2], branch).unflatten(0, (2, -1)) for branch in locations)
         logits = _run(model, twin_head, layout, rows)
         scripted = [module for module in model.modules() if isinstance(module, torch.jit.ScriptModule)]
         modules = tuple(dict.fromkeys(part for module in [*called, *scripted] for part in module.modules()))
