@@ -3,24 +3,29 @@
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import ray
 import torch
+from PIL import Image
 from ray._private import services
 from ray.cluster_utils import Cluster
 from rich.console import Console
 
 from benchmarks import ray_engine
+from benchmarks.calibration import with_calibration, without_measured
 from benchmarks.cells import Cell, Options
 from benchmarks.checkpoints import Checkpoint
 from benchmarks.datasets import ImageSet
@@ -31,7 +36,7 @@ from benchmarks.measure import failure, run_cell
 from benchmarks.ray_engine import RayEngine
 from benchmarks.records import read_records
 from benchmarks.run import Run
-from benchmarks.sources import load_image_set
+from benchmarks.sources import load_image_set, load_pictures
 from benchmarks.worker import Models
 from timm_csra.evaluation.scoring import DEFAULT, PLAIN, Setting
 
@@ -90,11 +95,19 @@ def stable(record: dict) -> dict:
     return json.loads(json.dumps({name: value for name, value in record.items() if name not in varying}))
 
 
+@pytest.mark.filterwarnings("ignore:.*few to choose lam by", "ignore:.*the largest tried")
 def test_records_are_the_same_and_bit_identical(engine: Any, tmp_path: Path, photos: Path) -> None:
     models = [Checkpoint("local-dir", save(tmp_path / f"m{i}", i).removeprefix("local-dir:")) for i in range(2)]
+    # Lam is also chosen without labels, by what is left of the same pictures and one more.
+    rng = np.random.default_rng(1)
+    pictures = Path(shutil.copytree(photos, tmp_path / "pictures"))
+    Image.fromarray(rng.integers(0, 256, (40, 60, 3), dtype=np.uint8)).save(pictures / "cat" / "more.png")
     cells = cells_of(models, photos)
+    (data,) = without_measured(with_calibration([cells[0].data], load_pictures(pictures)))
+    cells = [replace(cell, data=data) for cell in cells]
     records = run(tmp_path / "out", cells, engine)
     assert len(records) == len(cells) == 8
+    assert {record["agreement"]["images"] for record in records} == {1}
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
