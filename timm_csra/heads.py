@@ -7,8 +7,7 @@ linear layer, and whether its logits of a constant map depend on the size of the
 
 import inspect
 import types
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -40,21 +39,28 @@ class HeadParts:
     classifier: nn.Linear | nn.Conv2d | None = None
     pooling: tuple[str, ...] = ()
 
-    @contextmanager
-    def evaluating(self, model: nn.Module) -> Iterator[None]:
+    def evaluating(self, model: nn.Module) -> "_Evaluating":
         """Put what is in training into eval, so that no dropout acts and no buffer changes while locations are scored.
 
         A module that gives a pair of logits in distilled training keeps its flag. Nothing is written where nothing is
         in training: threads may share a model in eval.
         """
-        switched = [m for m in (model, *self.modules) if m.training and not getattr(m, "distilled_training", False)]
-        for module in switched:
+        return _Evaluating([m for m in (model, *self.modules) if m.training])
+
+
+class _Evaluating:
+    """A class, since the compiler of older versions of torch takes no contextlib.contextmanager."""
+
+    def __init__(self, training: list[nn.Module]) -> None:
+        self.switched = [module for module in training if not getattr(module, "distilled_training", False)]
+
+    def __enter__(self) -> None:
+        for module in self.switched:
             module.training = False
-        try:
-            yield
-        finally:
-            for module in switched:
-                module.training = True
+
+    def __exit__(self, *_: Any) -> None:
+        for module in self.switched:
+            module.training = True
 
 
 @dataclass(frozen=True)
@@ -62,6 +68,11 @@ class _Examined:
     state: tuple[Any, ...]  # what the head was made of: another state asks for another look
     parts: HeadParts
 
+
+# Of torch, by kind; there is no public way to ask for them.
+_GLOBAL_HOOKS = [
+    value for name, value in vars(nn_module).items() if name.startswith("_global_") and isinstance(value, dict)
+]
 
 # Not in the models: pickles, copies and unwrapped models must not hold it.
 _examined: WeakKeyDictionary[nn.Module, _Examined] = WeakKeyDictionary()
@@ -81,7 +92,7 @@ def parts_of(model: nn.Module, head: Head, layout: Layout, locations: tuple[Tens
     Raises:
         UnsupportedModelError: what the head says of a constant map depends on the number of its locations.
     """
-    if is_recorded() or _without_values(locations) or nn_module._has_any_global_hook():
+    if is_recorded() or _without_values(locations) or any(_GLOBAL_HOOKS):
         return HeadParts(tuple(model.modules()))
     examined = _examined.get(model)
     if examined is None or examined.state != _state(model, head, examined.parts.modules):
