@@ -9,6 +9,8 @@ layer. In eager mode the scores are made for some rows at a time and reduced ove
 locations and classes are never held together.
 """
 
+from __future__ import annotations  # the compiler of older versions of torch evaluates no generic ones
+
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any, cast
