@@ -183,9 +183,11 @@ def test_exported_programs_at_another_size(case: Resized) -> None:
         if case.name.startswith(("test_", "resnetv2", "mobilenetv3")) and case.arguments.get("num_classes") != 21841
     ],
 )
+@torch._dynamo.config.patch(recompile_limit=16)
 @torch.no_grad()
 def test_compiled_graphs_at_twelve_sizes(case: Resized) -> None:
-    """As many graphs as plain timm needs, and the same logits as eager mode."""
+    """As many graphs as plain timm needs, and the same logits as eager mode. Vision transformers need one for each
+    size, with or without CSRA."""
     counts = []
     step = (case.run - case.made) // 2
     sizes = [case.made + step * i for i in range(12)]
