@@ -17,6 +17,8 @@ import timm_csra
 
 from .families import FAMILIES, Family, create, images
 
+# The number of graphs after which the compiler gives up; torch 2.6 calls it otherwise.
+GRAPHS = "recompile_limit" if hasattr(torch._dynamo.config, "recompile_limit") else "cache_size_limit"
 DYNAMIC_BATCH = ({0: torch.export.Dim("batch", min=1, max=64)},)
 QUICK = ("test_resnet", "test_vit2")
 families = [
@@ -183,7 +185,7 @@ def test_exported_programs_at_another_size(case: Resized) -> None:
         if case.name.startswith(("test_", "resnetv2", "mobilenetv3")) and case.arguments.get("num_classes") != 21841
     ],
 )
-@torch._dynamo.config.patch(recompile_limit=16)
+@torch._dynamo.config.patch({GRAPHS: 16})
 @torch.no_grad()
 def test_compiled_graphs_at_twelve_sizes(case: Resized) -> None:
     """As many graphs as plain timm needs, and the same logits as eager mode. Vision transformers need one for each

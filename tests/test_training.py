@@ -63,6 +63,25 @@ def composite() -> nn.Module:
     return model
 
 
+class Pooling(nn.Module):
+    def pooled(self, x: Tensor) -> Tensor:
+        return F.dropout(x.mean((2, 3)), 0.5, self.training)
+
+
+class ByAMethod(timm.models.ResNet):
+    """Never calls its pooling, and no hook sees it run."""
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        x = self.pooling.pooled(x)
+        return x if pre_logits else self.fc(x)
+
+
+def by_a_method() -> nn.Module:
+    model = create("test_resnet")
+    model.__class__, model.pooling = ByAMethod, Pooling().eval()
+    return model
+
+
 ALONE: dict[str, tuple[Callable[[], nn.Module], Callable[[nn.Module], object]]] = {
     "a head in training": (lambda: create("test_vit", drop_rate=0.5), lambda model: model.head_drop.train()),
     "below the first level": (lambda: create("test_byobnet", drop_rate=0.5), lambda model: model.head.drop.train()),
@@ -72,6 +91,7 @@ ALONE: dict[str, tuple[Callable[[], nn.Module], Callable[[nn.Module], object]]] 
         lambda model: setattr(model, "training", True),
     ),
     "inside of functions": (composite, lambda model: model.global_pool.train()),
+    "a module that is not called": (by_a_method, lambda model: model.pooling.train()),
     "a batch norm": (lambda: create("levit_128s"), lambda model: model.head.train()),
 }
 

@@ -238,7 +238,7 @@ def _logits_and_attention(model: nn.Module, images: Tensor, config: CSRAConfig) 
 
     def forward_head(features: Any, *args: Any, **kwargs: Any) -> Any:
         # Locations first, as in a wrapped model: a head may work in place.
-        (attention,) = location_attention(plain, head, features, terms)
+        (attention,) = location_attention(model, plain_head(model), features, terms)
         seen.append((cast(Tensor, head(features, *args, **kwargs)), attention))  # a tuple only in distilled training
         return seen[-1][0]
 

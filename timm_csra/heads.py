@@ -7,8 +7,7 @@ linear layer, and whether its logits of a constant map depend on the size of the
 
 import inspect
 import types
-from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -19,7 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.modules import module as nn_module
 
 from .errors import UnsupportedModelError, describe
-from .layouts import Head, Layout
+from .layouts import Head, Layout, elements
 
 
 @dataclass(frozen=True)
@@ -27,25 +26,29 @@ class HeadParts:
     """What is known of a head.
 
     Attributes:
-        modules: those that run in the head, with what they hold; all modules of the model where that is not known.
+        inside: all modules of the model, without itself: what is kept of a model must not keep it.
+        modules: those that run in the head, with what they hold; all where that is not known.
         classifier: the linear layer or 1x1 convolution that comes last and whose inputs `pre_logits` gives, where no
             hook is in the head; else None.
-        pooling: names of the model's own modules without which `pre_logits` work on a whole map `(N, C, H, W)` at once:
-            its pooling and its flattening, before and after pointwise convolutions (MobileNetV3, GhostNet). A
-            convolution of N * L maps of one location takes twice as long, which is a tenth of the smallest models.
+        instead: what to put in the place of the model's own pooling and flattening, by name, for `pre_logits` of a
+            whole map `(N, C, H, W)` at once, where they lie before and after pointwise convolutions (MobileNetV3,
+            GhostNet): a convolution of N * L maps of one location takes twice as long, which is a tenth of the
+            smallest models.
     """
 
+    inside: tuple[nn.Module, ...]
     modules: tuple[nn.Module, ...]
     classifier: nn.Linear | nn.Conv2d | None = None
-    pooling: tuple[str, ...] = ()
+    instead: dict[str, nn.Module] = field(default_factory=dict)
 
     def evaluating(self, model: nn.Module) -> "_Evaluating":
-        """Put what is in training into eval, so that no dropout acts and no buffer changes while locations are scored.
+        """Put what is in training into eval, so that no dropout acts and no buffer changes while locations are scored:
+        all of the model, since a head may read the flag of a module that it does not call.
 
         A module that gives a pair of logits in distilled training keeps its flag. Nothing is written where nothing is
         in training: threads may share a model in eval.
         """
-        return _Evaluating([m for m in (model, *self.modules) if m.training])
+        return _Evaluating([module for module in (model, *self.inside) if module.training])
 
 
 class _Evaluating:
@@ -93,14 +96,23 @@ def parts_of(model: nn.Module, head: Head, layout: Layout, locations: tuple[Tens
         UnsupportedModelError: what the head says of a constant map depends on the number of its locations.
     """
     if is_recorded() or _without_values(locations) or any(_GLOBAL_HOOKS):
-        return HeadParts(tuple(model.modules()))
+        return _unknown(model)
     examined = _examined.get(model)
     if examined is None or examined.state != _state(model, head, examined.parts.modules):
         parts = _examine(model, head, layout, locations)
         examined = _examined[model] = _Examined(_state(model, head, parts.modules), parts)
     if examined.parts.classifier is not None and any(map(_is_watched, examined.parts.modules)):
-        return HeadParts(examined.parts.modules)
+        return replace(examined.parts, classifier=None)
     return examined.parts
+
+
+def _unknown(model: nn.Module) -> HeadParts:
+    inside = _inside(model)
+    return HeadParts(inside, inside)
+
+
+def _inside(model: nn.Module) -> tuple[nn.Module, ...]:
+    return tuple(module for module in model.modules() if module is not model)
 
 
 def _without_values(tensors: tuple[Tensor, ...]) -> bool:
@@ -139,10 +151,10 @@ def _twin(module: nn.Module, twins: dict[nn.Module, nn.Module]) -> nn.Module:
 
 def _examine(model: nn.Module, head: Head, layout: Layout, locations: tuple[Tensor, ...]) -> HeadParts:
     if not isinstance(head, types.MethodType):  # a function that is no method of a model cannot be run on a twin
-        return HeadParts(tuple(model.modules()))
+        return _unknown(model)
     if any(hasattr(parameter, "full_tensor") for parameter in model.parameters()):  # DTensors, which hooks put together
-        return HeadParts(tuple(model.modules()))
-    twins: dict[nn.Module, nn.Module] = {}
+        return _unknown(model)
+    inside, twins = _inside(model), dict[nn.Module, nn.Module]()
     twin = _twin(model, twins)
     twin_head = types.MethodType(head.__func__, twin)
     called: list[nn.Module] = []
@@ -156,42 +168,39 @@ def _examine(model: nn.Module, head: Head, layout: Layout, locations: tuple[Tens
         # 1 + ...: roots and powers of features that an activation has made positive must not be NaN.
         rows = tuple(1 + _numbers(2 * branch.shape[2], branch).unflatten(0, (2, -1)) for branch in locations)
         logits = _run(model, twin_head, layout, rows)
-        scripted = [module for module in model.modules() if isinstance(module, torch.jit.ScriptModule)]
+        scripted = [module for module in inside if isinstance(module, torch.jit.ScriptModule)]
         modules = tuple(dict.fromkeys(part for module in [*called, *scripted] for part in module.modules()))
         once = stand_in is not None and called.count(classifier) == 2  # in two runs
         if once and isinstance(logits, Tensor) and "pre_logits" in inspect.signature(head).parameters:
             pre_logits = layout.pre_logits(twin, twin_head, *rows)
             if pre_logits.ndim == 2 and stand_in.gave(logits) and _close(logits, stand_in(pre_logits)):  # type: ignore
                 convolves = any(isinstance(m, nn.Conv2d) and m is not classifier for m in modules)
-                pooling = (
-                    _pooling(twin, twin_head, rows[0], pre_logits) if convolves and layout.format == "NCHW" else ()
-                )
-                return HeadParts(modules, classifier, pooling)
-    return HeadParts(modules)
+                on_map = convolves and layout.format == "NCHW"
+                instead = _without_pooling(twin, twin_head, rows[0], pre_logits) if on_map else {}
+                return HeadParts(inside, modules, classifier, instead)
+    return HeadParts(inside, modules)
 
 
-def _pooling(model: nn.Module, head: Head, rows: Tensor, pre_logits: Tensor) -> tuple[str, ...]:
-    """Find the modules without which a map of two locations gives the `pre_logits` of each; () if there are none."""
-    names = tuple(
-        name for name, child in model.named_children() if isinstance(child, (SelectAdaptivePool2d, nn.Flatten))
-    )
+def _without_pooling(model: nn.Module, head: Head, rows: Tensor, pre_logits: Tensor) -> dict[str, nn.Module]:
+    """Find modules with which a map of two locations gives the `pre_logits` of each; none where it does not."""
+    instead: dict[str, nn.Module] = {}
+    for name, child in model.named_children():
+        if isinstance(child, SelectAdaptivePool2d):
+            instead[name] = SelectAdaptivePool2d(pool_type="")
+        elif isinstance(child, nn.Flatten):
+            instead[name] = nn.Identity()
     try:
-        whole = on_whole_map(model, head, names, rows.t()[None, :, :, None])
+        whole = on_whole_map(model, head, instead, rows.t()[None, :, :, None])
     except Exception:  # in whatever words the rest of the head says that it takes no map
-        return ()
-    return names if _close(whole, pre_logits.t()[None, :, :, None]) else ()
+        return {}
+    return instead if _close(whole, pre_logits.t()[None, :, :, None]) else {}
 
 
-_NO_POOLING, _NO_FLATTENING = SelectAdaptivePool2d(pool_type=""), nn.Identity()
-
-
-def on_whole_map(model: nn.Module, head: Head, pooling: Iterable[str], features: Tensor) -> Tensor:
+def on_whole_map(model: nn.Module, head: Head, instead: dict[str, nn.Module], features: Tensor) -> Tensor:
     """Compute the `pre_logits` of every location of a map `(N, C, H, W)`, by the head without its pooling."""
     view = object.__new__(type(model))
     vars(view).update(vars(model))
-    flattens = {name: isinstance(model._modules[name], nn.Flatten) for name in pooling}
-    without = {name: _NO_FLATTENING if flatten else _NO_POOLING for name, flatten in flattens.items()}
-    vars(view)["_modules"] = {**model._modules, **without}
+    vars(view)["_modules"] = {**model._modules, **instead}
     return types.MethodType(head.__func__, view)(features, pre_logits=True)  # type: ignore[attr-defined]
 
 
@@ -211,7 +220,7 @@ def _run(model: nn.Module, head: Head, layout: Layout, rows: tuple[Tensor, ...])
         raise UnsupportedModelError(
             f"{describe(model)}: its head cannot run on maps of one and of 2x2 locations: {error}. {expected}"
         ) from error
-    pairs = zip(_elements(two), _elements(larger), strict=True)
+    pairs = zip(elements(two), elements(larger), strict=True)
     if not all(len(a) == 2 and _close(a[:1], b) for a, b in pairs):
         raise UnsupportedModelError(
             f"{describe(model)}: its head gives a constant map of 2x2 locations other logits than one such location. "
@@ -255,10 +264,6 @@ class _StandIn:
 def _numbers(count: int, like: Tensor) -> Tensor:
     """Numbers between -1 and 1, without use of a random state, in the dtype and on the device of `like`."""
     return torch.arange(count, device=like.device).float().cos().to(like.dtype)
-
-
-def _elements(logits: Any) -> tuple[Tensor, ...]:
-    return logits if isinstance(logits, tuple) else (logits,)
 
 
 def _close(a: Tensor, b: Tensor) -> bool:

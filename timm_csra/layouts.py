@@ -23,6 +23,11 @@ from .errors import UnsupportedModelError, describe
 Head = Callable[..., Tensor | tuple[Tensor, ...]]
 
 
+def elements(logits: Any) -> tuple[Tensor, ...]:
+    """What a head returned, as a tuple."""
+    return logits if isinstance(logits, tuple) else (logits,)
+
+
 class Layout:
     """One way in which features hold locations.
 
@@ -255,10 +260,12 @@ def layout_of(model: nn.Module, features: Any) -> Layout:
             f"{describe(model)}: forward_features returned a {type(features).__name__}, expected one tensor "
             "(N, C, H, W), (N, H, W, C) or (N, L, C). timm_csra does not know this family of heads."
         )
-    declared = getattr(model, "num_prefix_tokens", None)
-    prefix = _class_tokens(model) if declared is None else int(declared)
-    if features.ndim == 3 and features.shape[1] > prefix:
-        return Tokens(prefix, _class_token_family(model) if declared is None and prefix else None)
+    prefix = 0
+    if features.ndim == 3:
+        declared = getattr(model, "num_prefix_tokens", None)
+        prefix = _class_tokens(model) if declared is None else int(declared)
+        if features.shape[1] > prefix:
+            return Tokens(prefix, _class_token_family(model) if declared is None and prefix else None)
     if features.ndim == 4:
         if isinstance(getattr(model, "head", None), AttentionPool2d):
             return AttentionPooledMap(features)

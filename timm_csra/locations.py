@@ -17,19 +17,17 @@ from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
-from timm.layers import Linear
 from torch import Tensor, nn
 
 from .attention import Attention
 from .config import LOGITS
 from .errors import UnsupportedModelError, describe
 from .heads import is_recorded, on_whole_map, parts_of
-from .layouts import Head, Layout, layout_of
+from .layouts import Head, Layout, elements, layout_of
 
 # Scores of a batch that are made at a time: on a CPU what its cache holds (8 MB in float32), elsewhere what keeps the
 # device busy.
 SCORES, SCORES_OF_ACCELERATORS = 2**21, 2**24
-CONVOLVED = 4096  # classes of the largest classifier that is made as a convolution
 
 Term = tuple[str, float]  # kind of scores, see CSRAConfig, and temperature
 
@@ -60,10 +58,10 @@ def location_attention(
     groups: list[list[list[Tensor]]] = []  # of images: for each element of the logits the terms
     with parts.evaluating(model):
         score, width = _by_head(model, head, layout), cast(int, model.num_classes)
-        if parts.classifier is not None and len(locations[0]):  # convolutions take no empty batch
+        if parts.classifier is not None:
             score, width = _by_classifier(parts.classifier), len(parts.classifier.weight)
-            if parts.pooling:
-                locations = layout.locations(on_whole_map(model, head, parts.pooling, features))
+            if parts.instead:
+                locations = layout.locations(on_whole_map(model, head, parts.instead, features))
             else:
                 locations = (_rows(lambda *rows: layout.pre_logits(model, head, *rows), locations),)
         images, places = _spans(locations[0], width * (1 if set(temperatures) == {LOGITS} else 2))
@@ -112,40 +110,26 @@ def _by_head(model: nn.Module, head: Head, layout: Layout) -> Callable[..., tupl
     """The rule: the whole head on constant maps."""
 
     def score(*rows: Tensor) -> tuple[Tensor, ...]:
-        logits = head(layout.constant_maps(*rows))
-        elements = logits if isinstance(logits, tuple) else (logits,)
-        for element in elements:
+        logits = elements(head(layout.constant_maps(*rows)))
+        for element in logits:
             if element.ndim != 2:
                 raise UnsupportedModelError(
                     f"{describe(model)}: its head returns {tuple(element.shape)}, expected logits (N, K). "
                     "Create the model with pooling (global_pool='avg'), not with global_pool=''."
                 )
-        return elements
+        return logits
 
     return score
 
 
 def _by_classifier(classifier: nn.Linear | nn.Conv2d) -> Callable[[Tensor], tuple[Tensor, ...]]:
-    """The last layer alone, on what `pre_logits` gave. In float32 on a CPU it is made as a convolution, by oneDNN: MKL,
-    behind `F.linear`, takes up to twice as long on some processors. oneDNN copies the weight, which is too much memory
-    where there are many classes."""
-    weight, bias = classifier.weight, classifier.bias
-    own = type(classifier) in (nn.Linear, Linear, nn.Conv2d) and "forward" not in vars(classifier)  # of torch or timm
-    plain = own and type(weight) is nn.Parameter  # not quantised
-    convolved = plain and weight.device.type == "cpu" and weight.dtype == torch.float32 and len(weight) <= CONVOLVED
-
-    def score(rows: Tensor) -> tuple[Tensor, ...]:
-        if convolved and rows.dtype == weight.dtype:
-            line = rows[None, :, None, :].permute(0, 3, 1, 2)  # (1, D, M, 1), channels last
-            scores = F.conv2d(line, weight.flatten(1)[:, :, None, None], bias)
-            return (scores.permute(0, 2, 3, 1).flatten(0, 2),)
-        if plain:
-            return (F.linear(rows, weight.flatten(1), bias),)
-        return (
-            classifier(rows) if isinstance(classifier, nn.Linear) else classifier(rows[:, :, None, None]).flatten(1),
-        )
-
-    return score
+    """The last layer alone, on what `pre_logits` gave."""
+    if isinstance(classifier, nn.Linear):
+        return lambda rows: (classifier(rows),)
+    if type(classifier) is nn.Conv2d and "forward" not in vars(classifier) and type(classifier.weight) is nn.Parameter:
+        weight, bias = classifier.weight.flatten(1), classifier.bias
+        return lambda rows: (F.linear(rows, weight, bias),)  # half the time of a convolution, on CPUs
+    return lambda rows: (classifier(rows[:, :, None, None]).flatten(1),)  # quantised, or changed
 
 
 def _spans(locations: Tensor, width: int) -> tuple[list[slice], list[slice]]:

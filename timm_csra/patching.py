@@ -33,7 +33,7 @@ class CSRAMixin:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         outputs, model = super().__call__(*args, **kwargs), cast(nn.Module, self)  # type: ignore[misc]
-        if self.csra.lam and not is_recorded() and model not in _reached:
+        if not is_recorded() and self.csra.lam and model not in _reached:
             _reached.add(model)
             warnings.warn(
                 f"{describe(model)}: its forward did not call forward_head: wrapping changes "
