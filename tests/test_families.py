@@ -4,6 +4,7 @@ import copy
 import math
 import pickle
 import re
+from dataclasses import replace
 
 import pytest
 import timm
@@ -207,4 +208,5 @@ def test_explain(family: Family) -> None:
     assert explanation.num_classes == maps.shape[1] == model.num_classes
     assert explanation.extra_parameters == 0
     assert explanation.unsupported is None
-    assert explanation == timm_csra.explain(timm_csra.wrap(model), input_size=family.size)
+    wrapped = timm_csra.explain(timm_csra.wrap(model), input_size=family.size)
+    assert wrapped == replace(explanation, settings=model.csra)

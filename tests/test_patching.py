@@ -3,6 +3,7 @@
 import threading
 import types
 import warnings
+from dataclasses import replace
 
 import pytest
 import timm
@@ -225,6 +226,10 @@ def test_explain_reads_well() -> None:
     assert "kind              exact (linear after average pooling" in text
     assert "locations         5 x 5 for an input of 3x160x160" in text
     assert "extra MACs        2.40 M" in text  # 25 locations x 96 channels x 1000 classes
+    assert 'settings          not wrapped. For weights trained with softmax cross entropy: wrap(model, lam=0.3, sc' in text
+    wrapped = timm_csra.wrap(create("test_resnet"), lam=0.3, scores="log_softmax")
+    text = str(timm_csra.explain(wrapped, 160))
+    assert "settings          CSRAConfig(lam=0.3, temperature=(inf,), scores='log_softmax')" in text
 
 
 @pytest.mark.parametrize("grad_mode", [torch.no_grad, torch.enable_grad, torch.inference_mode])
@@ -238,7 +243,7 @@ def test_explain_leaves_no_trace_in_caches(name: str, grad_mode: type) -> None:
         logits = model(images)
         assert type(logits) is torch.Tensor
         assert torch.equal(logits, create(name)(images))
-        assert timm_csra.explain(timm_csra.wrap(model, lam=0)) == before
+        assert timm_csra.explain(timm_csra.wrap(model, lam=0)) == replace(before, settings=timm_csra.CSRAConfig(0))
         assert torch.equal(model(images), logits)
 
 

@@ -13,16 +13,21 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
+from .config import CSRAConfig
 from .errors import UnsupportedModelError, describe
 from .layouts import Head, layout_of, spatial_features
 from .locations import location_scores
-from .patching import check_supported, plain_head
+from .patching import check_supported, is_wrapped, plain_head
 
 _KINDS = {
     "exact": "linear after average pooling: the mean of the location scores is the plain logit, as in the paper",
     "nonlinear": "a norm, a hidden layer, an activation or another pooling makes the plain logit differ from that mean",
     "token": "class token or attention pooling: patch tokens were not trained to be classified, gains may be absent",
 }
+_ADVICE = (
+    'not wrapped. For weights trained with softmax cross entropy: wrap(model, lam=0.3, scores="log_softmax"); '
+    "with a sigmoid for each class: wrap(model, lam=0.1)"
+)
 
 
 @dataclass(frozen=True)
@@ -42,6 +47,7 @@ class Explanation:
         macs: multiply-accumulates of the plain model for one image.
         extra_macs: those that scoring the locations adds.
         extra_parameters: always 0.
+        settings: those that the model is wrapped with, or None.
         unsupported: why the model cannot be wrapped, or None.
     """
 
@@ -57,6 +63,7 @@ class Explanation:
     macs: int = 0
     extra_macs: int = 0
     extra_parameters: int = 0
+    settings: CSRAConfig | None = None
     unsupported: str | None = None
 
     def __str__(self) -> str:
@@ -72,7 +79,8 @@ class Explanation:
             f"  scored by         {self.path}\n"
             f"  classes           {self.num_classes}\n"
             f"  extra parameters  {self.extra_parameters}\n"
-            f"  extra MACs        {self.extra_macs / 1e6:.2f} M beside the model's {self.macs / 1e6:.1f} M ({share})"
+            f"  extra MACs        {self.extra_macs / 1e6:.2f} M beside the model's {self.macs / 1e6:.1f} M ({share})\n"
+            f"  settings          {self.settings or _ADVICE}"
         )
 
 
@@ -161,6 +169,7 @@ def _explain(model: nn.Module, size: tuple[int, int, int]) -> Explanation:
         num_classes=scores[0].shape[2],
         macs=plain.get_total_flops() // 2,
         extra_macs=extra.get_total_flops() // 2,
+        settings=copy.copy(model.csra) if is_wrapped(model) else None,  # type: ignore[arg-type]
     )
 
 
