@@ -13,14 +13,15 @@ from timm_csra.config import LOGITS, SCORES
 from timm_csra.evaluation.scoring import settings_grid
 from timm_csra.evaluation.statistics import FIXED
 
-from . import checkpoints, sample, sources
 from .argument_types import natural, positive, share
-from .calibration import with_calibration
-from .cells import AMP, TASKS, Cell, Options
-from .checkpoints import Checkpoint, find_checkpoints
-from .classes import COMBINE, load_class_map
-from .datasets import ImageSet
-from .sources import load_image_set, load_pictures
+from .checkpoints import find
+from .checkpoints.find import Checkpoint, find_checkpoints
+from .data import sample, sources
+from .data.calibration import with_calibration
+from .data.classes import COMBINE, load_class_map
+from .data.datasets import ImageSet
+from .data.sources import load_image_set, load_pictures
+from .scoring.cells import AMP, TASKS, Cell, Options
 
 EXAMPLES = """
 examples:
@@ -89,7 +90,7 @@ def parser(description: str) -> argparse.ArgumentParser:
     what.add_argument(
         "--sample", action="store_true", help="the embedded default: three checkpoints and seven photographs"
     )
-    what.add_argument("--models", metavar="SPEC", help=checkpoints.HELP)
+    what.add_argument("--models", metavar="SPEC", help=find.HELP)
     what.add_argument("--data", nargs="+", metavar="DATA", help="one or several sets of photographs, see below")
     what.add_argument(
         "--calibration-data",

@@ -30,7 +30,7 @@ import timm_csra
 from timm_csra.patching import pool_types
 
 from .argument_types import positive
-from .records import write_table
+from .records.files import write_table
 
 Row = dict[str, str]
 

@@ -27,16 +27,16 @@ from rich.table import Table
 from timm_csra.evaluation.scoring import DEFAULT, PLAIN
 
 from .argument_types import positive
-from .cells import Cell, Options
-from .checkpoints import Checkpoint
-from .datasets import ImageSet
-from .downloads import Downloads
-from .engines import Engine, LocalEngine
-from .measure import failure
+from .checkpoints.downloads import Downloads
+from .checkpoints.find import Checkpoint
+from .data.datasets import ImageSet
+from .engines.local import Engine, LocalEngine
+from .engines.schedule import Run
+from .engines.worker import Models
 from .overhead import peak_of
-from .records import Record, read_records
-from .run import Run
-from .worker import Models
+from .records.files import Record, read_records
+from .scoring.cells import Cell, Options
+from .scoring.measure import failure
 
 OPTIONS = Options((PLAIN, DEFAULT))
 
@@ -138,7 +138,7 @@ def _start(name: str, workers: int, compute: Any) -> Any:
         return LocalEngine([OPTIONS] * workers, compute=compute)
     import ray
 
-    from .ray_engine import RayEngine
+    from .engines.cluster import RayEngine
 
     ray.init(num_cpus=workers, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     return _Ray(RayEngine(OPTIONS, cpus=1, compute=compute))

@@ -21,9 +21,9 @@ from rich.console import Console
 
 from timm_csra.evaluation.statistics import AGREEMENT, CONFIDENCE, FIXED, VERSUS
 
-from .records import Record, read_records, write_table, write_text
-from .summary import OVER_PLAIN, VERDICTS, Row, headline, rows_of, versus
-from .tables import LEGEND_OF_AGREEMENT, agreement_notes, left_out
+from .records.files import Record, read_records, write_table, write_text
+from .reporting.summary import OVER_PLAIN, VERDICTS, Row, headline, rows_of, versus
+from .reporting.tables import LEGEND_OF_AGREEMENT, agreement_notes, left_out
 
 PAGE = Path(__file__).with_name("report.html")
 FIRST_METRIC = {"single": "top1", "real": "top1", "multilabel": "mAP", "mosaic": "mAP"}

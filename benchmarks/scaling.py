@@ -24,14 +24,14 @@ from timm_csra.config import LOGITS
 from timm_csra.evaluation.scoring import DEFAULT, Scores, Setting, settings_grid
 
 from .argument_types import positive
-from .cells import Cell, Options
-from .checkpoints import Checkpoint
-from .datasets import ImageSet
-from .engines import keep_memory
-from .kept import Scored
+from .checkpoints.find import Checkpoint
+from .data.datasets import ImageSet
+from .engines.local import keep_memory
 from .overhead import peak_of
-from .phases import Phases
-from .results import results
+from .records.phases import Phases
+from .scoring.cells import Cell, Options
+from .scoring.kept import Scored
+from .scoring.results import results
 
 TEMPERATURES = (1.0, 5.0, 20.0, math.inf)
 HEADS: tuple[float | tuple[float, ...], ...] = (

@@ -21,11 +21,12 @@ import timm_csra
 from timm_csra.config import LOG_SOFTMAX, LOGITS, SCORES
 from timm_csra.evaluation.scoring import DEFAULT, DEFAULT_LOG_SOFTMAX, PLAIN, Setting, score
 
-from . import checkpoints, sample
 from .argument_types import positive
-from .checkpoints import CheckpointError, find_checkpoints
-from .classes import head_classes
-from .datasets import DataError, mosaic, open_image
+from .checkpoints import find
+from .checkpoints.find import CheckpointError, find_checkpoints
+from .data import sample
+from .data.classes import head_classes
+from .data.datasets import DataError, mosaic, open_image
 
 TOP = 6
 
@@ -134,7 +135,7 @@ def _parser() -> argparse.ArgumentParser:
         nargs="?",
         help="any picture that Pillow reads, squashed to the input size; or sample:NAME, such as sample:coffee",
     )
-    parser.add_argument("--model", default="pypi:tf_efficientnet_lite0", metavar="SPEC", help=checkpoints.HELP)
+    parser.add_argument("--model", default="pypi:tf_efficientnet_lite0", metavar="SPEC", help=find.HELP)
     parser.add_argument("--lam", type=float, default=DEFAULT.lam, help="of logits (default: %(default)s)")
     parser.add_argument("--lam-log-softmax", type=float, default=DEFAULT_LOG_SOFTMAX.lam, help="default: %(default)s")
     parser.add_argument(

@@ -16,22 +16,23 @@ from huggingface_hub.errors import HfHubHTTPError, HTTPError
 from rich.console import Console
 from rich.prompt import Confirm
 
-from . import checkpoints, sample
 from .arguments import asked_calibration, asked_cells, asked_options, asked_what, asked_workers, parser
-from .calibration import without_measured
-from .cells import Cell, Options, show_size
-from .checkpoints import Checkpoint, CheckpointError, unreachable_hub
-from .datasets import DataError, ImageSet
-from .downloads import Downloads
-from .engines import Engine, EngineError, LocalEngine, Progress
-from .estimate import estimate
-from .expected import keep_expected
-from .phases import where_the_time_went
-from .push import choose, push
-from .records import Record
-from .run import Run
-from .summary import Row, headline, kept, write_summary
-from .tables import print_headline, print_plan, print_records
+from .checkpoints import find
+from .checkpoints.downloads import Downloads
+from .checkpoints.find import Checkpoint, CheckpointError, unreachable_hub
+from .data import sample
+from .data.calibration import without_measured
+from .data.datasets import DataError, ImageSet
+from .engines.estimate import estimate
+from .engines.local import Engine, EngineError, LocalEngine, Progress
+from .engines.schedule import Run
+from .records.files import Record
+from .records.phases import where_the_time_went
+from .reporting.expected import keep_expected
+from .reporting.push import choose, push
+from .reporting.summary import Row, headline, kept, write_summary
+from .reporting.tables import print_headline, print_plan, print_records
+from .scoring.cells import Cell, Options, show_size
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -119,7 +120,7 @@ def _engine(
     if args.engine == "local":
         return LocalEngine(workers, progress)
     try:
-        from .ray_engine import RayEngine
+        from .engines.cluster import RayEngine
     except ModuleNotFoundError as error:
         if error.name != "ray":
             raise
@@ -181,7 +182,7 @@ def _offline(missing: dict[Checkpoint, str]) -> str:
     names = list(missing)
     return (
         f"{names[0].name}{f' and {len(names) - 1} more' if len(names) > 1 else ''} not cached, and the Hub cannot be "
-        f"reached ({missing[names[0]]}). Try --sample, --models {checkpoints.PYPI_EXAMPLE} or local-dir:PATH."
+        f"reached ({missing[names[0]]}). Try --sample, --models {find.PYPI_EXAMPLE} or local-dir:PATH."
     )
 
 

@@ -21,15 +21,16 @@ import timm_csra
 from timm_csra.config import SCORES
 from timm_csra.evaluation.tuning import LAMS, TEMPERATURES, choose
 
-from . import checkpoints, sources
 from .argument_types import natural, positive
 from .arguments import add_images, add_labels, asked_cells, asked_options, asked_what
-from .checkpoints import CheckpointError
-from .classes import COMBINE, NotApplicableError, combined
-from .datasets import DataError
-from .measure import score_cell
+from .checkpoints import find
+from .checkpoints.find import CheckpointError
+from .data import sources
+from .data.classes import COMBINE, NotApplicableError, combined
+from .data.datasets import DataError
+from .engines.worker import Models
+from .scoring.measure import score_cell
 from .without_labels import UNLABELLED_LAMS, add_without_labels, choose_without_labels, refuse_what_does_not_apply
-from .worker import Models
 
 EPILOG = """
 examples:
@@ -100,7 +101,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog=EPILOG + sources.HELP,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--models", metavar="SPEC", required=True, help=f"one of: {checkpoints.HELP}")
+    parser.add_argument("--models", metavar="SPEC", required=True, help=f"one of: {find.HELP}")
     parser.add_argument("--data", nargs=1, metavar="DATA", required=True, help="labelled photographs, see below")
     add_without_labels(parser)
     parser.add_argument("--task", choices=("single", "multilabel", "mosaic"), help="default: single")

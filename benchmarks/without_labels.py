@@ -14,13 +14,13 @@ from timm_csra.config import LOG_SOFTMAX, SCORES
 
 from .argument_types import share
 from .arguments import asked_cells, asked_options
-from .cells import Cell
-from .checkpoints import find_checkpoints
-from .datasets import Unlabelled
-from .loading import describe_bad_images, unlabelled
-from .rivals import autocast
-from .sources import load_pictures
-from .worker import Models
+from .checkpoints.find import find_checkpoints
+from .data.datasets import Unlabelled
+from .data.sources import load_pictures
+from .engines.worker import Models
+from .scoring.cells import Cell
+from .scoring.loading import describe_bad_images, unlabelled
+from .scoring.rivals import autocast
 
 UNLABELLED_LAMS = ",".join(f"{lam:g}" for lam in LAMS)
 

@@ -16,7 +16,7 @@ import timm_csra
 pytest.importorskip("gradio", reason="the extra `demo` is not installed: nothing here says whether the page works")
 import gradio as gr
 
-from benchmarks.checkpoints import PYPI
+from benchmarks.checkpoints.find import PYPI
 from timm_csra import demo
 from timm_csra.config import SCORES
 from timm_csra.evaluation.scoring import DEFAULT, DEFAULT_LOG_SOFTMAX

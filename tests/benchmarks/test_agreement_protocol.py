@@ -15,21 +15,21 @@ from rich.console import Console
 from timm.data import create_transform, resolve_data_config
 
 import timm_csra
-from benchmarks import agreement
-from benchmarks.calibration import with_calibration, without_measured
-from benchmarks.cells import Cell, Options
-from benchmarks.checkpoints import Checkpoint
-from benchmarks.datasets import ImageSet, Source
-from benchmarks.downloads import Downloads
-from benchmarks.engines import LocalEngine
-from benchmarks.estimate import estimate
-from benchmarks.measure import run_cell
+from benchmarks.checkpoints.downloads import Downloads
+from benchmarks.checkpoints.find import Checkpoint
+from benchmarks.data.calibration import with_calibration, without_measured
+from benchmarks.data.datasets import ImageSet, Source
+from benchmarks.data.sources import load_image_set, load_pictures
+from benchmarks.engines.estimate import estimate
+from benchmarks.engines.local import LocalEngine
+from benchmarks.engines.schedule import Run
+from benchmarks.engines.worker import Models
 from benchmarks.report import main as report
-from benchmarks.run import Run
-from benchmarks.sources import load_image_set, load_pictures
+from benchmarks.reporting.tables import print_records
+from benchmarks.scoring import agreement
+from benchmarks.scoring.cells import Cell, Options
+from benchmarks.scoring.measure import run_cell
 from benchmarks.sweep import main
-from benchmarks.tables import print_records
-from benchmarks.worker import Models
 from timm_csra.agreement import LAMS
 from timm_csra.evaluation.scoring import DEFAULT, DEFAULT_LOG_SOFTMAX, PLAIN
 

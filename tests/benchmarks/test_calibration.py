@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from benchmarks.calibration import with_calibration, without_measured
-from benchmarks.datasets import Calibration, ImageSet
-from benchmarks.sources import load_image_set, load_pictures
+from benchmarks.data.calibration import with_calibration, without_measured
+from benchmarks.data.datasets import Calibration, ImageSet
+from benchmarks.data.sources import load_image_set, load_pictures
 
 
 def compared(data: ImageSet, pictures: ImageSet) -> Calibration:

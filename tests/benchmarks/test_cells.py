@@ -9,11 +9,11 @@ import torch
 from PIL import Image
 from timm.data import create_transform, resolve_model_data_config
 
-from benchmarks.cells import Cell, Options
-from benchmarks.checkpoints import Checkpoint
-from benchmarks.datasets import ImageSet, mosaic, tilings
-from benchmarks.loading import Loaded
-from benchmarks.measure import _load
+from benchmarks.checkpoints.find import Checkpoint
+from benchmarks.data.datasets import ImageSet, mosaic, tilings
+from benchmarks.scoring.cells import Cell, Options
+from benchmarks.scoring.loading import Loaded
+from benchmarks.scoring.measure import _load
 from timm_csra.evaluation.scoring import DEFAULT, PLAIN
 
 

@@ -6,7 +6,7 @@ import pytest
 import timm
 import torch
 
-from benchmarks.checkpoints import PYPI, Checkpoint, CheckpointError, find_checkpoints
+from benchmarks.checkpoints.find import PYPI, Checkpoint, CheckpointError, find_checkpoints
 from timm_csra.hub import weights_sha256
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from timm.data import ImageNetInfo
 
-from benchmarks.classes import NotApplicableError, align, combined, load_class_map
+from benchmarks.data.classes import NotApplicableError, align, combined, load_class_map
 
 
 def head(names: list[str] | None, count: int | None = None, descriptions: dict | None = None) -> object:

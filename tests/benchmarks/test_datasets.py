@@ -8,15 +8,15 @@ import torch
 from PIL import Image
 from timm.data import create_transform
 
-from benchmarks.classes import Alignment
-from benchmarks.datasets import (
+from benchmarks.data.classes import Alignment
+from benchmarks.data.datasets import (
     DataError,
     ImageSet,
     Mosaics,
     Photographs,
     tilings,
 )
-from benchmarks.sources import load_image_set
+from benchmarks.data.sources import load_image_set
 
 
 def write_images(folder: Path, count: int, size: tuple[int, int] = (40, 30)) -> list[Path]:

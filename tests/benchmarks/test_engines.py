@@ -24,20 +24,20 @@ from ray._private import services
 from ray.cluster_utils import Cluster
 from rich.console import Console
 
-from benchmarks import ray_engine
-from benchmarks.calibration import with_calibration, without_measured
-from benchmarks.cells import Cell, Options
-from benchmarks.checkpoints import Checkpoint
-from benchmarks.datasets import ImageSet
-from benchmarks.downloads import Downloads
+from benchmarks.checkpoints.downloads import Downloads
+from benchmarks.checkpoints.find import Checkpoint
+from benchmarks.data.calibration import with_calibration, without_measured
+from benchmarks.data.datasets import ImageSet
+from benchmarks.data.sources import load_image_set, load_pictures
 from benchmarks.engine_cost import Named
-from benchmarks.engines import EngineError, LocalEngine
-from benchmarks.measure import failure, run_cell
-from benchmarks.ray_engine import RayEngine
-from benchmarks.records import read_records
-from benchmarks.run import Run
-from benchmarks.sources import load_image_set, load_pictures
-from benchmarks.worker import Models
+from benchmarks.engines import cluster as cluster_engine
+from benchmarks.engines.cluster import RayEngine
+from benchmarks.engines.local import EngineError, LocalEngine
+from benchmarks.engines.schedule import Run
+from benchmarks.engines.worker import Models
+from benchmarks.records.files import read_records
+from benchmarks.scoring.cells import Cell, Options
+from benchmarks.scoring.measure import failure, run_cell
 from timm_csra.evaluation.scoring import DEFAULT, PLAIN, Setting
 
 from .test_survival import ROOT, save
@@ -263,7 +263,7 @@ def test_nodes_are_asked_before_anything_runs(
         path.unlink()
     with pytest.raises(EngineError, match="found no .*png and 11 more of 12 files looked for, expected every node to"):
         RayEngine(OPTIONS, cpus=1, data=[data])
-    monkeypatch.setattr(ray_engine, "_software", lambda: {"python": "3.11", "timm": "9.9"})
+    monkeypatch.setattr(cluster_engine, "_software", lambda: {"python": "3.11", "timm": "9.9"})
     with pytest.raises(EngineError, match=r"node .*: found timm 1\.\S+ \(expected 9\.9\), the versions of the driver"):
         RayEngine(OPTIONS, cpus=1)
 

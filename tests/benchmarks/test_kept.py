@@ -7,13 +7,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from benchmarks.cells import Cell, Options
-from benchmarks.checkpoints import Checkpoint
-from benchmarks.datasets import DataError, ImageSet
-from benchmarks.kept import Scored, read_scores, write_scores
-from benchmarks.phases import Phases
-from benchmarks.records import write_record
-from benchmarks.results import results
+from benchmarks.checkpoints.find import Checkpoint
+from benchmarks.data.datasets import DataError, ImageSet
+from benchmarks.records.files import write_record
+from benchmarks.records.phases import Phases
+from benchmarks.scoring.cells import Cell, Options
+from benchmarks.scoring.kept import Scored, read_scores, write_scores
+from benchmarks.scoring.results import results
 from timm_csra.config import SCORES
 from timm_csra.evaluation.scoring import DEFAULT, DEFAULT_LOG_SOFTMAX, PLAIN, Scores, settings_grid
 

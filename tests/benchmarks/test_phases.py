@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from benchmarks.phases import NAMES, Phases, where_the_time_went
+from benchmarks.records.phases import NAMES, Phases, where_the_time_went
 
 
 def test_a_phase_within_another_is_not_counted_twice(monkeypatch: pytest.MonkeyPatch) -> None:

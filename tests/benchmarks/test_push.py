@@ -4,8 +4,8 @@ from typing import Any
 
 import pytest
 
-from benchmarks.checkpoints import Checkpoint
-from benchmarks.push import choose
+from benchmarks.checkpoints.find import Checkpoint
+from benchmarks.reporting.push import choose
 
 CHECKPOINT = Checkpoint("local-dir", "folder/mine")
 

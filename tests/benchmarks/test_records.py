@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.records import read_record, read_records, record_path, write_record
-from benchmarks.summary import write_summary
+from benchmarks.records.files import read_record, read_records, record_path, write_record
+from benchmarks.reporting.summary import write_summary
 
 KEY = {"model": "local-dir:/a/b", "data": "d", "task": "single", "img_size": 224, "seed": 0}
 RESULT = {"metric": "top1", "protocol": "fixed", "lam": "0.1", "temperature": "inf", "baseline": 50.0, "value": 51.0}

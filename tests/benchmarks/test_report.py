@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks.records import write_record
+from benchmarks.records.files import write_record
 from benchmarks.report import main
 
 SCREENSHOTS = Path(os.environ.get("TIMM_CSRA_SCREENSHOTS", "screenshots"))

@@ -7,9 +7,9 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from benchmarks import rivals
-from benchmarks.cells import Options
-from benchmarks.classes import Alignment
+from benchmarks.data.classes import Alignment
+from benchmarks.scoring import rivals
+from benchmarks.scoring.cells import Options
 from timm_csra.evaluation.scoring import PLAIN
 
 OPTIONS = Options((PLAIN,), batch_size=5, workers=0)

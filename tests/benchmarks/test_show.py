@@ -8,8 +8,9 @@ import torch
 from PIL import Image
 
 import timm_csra
-from benchmarks import checkpoints, sample
-from benchmarks.datasets import mosaic, open_image
+from benchmarks.checkpoints import find
+from benchmarks.data import sample
+from benchmarks.data.datasets import mosaic, open_image
 from benchmarks.show import main
 from timm_csra.config import SCORES
 
@@ -22,7 +23,7 @@ def test_the_picture_of_the_readme(tmp_path: Path, capsys: pytest.CaptureFixture
     plain, logits, log_softmax, _ = capsys.readouterr().out.splitlines()
     assert plain.startswith("plain       tiger cat, tabby")
     assert logits.startswith("logits      tabby")
-    model = checkpoints.find_checkpoints("pypi:tf_efficientnet_lite0")[0].create((224, 224))
+    model = find.find_checkpoints("pypi:tf_efficientnet_lite0")[0].create((224, 224))
     tiles = [open_image(sample.path_of(photo)) for photo in sample.PHOTOGRAPHS[:4]]
     config = timm.data.resolve_model_data_config(model, args={"crop_mode": "squash", "crop_pct": 1.0})
     picture = mosaic(tiles, 2, (224, 224), Image.Resampling.BICUBIC)

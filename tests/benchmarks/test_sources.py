@@ -14,8 +14,8 @@ import torch
 import webdataset
 from PIL import Image
 
-from benchmarks.datasets import DataError, NotApplicableError, real_labels
-from benchmarks.sources import VOC, load_image_set
+from benchmarks.data.datasets import DataError, NotApplicableError, real_labels
+from benchmarks.data.sources import VOC, load_image_set
 from benchmarks.sweep import main
 
 

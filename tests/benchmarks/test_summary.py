@@ -5,9 +5,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks.expected import check, keep_expected
-from benchmarks.records import record_path, write_record
-from benchmarks.summary import headline, rows_of, versus, write_summary
+from benchmarks.records.files import record_path, write_record
+from benchmarks.reporting.expected import check, keep_expected
+from benchmarks.reporting.summary import headline, rows_of, versus, write_summary
 
 PUBLISHED = """model,top1,top1_err,top5,top5_err,param_count,img_size,crop_pct,interpolation
 one,80.000,20.000,95.000,5.000,25.0,224,0.875,bicubic

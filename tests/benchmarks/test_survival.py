@@ -17,10 +17,10 @@ from PIL import Image
 from timm.data import create_transform, resolve_data_config
 from torch import nn
 
-from benchmarks.cells import Cell, Options
-from benchmarks.checkpoints import Checkpoint
-from benchmarks.engines import Engine, LocalEngine, Outcome
-from benchmarks.sources import load_image_set
+from benchmarks.checkpoints.find import Checkpoint
+from benchmarks.data.sources import load_image_set
+from benchmarks.engines.local import Engine, LocalEngine, Outcome
+from benchmarks.scoring.cells import Cell, Options
 from benchmarks.sweep import main
 from timm_csra.evaluation.scoring import DEFAULT, PLAIN
 
@@ -284,7 +284,7 @@ def test_all_models_on_a_cpu_are_asked_for(
 ) -> None:
     monkeypatch.setattr("timm.list_models", lambda *_, **__: ["test_resnet.r160_in1k"])
     monkeypatch.setattr("benchmarks.sweep._not_to_be_had", lambda _: {})
-    monkeypatch.setattr("benchmarks.checkpoints.unreachable_hub", lambda: "no network here")
+    monkeypatch.setattr("benchmarks.checkpoints.find.unreachable_hub", lambda: "no network here")
     arguments = ["--models", "all", "--data", str(photos), "--out", str(tmp_path / "out"), "--device", "cpu"]
     assert main(arguments) == 2
     told = " ".join(capsys.readouterr().err.split())

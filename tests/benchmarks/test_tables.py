@@ -5,7 +5,7 @@ import io
 import pytest
 from rich.console import Console
 
-from benchmarks.tables import print_records
+from benchmarks.reporting.tables import print_records
 
 RESULT = {
     "metric": "mAP",

@@ -34,12 +34,12 @@ from timm_csra.evaluation.statistics import (
     without_choice,
 )
 
+from ..data.classes import COMBINE, combined
+from ..records.files import Record
+from ..records.phases import Phases
 from .agreement import setting_of
 from .cells import Cell, Options, show_temperature
-from .classes import COMBINE, combined
 from .kept import Scored
-from .phases import Phases
-from .records import Record
 
 THRESHOLD = "compares each logit with 0; a log-probability, at most 0, lowers them all, and no threshold fits"
 

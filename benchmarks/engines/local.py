@@ -21,11 +21,11 @@ from typing import Any, Protocol, Self
 
 import torch
 
-from .cells import Cell, Options
-from .checkpoints import Checkpoint
-from .datasets import ImageSet
-from .measure import failure
-from .records import Record
+from ..checkpoints.find import Checkpoint
+from ..data.datasets import ImageSet
+from ..records.files import Record
+from ..scoring.cells import Cell, Options
+from ..scoring.measure import failure
 from .worker import Compute, Models, compute, output_to
 
 Progress = Callable[[Cell, int, int], None]  # a cell, batches done, batches in all

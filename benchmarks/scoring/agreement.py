@@ -7,10 +7,10 @@ from typing import Any
 import timm_csra
 from timm_csra.evaluation.scoring import Setting
 
+from ..data.datasets import Calibration, DataError, Unlabelled
+from ..records.files import Record
 from .cells import Cell, Options, show_temperature
-from .datasets import Calibration, DataError, Unlabelled
 from .loading import Loaded, unlabelled
-from .records import Record
 from .rivals import autocast
 
 

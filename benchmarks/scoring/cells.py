@@ -10,10 +10,10 @@ import torch
 from timm_csra import __version__
 from timm_csra.evaluation.scoring import DEFAULT_LOG_SOFTMAX, Setting
 
-from .checkpoints import Checkpoint
-from .classes import ClassMap
-from .datasets import ImageSet
-from .records import Record
+from ..checkpoints.find import Checkpoint
+from ..data.classes import ClassMap
+from ..data.datasets import ImageSet
+from ..records.files import Record
 
 TASKS = ("single", "real", "multilabel", "mosaic")
 AMP = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}

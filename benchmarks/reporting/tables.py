@@ -11,7 +11,7 @@ from rich.text import Text
 from timm_csra.agreement import FEW
 from timm_csra.evaluation.statistics import AGREEMENT, FIXED, VERSUS
 
-from .records import Record
+from ..records.files import Record
 from .summary import OVER_PLAIN, VERDICTS, versus
 
 LEGEND = (

@@ -2,7 +2,7 @@
 
 from concurrent.futures import Future, ThreadPoolExecutor
 
-from .checkpoints import Checkpoint
+from .find import Checkpoint
 
 
 class Downloads:

@@ -22,14 +22,14 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 import timm_csra
 
-from .cells import Cell, Options, versions
-from .checkpoints import Checkpoint
-from .datasets import ImageSet
-from .engines import ATTEMPTS, KEEP_MEMORY, EngineError, Outcome
-from .environment import PACKAGES
+from ..checkpoints.find import Checkpoint
+from ..data.datasets import ImageSet
+from ..records.files import Record
+from ..scoring.cells import Cell, Options, versions
+from ..scoring.environment import PACKAGES
+from ..scoring.measure import failure
 from .estimate import memory_of
-from .measure import failure
-from .records import Record
+from .local import ATTEMPTS, KEEP_MEMORY, EngineError, Outcome
 from .worker import Compute, Models, compute, output_to
 
 AHEAD = 2  # cells that a slot of the cluster has at a time, one of them waiting, so that none idles
@@ -158,7 +158,7 @@ class RayEngine:
 
 
 def _connect(address: str | None) -> None:
-    packages = [str(Path(str(module.__file__)).parent) for module in (timm_csra, sys.modules[__package__])]
+    packages = [str(Path(timm_csra.__file__).parent), str(Path(__file__).parents[1])]
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
     try:
         if address is None:

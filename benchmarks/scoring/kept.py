@@ -15,9 +15,9 @@ from torch import Tensor
 from timm_csra.config import LOGITS, SCORES
 from timm_csra.evaluation.scoring import Scores, Setting, Term
 
+from ..data.datasets import DataError
+from ..records.files import Record, record_path
 from .cells import Cell, Options
-from .datasets import DataError
-from .records import Record, record_path
 
 
 @dataclass(frozen=True)

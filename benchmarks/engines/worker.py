@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 
-from .cells import Cell, Options
-from .checkpoints import Checkpoint, CheckpointError
-from .loading import Loaded
-from .measure import run_cell
-from .records import Record
+from ..checkpoints.find import Checkpoint, CheckpointError
+from ..records.files import Record
+from ..scoring.cells import Cell, Options
+from ..scoring.loading import Loaded
+from ..scoring.measure import run_cell
 
 Track = Callable[[Iterable[Any]], Iterable[Any]]  # wraps the batches of a cell, to show progress
 Compute = Callable[[Cell, Options, "Models", Track], Record]

@@ -11,8 +11,8 @@ from statsmodels.stats.multitest import multipletests
 
 from timm_csra.evaluation.statistics import AGREEMENT, FIXED, VERSUS
 
+from ..records.files import Record, read_records, write_table
 from .expected import Expected, check, read_expected
-from .records import Record, read_records, write_table
 
 COLUMNS = (
     *("model", "data", "task", "img_size", "n", "columns", "metric", "protocol", "scores", "lam"),

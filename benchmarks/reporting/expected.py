@@ -6,7 +6,7 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 
-from .records import Record, write_text
+from ..records.files import Record, write_text
 
 TOLERANCE = 0.1  # percentage points of top-1
 IMAGES = 50_000

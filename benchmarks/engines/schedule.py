@@ -19,15 +19,15 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from .cells import Cell, Options
-from .checkpoints import Checkpoint
-from .downloads import Downloads
-from .engines import Engine, Outcome
-from .environment import commit
+from ..checkpoints.downloads import Downloads
+from ..checkpoints.find import Checkpoint
+from ..records.files import Record, read_record, record_path, write_record
+from ..scoring.cells import Cell, Options
+from ..scoring.environment import commit
+from ..scoring.kept import scores_file
+from ..scoring.measure import failure
 from .estimate import macs_of
-from .kept import scores_file
-from .measure import failure
-from .records import Record, read_record, record_path, write_record
+from .local import Engine, Outcome
 
 BAR = (
     TextColumn("{task.description}"),

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import torch
 
+from ..records.files import Record
 from .cells import Options, versions
-from .records import Record
 
 PACKAGES = ("torch", "torchvision", "timm", "torchmetrics", "numpy", "scipy", "statsmodels", "pillow")
 

@@ -13,9 +13,9 @@ import timm_csra
 from timm_csra import Explanation
 from timm_csra.hub import weights_sha256
 
+from ..data.datasets import DataError, ImageSet, Unlabelled
+from ..records.files import Record
 from .cells import Options
-from .datasets import DataError, ImageSet, Unlabelled
-from .records import Record
 
 
 @dataclass(frozen=True)

@@ -9,10 +9,10 @@ from timm.data import create_transform
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from ..data.classes import Alignment
+from ..data.datasets import FiveCrops
+from ..records.files import Record
 from .cells import AMP, Options
-from .classes import Alignment
-from .datasets import FiveCrops
-from .records import Record
 
 
 def autocast(options: Options) -> AbstractContextManager[Any]:

@@ -1,5 +1,6 @@
 """How long a sweep will take, before it starts: multiply-accumulates of its cells against the speed of the device."""
 
+import csv
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -12,11 +13,10 @@ from timm.models import split_model_name_tag
 
 import timm_csra
 
-from .cells import Cell, Options
-from .checkpoints import Checkpoint
-from .coverage import read_rows
+from ..checkpoints.find import Checkpoint
+from ..scoring.cells import Cell, Options
 
-TABLE = Path(__file__).parents[1] / "docs" / "coverage.csv"
+TABLE = Path(__file__).parents[2] / "docs" / "coverage.csv"
 DEFAULT = 4.1e9  # a checkpoint that says nothing about itself yet is counted as a ResNet-50 of 224 pixels
 START = 5.0  # seconds for loading a checkpoint and starting its process, seen on small ones
 PROBE = ("resnet50", 4)  # architecture and images of one timed batch
@@ -83,7 +83,10 @@ def memory_of(cell: Cell, options: Options) -> float:
 
 @cache
 def _table() -> dict[str, dict[str, str]]:
-    return read_rows(TABLE) if TABLE.is_file() else {}
+    if not TABLE.is_file():
+        return {}
+    with TABLE.open(encoding="utf-8", newline="") as file:
+        return {row["architecture"]: row for row in csv.DictReader(file)}
 
 
 @cache

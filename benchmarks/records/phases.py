@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import TypeVar
 
-from .records import Record
+from .files import Record
 
 T = TypeVar("T")
 NAMES = {

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 import timm_csra
 
-from .checkpoints import Checkpoint
-from .records import Record
+from ..checkpoints.find import Checkpoint
+from ..records.files import Record
 from .summary import Row
 
 METRIC = {"single": "top1", "real": "top1", "multilabel": "mAP", "mosaic": "mAP"}  # what decides, for each task

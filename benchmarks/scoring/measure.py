@@ -14,15 +14,15 @@ from timm.data import create_loader, resolve_input_data_config
 from timm_csra import UnsupportedModelError
 from timm_csra.evaluation.scoring import allows_test_time_pool, score
 
+from ..data.classes import Alignment, NotApplicableError, align
+from ..data.datasets import DataError, Mosaics, Photographs, Streamed, real_labels, tilings
+from ..records.files import Record
+from ..records.phases import Phases
 from .agreement import choose, kept_choice
 from .cells import AMP, Cell, Options, show_size
-from .classes import Alignment, NotApplicableError, align
-from .datasets import DataError, Mosaics, Photographs, Streamed, real_labels, tilings
 from .environment import environment
 from .kept import Scored, read_scores, scores_file, write_scores
 from .loading import Loaded, describe_bad_images, readable
-from .phases import Phases
-from .records import Record
 from .results import results
 from .rivals import five_crops, plain_seconds
 
