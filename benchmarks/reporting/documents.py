@@ -1,0 +1,106 @@
+"""Results to take along: a page of Markdown, and a table with the columns of timm's results files."""
+
+from collections.abc import Iterable, Sequence
+
+from timm_csra.evaluation.statistics import AGREEMENT, FIXED, VERSUS
+
+from ..records.files import Record
+from .page import failures, group_name, short
+from .summary import OVER_PLAIN, VERDICTS, Row, headline, versus
+from .tables import LEGEND_OF_AGREEMENT, agreement_notes, left_out
+
+TIMM_COLUMNS = ("model", "img_size", "top1", "top1_err", "top5", "top5_err", "param_count", "crop_pct", "interpolation")
+GAINS = {  # columns of protocols without any choice on the data
+    name: (protocol, of)
+    for protocol in (*FIXED, VERSUS, AGREEMENT)
+    for name, of in ((f"gain_{protocol}", "gain"), (f"{protocol}_low", "ci_low"), (f"{protocol}_high", "ci_high"))
+}
+RESULT_COLUMNS = ("data", "task", "metric", "baseline", *GAINS, "agreement_lam", "gain_crossfit")
+
+
+def timm_rows(records: Iterable[Record]) -> list[Row]:
+    """One row for each cell and metric, with the columns of timm's results files where they apply."""
+    rows = []
+    for record in records:
+        by_metric: dict[str, dict[str, Record]] = {}
+        for result in record["results"]:
+            by_metric.setdefault(result["metric"], {})[result["protocol"]] = result
+        tops = {m: found["fixed"]["baseline"] for m, found in by_metric.items() if m in ("top1", "top5")}
+        errors = {f"{m}_err": 100 - value for m, value in tops.items() if value is not None}
+        preprocessing = record.get("preprocessing") or {}
+        for metric, found in by_metric.items():
+            rows.append(
+                {
+                    "model": short(record["model"]),
+                    "img_size": record["img_size"],
+                    **tops,
+                    **errors,
+                    "param_count": record.get("param_count"),
+                    "crop_pct": preprocessing.get("crop_pct"),
+                    "interpolation": preprocessing.get("interpolation"),
+                    "data": record["data"],
+                    "task": group_name(record).split(" · ")[1],
+                    "metric": metric,
+                    "baseline": found["fixed"]["baseline"],
+                    **{name: found.get(protocol, {}).get(of) for name, (protocol, of) in GAINS.items()},
+                    "agreement_lam": found.get(AGREEMENT, {}).get("lam"),
+                    "gain_crossfit": found.get("crossfit", {}).get("gain"),
+                }
+            )
+    return rows
+
+
+def markdown(records: Sequence[Record], rows: Sequence[Row]) -> str:
+    """Verdicts, then a line for each checkpoint and metric; losses and failures too."""
+    protocols = (*FIXED, VERSUS, *([AGREEMENT] if has_agreement(records) else []), "crossfit")
+    lines = [
+        "# Results",
+        "",
+        "| data, task, size | metric | protocol | better | worse | no evidence |",
+        "|---|---|---|--:|--:|--:|",
+    ]
+    counted = headline(rows)
+    for (data, task, grid, size, metric, protocol), counts in counted.items():
+        if protocol in OVER_PLAIN:
+            named = task if grid == "None" else f"{task} {grid}x{grid}"
+            numbers = " | ".join(str(counts.get(verdict, 0)) for verdict in VERDICTS)
+            lines.append(f"| {data}, {named}, {size} | {metric} | {protocol} | {numbers} |")
+    lines += ["", *(f"- {line}" for line in versus(counted))]
+    lines += [
+        "",
+        "`fixed`: logits, lam 0.1. `fixed_log_softmax`: lam 0.3. Both with T inf.",
+        *([LEGEND_OF_AGREEMENT] if AGREEMENT in protocols else []),
+        "",
+        f"| model | data, task, size | px | metric | n | lam = 0 | {' | '.join(protocols)} |",
+        f"|---|---|--:|---|--:|--:|{'--:|' * len(protocols)}",
+    ]
+    for record in records:
+        found: dict[str, dict[str, Record]] = {}
+        for result in record["results"]:
+            found.setdefault(result["metric"], {})[result["protocol"]] = result
+        for metric, by in found.items():
+            cells = [short(record["model"]), group_name(record), record["img_size"], metric, record["n"]]
+            cells += [_percent(by["fixed"]["baseline"])]
+            cells += [_interval(by.get(protocol)) for protocol in protocols]
+            lines.append(f"| {' | '.join(map(str, cells))} |")
+    lines += ["", *(f"- {line}" for line in (*agreement_notes(records), *left_out(records)))]
+    if without := failures(records):
+        lines += ["", "Without a result:", ""]
+        lines += [f"- {len(f['cells'])} cells, {f['status']}: {f['reason']}" for f in without]
+    return "\n".join([*lines, ""])
+
+
+def has_agreement(records: Iterable[Record]) -> bool:
+    return any(result["protocol"] == AGREEMENT for record in records for result in record["results"])
+
+
+def _interval(result: Record | None) -> str:
+    if result is None or result["gain"] is None:
+        return "-"
+    interval = "" if result["ci_low"] is None else f" [{result['ci_low']:+.2f}, {result['ci_high']:+.2f}]"
+    chosen = f", lam {result['lam']}" if result["protocol"] == AGREEMENT else ""
+    return f"{result['gain']:+.2f}{interval}{chosen}"
+
+
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"

@@ -1,0 +1,254 @@
+"""The page of a sweep: self-contained, with plots and tables; and each plot as a file."""
+
+import itertools
+import json
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from string import Template
+from typing import Any
+
+import altair as alt
+import vl_convert
+
+from timm_csra.evaluation.statistics import AGREEMENT, CONFIDENCE, VERSUS
+
+from ..records.files import Record, write_text
+from .summary import OVER_PLAIN, VERDICTS, Row, headline
+from .tables import agreement_notes, left_out
+
+PAGE = Path(__file__).with_name("page.html")
+FIRST_METRIC = {"single": "top1", "real": "top1", "multilabel": "mAP", "mosaic": "mAP"}
+FIELDS = (  # of a row of the page
+    *("model", "group", "metric", "protocol", "img_size", "n", "baseline", "gain", "ci_low", "ci_high"),
+    *("p_holm", "verdict", "scores", "lam", "kind", "macs"),
+)
+NOT_TESTED = "not tested"
+NAMED = (("verdict", NOT_TESTED), ("scores", ""), ("lam", ""), ("kind", ""))  # and what stands for none
+COLOURS = {"better": "#1c9b69", "worse": "#dd5a3c", "no evidence": "#878d96", NOT_TESTED: "#5b8fc9"}
+
+
+def group_name(row: Record) -> str:
+    """What belongs together: data, task with the grid of a mosaic, and the size in the words of the request."""
+    grid = f" {row['grid']}x{row['grid']}" if row.get("grid") else ""
+    return f"{row['data']} · {row['task']}{grid} · {row.get('requested', '1x')}"
+
+
+def page_data(records: Sequence[Record], rows: Sequence[Row]) -> Record:
+    """Everything the page shows, as plain JSON: tables in columns, names as numbers."""
+    names: dict[str, int] = {}
+
+    def number(text: Any) -> int:
+        return names.setdefault(str(text), len(names))
+
+    table = [
+        [
+            *(number(v) for v in (short(row["model"]), group_name(row), row["metric"], row["protocol"])),
+            *(number(row["img_size"]), row["n"]),
+            *(_rounded(row.get(name)) for name in ("baseline", "gain", "ci_low", "ci_high")),
+            None if row.get("p_holm") is None else float(f"{row['p_holm']:.2g}"),
+            *(number(row.get(name) or nothing) for name, nothing in NAMED),
+            row.get("macs"),
+        ]
+        for row in rows
+    ]
+    curves = [
+        [
+            *(number(short(record["model"])), number(group_name(record)), number(result["metric"])),
+            number(result["scores"]),
+            *(float(result["lam"]), *(_rounded(result[name]) for name in ("gain", "ci_low", "ci_high"))),
+        ]
+        for record in records
+        for result in record["results"]
+        if result["protocol"] == "curve" and result["gain"] is not None
+    ]
+    return {
+        "names": list(names),
+        "fields": list(FIELDS),
+        "rows": table,
+        "curves": curves,
+        "verdicts": [*VERDICTS, NOT_TESTED],
+        "counted": [*VERDICTS, "flagged"],
+        "headline": [
+            [f"{data} · {task}{'' if grid == 'None' else f' {grid}x{grid}'} · {size}", metric, protocol, dict(counts)]
+            for (data, task, grid, size, metric, protocol), counts in headline(rows).items()
+            if protocol in (*OVER_PLAIN, VERSUS)
+        ],
+        "versus": VERSUS,
+        "left_out": left_out(records),
+        "first_metrics": FIRST_METRIC,
+        "failures": failures(records),
+        "measured": [*_measured(records), *(["lam without labels", note] for note in agreement_notes(records))],
+    }
+
+
+def failures(records: Iterable[Record]) -> list[Record]:
+    """What has no result, the same reasons together."""
+    found: dict[tuple[str, str], list[str]] = {}
+    for record in records:
+        if record["status"] != "ok":
+            where = f"{short(record['model'])} on {group_name(record)}"
+            found.setdefault((record["status"], str(record["reason"])), []).append(where)
+    return [{"status": s, "reason": reason, "cells": cells} for (s, reason), cells in sorted(found.items())]
+
+
+def _measured(records: Sequence[Record]) -> list[list[str]]:
+    """With what: each value that occurs, and how often where there are several."""
+    counts: dict[str, Counter[str]] = {}
+    for record in records:
+        environment = record["environment"]
+        key = record["key"]
+        said = {
+            "device": environment["device"],
+            "platform": environment["platform"],
+            "python": environment["python"],
+            "commit": environment.get("commit"),
+            "autocast": key["amp"],
+            "seed": key["seed"],
+            "settings (lam, T, scores)": f"{len(key['settings'])}",
+            **environment["packages"],
+        }
+        for name, value in said.items():
+            counts.setdefault(name, Counter())[str(value)] += 1
+    return [
+        [name, next(iter(values)) if len(values) == 1 else ", ".join(f"{v} ({n} cells)" for v, n in values.items())]
+        for name, values in counts.items()
+    ]
+
+
+def page(data: Record) -> str:
+    """The page; the specifications of its plots are Altair's, filled with what is selected there."""
+    text = json.dumps(data, allow_nan=False, separators=(",", ":"))
+    specs = {name: chart.to_dict() for name, chart in charts().items()}
+    vega = vl_convert.javascript_bundle()  # type: ignore[call-arg]
+    return Template(PAGE.read_text(encoding="utf-8")).substitute(
+        vega=vega.replace("</script", "<\\/script"),
+        specs=json.dumps(specs).replace("</", "<\\/"),
+        data=text.replace("</", "<\\/"),
+    )
+
+
+def charts() -> dict[str, alt.LayerChart]:
+    """The four plots, on named data that the page, or `write_plots`, supplies."""
+    colour = alt.Color("verdict:N", scale=alt.Scale(domain=list(COLOURS), range=list(COLOURS.values())), title=None)
+    zero = alt.Chart(alt.Data(values=[{"zero": 0}])).mark_rule(strokeDash=[4, 4], color="#7a7f87")
+    gain = alt.X("gain:Q", title="gain, points")
+    tooltip = [
+        alt.Tooltip("model:N"),
+        *(alt.Tooltip(f"{name}:Q", format="+.2f") for name in ("gain", "ci_low", "ci_high")),
+        alt.Tooltip("baseline:Q", format=".2f"),
+        alt.Tooltip("verdict:N"),
+    ]
+    rows = alt.Chart(alt.NamedData("rows"))
+    order = alt.Y("model:N", sort=alt.EncodingSortField("place", order="ascending"), title=None)
+    forest = rows.mark_rule().encode(x=alt.X("ci_low:Q", title="gain, points"), x2="ci_high:Q", y=order, color=colour)
+    points = rows.mark_point(filled=True, size=55, opacity=1).encode(x=gain, y=order, color=colour, tooltip=tooltip)
+    curve = alt.Chart(alt.NamedData("curves")).encode(x=alt.X("lam:Q", title="lam, T = inf"))
+    who = alt.Color("who:N", title=None, scale=alt.Scale(range=["#2a6fb0", "#d9822b", "#7a4fb5", "#2f9e8f"]))
+    band = curve.mark_area(opacity=0.25).encode(y=alt.Y("low:Q", title="gain, points"), y2="high:Q", color=who)
+    line = curve.mark_line(point=True).encode(
+        y=alt.Y("gain:Q", title="gain, points"),
+        color=who,
+        tooltip=[alt.Tooltip("who:N"), alt.Tooltip("lam:Q"), alt.Tooltip("gain:Q", format="+.2f")],
+    )
+    scatter = alt.Chart(alt.NamedData("every"))
+    against = scatter.mark_circle(size=45, opacity=0.6).encode(
+        x=alt.X("baseline:Q", title="baseline, percent", scale=alt.Scale(zero=False)),
+        y=alt.Y("gain:Q", title="gain, points"),
+        color=colour,
+        tooltip=tooltip,
+    )
+    sizes = alt.Chart(alt.NamedData("sizes")).mark_circle(size=45, opacity=0.6)
+    by_size = sizes.encode(
+        x=alt.X("pixels:Q", title="image size, pixels", scale=alt.Scale(zero=False)),
+        y=alt.Y("gain:Q", title="gain, points"),
+        color=colour,
+        tooltip=tooltip,
+    )
+    wide: dict[str, Any] = {"width": "container"}
+    return {
+        "forest": (zero.encode(x="zero:Q") + forest + points).properties(**wide, height=alt.Step(18)),
+        "curve": (zero.encode(y="zero:Q") + band + line).properties(**wide, height=260),
+        "baseline": (zero.encode(y="zero:Q") + against).properties(**wide, height=260),
+        "size": (zero.encode(y="zero:Q") + by_size).properties(**wide, height=260),
+    }
+
+
+PLOTTED = 40  # checkpoints in the forest plot of a file
+PLOTS = {  # what each protocol is called in them, and which are drawn: the curve has both kinds of scores
+    "fixed": ("logits, lam 0.1", ("forest", "curve", "baseline", "size")),
+    "fixed_log_softmax": ("log_softmax, lam 0.3", ("forest", "baseline", "size")),
+    VERSUS: ("log_softmax, lam 0.3, over logits, lam 0.1", ("forest",)),
+    AGREEMENT: ("log_softmax, lam chosen without labels", ("forest", "baseline", "size")),
+}
+
+
+def write_plots(data: Record, out: Path) -> list[Path]:
+    """PNG and SVG of each plot, for the first metric of each task and what is without any choice on the data."""
+    names = data["names"]
+    rows = [dict(zip(FIELDS, row, strict=True)) for row in data["rows"]]
+    for row in rows:
+        for name in ("model", "group", "metric", "protocol", "img_size", "verdict"):
+            row[name] = names[row[name]]
+        row["pixels"] = int(str(row["img_size"]).split("x")[0]) if str(row["img_size"])[0].isdigit() else None
+    written = []
+    for group, protocol in itertools.product(sorted({row["group"] for row in rows}), PLOTS):
+        metric = FIRST_METRIC.get(group.split(" · ")[1].split(" ")[0], "mAP")
+        mine = [r for r in rows if (r["group"], r["metric"], r["protocol"]) == (group, metric, protocol)]
+        if not mine:
+            continue
+        ranked = sorted(mine, key=lambda row: -row["gain"])
+        shown = ranked if len(ranked) <= PLOTTED else [*ranked[: PLOTTED // 2], *ranked[-PLOTTED // 2 :]]
+        task = group.rsplit(" · ", 1)[0]
+        sets = {
+            "rows": [row | {"place": place} for place, row in enumerate(shown)],
+            "curves": _median_curves(
+                names, [c for c in data["curves"] if (names[c[1]], names[c[2]]) == (group, metric)]
+            ),
+            "every": mine,
+            "sizes": [
+                r
+                for r in rows
+                if r["pixels"]
+                and (r["group"].rsplit(" · ", 1)[0], r["metric"], r["protocol"]) == (task, metric, protocol)
+            ],
+        }
+        what, wanted = PLOTS[protocol]
+        for name, chart in charts().items():
+            if name not in wanted:
+                continue
+            title = f"{group}, {metric}{'' if name == 'curve' else f', {what}'}"
+            spec = chart.properties(width=520, title=title).to_dict()
+            spec["datasets"] = {**spec.get("datasets", {}), **sets}
+            of = "" if protocol == "fixed" else f"-{protocol}"
+            stem = "".join(c if c.isalnum() or c in "._-" else "_" for c in f"{name}-{group}-{metric}{of}")
+            svg = vl_convert.vegalite_to_svg(spec)
+            write_text(out / "plots" / f"{stem}.svg", svg)
+            (out / "plots" / f"{stem}.png").write_bytes(vl_convert.svg_to_png(svg, scale=2))
+            written.append(out / "plots" / f"{stem}.png")
+    return written
+
+
+def _median_curves(names: Sequence[str], curves: Iterable[Sequence[Any]]) -> list[Record]:
+    """Of all checkpoints, for each kind of scores, with the band that holds 80 % of them."""
+    by_lam: dict[tuple[str, float], list[float]] = {}
+    for _, _, _, scores, lam, gain, *_ in curves:
+        by_lam.setdefault((names[scores], lam), []).append(gain)
+    found = []
+    for (scores, lam), gains in sorted(by_lam.items()):
+        gains.sort()
+        low, middle, high = (gains[round(share * (len(gains) - 1))] for share in (0.1, 0.5, 0.9))
+        who = f"{scores}: median, 80 % of checkpoints"
+        found.append({"who": who, "lam": lam, "gain": middle, "low": low, "high": high})
+    return found
+
+
+def _rounded(value: float | None) -> float | None:
+    return None if value is None else round(value, 3)
+
+
+def short(model: str) -> str:
+    return model.rstrip("/").rsplit("/", 1)[-1] if model.startswith("local-dir:") else model.removeprefix("pypi:")
+
+
+assert CONFIDENCE == 0.95  # what the texts say
