@@ -130,14 +130,26 @@ def test_a_person_tries_it(page: str, chromium, photo: str, tmp_path: Path) -> N
     plain = before.inner_text()
     assert len(tab.locator("#maps img").all()) >= 6
 
-    # lam moves the wrapped table alone; at 0 both say the same.
     slider = tab.locator("#lam input[type=number]")
     first = re.findall(r"\d+\.\d+", after.inner_text())
+
+    # The other scores bring the lam that they are meant to be used with, and lower the logits.
+    tab.locator("#scores").get_by_label("log_softmax").check()
+    expect(slider).to_have_value("0.3")
+    expect(after).not_to_contain_text(first[0])
+    highest = [max(map(float, re.findall(r"-?\d+\.\d+", table.inner_text()))) for table in (before, after)]
+    assert highest[1] < highest[0]
+    SCREENSHOTS.mkdir(exist_ok=True, parents=True)
+    tab.screenshot(path=SCREENSHOTS / "demo-log-softmax.png", full_page=True)
+    tab.locator("#scores").get_by_label("logits", exact=True).check()
+    expect(slider).to_have_value("0.1")
+    expect(after).to_contain_text(first[0])
+
+    # lam moves the wrapped table alone; at 0 both say the same.
     slider.fill("1.5")
     slider.press("Enter")
     expect(after).not_to_contain_text(first[0])
     assert before.inner_text() == plain
-    SCREENSHOTS.mkdir(exist_ok=True, parents=True)
     tab.screenshot(path=SCREENSHOTS / "demo.png", full_page=True)
     slider.fill("0")
     slider.press("Enter")
