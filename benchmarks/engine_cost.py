@@ -33,7 +33,7 @@ from .data.datasets import ImageSet
 from .engines.local import Engine, LocalEngine
 from .engines.schedule import Run
 from .engines.worker import Models
-from .overhead import peak_of
+from .memory import peak_of
 from .records.files import Record, read_records
 from .scoring.cells import Cell, Options
 from .scoring.measure import failure

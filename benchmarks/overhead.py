@@ -12,6 +12,13 @@ machine makes of it: the plain model, and the product of the classifier with all
   wrapped   timm_csra.wrap(model)
   log_softmax  timm_csra.wrap(model, lam=0.3, scores="log_softmax")
 
+With --sweep also what `python -m benchmarks.sweep` does with a batch when it scores it: one forward pass, the attention
+terms of all settings that it tries by default (T 1, 5 and inf), timm's test-time pooling where that applies, and
+collecting all these logits. What it does once for a cell, a check of the model on a few images, is not in the time.
+
+  sweep_logits  --scores logits
+  sweep     both kinds of scores, the sweep's default
+
 `added` is the median over rounds of what the wrapped model takes longer than the plain one, with its interval; with
 --batch-size 1 it is what wrapping adds to a single forward pass.
 """
@@ -25,9 +32,9 @@ import platform
 import random
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict, astuple, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +53,8 @@ import timm_csra
 from timm_csra.evaluation.scoring import allows_test_time_pool
 
 from .argument_types import natural, positive
+from .memory import peak_of
+from .sweep_pass import PASSES, batch_seconds, default_settings
 
 MODELS = (
     "resnet50,efficientnet_b0,tf_efficientnet_lite0,convnext_tiny,swin_tiny_patch4_window7_224,vit_small_patch16_224,"
@@ -75,6 +84,7 @@ class Cost:
         ratios: to the plain model.
         over_naive: of the wrapped model to the naive four lines, where they apply.
         over_logits: of log-probabilities to logits, both wrapped.
+        over_sweep_logits: with --sweep, of a sweep's pass with both kinds of scores to that with logits alone.
         added: seconds by which a batch takes longer wrapped than plain.
         least: the plain model and the product of its classifier with all locations, nothing else, to the plain model.
         floor: (MACs of the model + MACs of scoring its locations) / MACs of the model.
@@ -89,6 +99,7 @@ class Cost:
     ratios: dict[str, Ratio]
     over_naive: Ratio | None
     over_logits: Ratio
+    over_sweep_logits: Ratio | None
     added: Ratio
     least: Ratio | None
     megabytes: dict[str, float]
@@ -97,10 +108,13 @@ class Cost:
 def main(arguments: list[str] | None = None) -> int:
     """Measure, print, and write OUT. Returns 0, or 2 where nothing could be started."""
     args = _parser().parse_args(arguments)
-    screen, log = Console(width=None if sys.stdout.isatty() else 320), Console(stderr=True)
+    screen, log = Console(width=None if sys.stdout.isatty() else 400), Console(stderr=True)
     names = args.models.split(",")
     if unknown := [name for name in names if not timm.is_model(name)]:
         log.print(f"benchmarks.overhead: no timm architecture is called {', '.join(unknown)}.", highlight=False)
+        return 2
+    if args.sweep and args.compile:
+        log.print("benchmarks.overhead: a sweep compiles nothing; leave out --sweep or --compile.", highlight=False)
         return 2
     costs = [measure(name, args) for name in track(names, "models", console=log, transient=True)]
     screen.print(_table(costs))
@@ -122,19 +136,23 @@ def measure(name: str, args: argparse.Namespace) -> Cost:
     assert explanation.input_size is not None
     x = _images(explanation.input_size, args)
     calls = {variant: call for variant in VARIANTS if (call := _call(model, variant, explanation, args)) is not None}
+    timers: dict[str, Callable[[Tensor], float]] = {variant: partial(_seconds, call) for variant, call in calls.items()}
     if "naive" in calls:
-        calls["product"] = _product(model, explanation, args)
-    seconds: dict[str, list[float]] = {variant: [] for variant in calls}
+        timers["product"] = partial(_seconds, _product(model, explanation, args))
+    if args.sweep:
+        for variant, scores in PASSES.items():
+            timers[variant] = partial(batch_seconds, model, explanation, default_settings(scores), args.device)
+    seconds: dict[str, list[float]] = {variant: [] for variant in timers}
     with torch.inference_mode():
-        for call in calls.values():
+        for timer in timers.values():
             for _ in range(args.warmup):
-                call(x)
+                timer(x)
         for _ in range(args.rounds):
-            for variant in random.sample(list(calls), len(calls)):
-                seconds[variant].append(_seconds(calls[variant], x))
+            for variant in random.sample(list(timers), len(timers)):
+                seconds[variant].append(timers[variant](x))
     times = {variant: np.array(values) for variant, values in seconds.items()}
     products = times.pop("product", None)
-    megabytes = {variant: _megabytes(name, variant, args) for variant in times} if args.memory else {}
+    megabytes = {variant: _megabytes(name, variant, args) for variant in calls} if args.memory else {}
     return Cost(
         name,
         explanation.kind,
@@ -144,6 +162,7 @@ def measure(name: str, args: argparse.Namespace) -> Cost:
         {variant: _ratio(values / times["plain"]) for variant, values in times.items() if variant != "plain"},
         _ratio(times["wrapped"] / times["naive"]) if "naive" in times else None,
         _ratio(times["log_softmax"] / times["wrapped"]),
+        _ratio(times["sweep"] / times["sweep_logits"]) if args.sweep else None,
         _ratio(times["wrapped"] - times["plain"]),
         None if products is None else _ratio(1 + products / times["plain"]),
         megabytes,
@@ -259,54 +278,34 @@ def _report_peak(sender: Any, name: str, variant: str, args: argparse.Namespace)
     sender.send(peak.megabytes)
 
 
-class Peak:
-    megabytes = math.nan
-
-
-@contextmanager
-def peak_of(device: torch.device) -> Iterator[Peak]:
-    """Peak memory of what is done within, above what there was before: of the allocator, or on a CPU of the process
-    (Linux)."""
-    peak = Peak()
-    if device.type != "cpu":
-        torch.accelerator.synchronize()
-        torch.accelerator.reset_peak_memory_stats()
-        before = torch.accelerator.memory_allocated()
-        yield peak
-        torch.accelerator.synchronize()
-        peak.megabytes = (torch.accelerator.max_memory_allocated() - before) / 2**20
-    else:
-        Path("/proc/self/clear_refs").write_text("5")  # the peak is that from now on
-        before = _status("VmRSS")
-        yield peak
-        peak.megabytes = (_status("VmHWM") - before) / 2**10
-
-
-def _status(field: str) -> int:
-    """Kilobytes."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(f"{field}:"))
-
-
 def _table(costs: list[Cost]) -> Table:
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("model", no_wrap=True)
     ratios = [f"{name}/plain" for name in (*VARIANTS[1:], "least")]
     for name in ("kind", "input", "plain", "floor", *ratios, "wrapped/naive", "log_softmax/wrapped", "added ms"):
         table.add_column(name, justify="right", no_wrap=True)
+    sweep = any(cost.over_sweep_logits for cost in costs)
+    for name in ("sweep_logits/plain", "sweep/plain", "sweep/sweep_logits") if sweep else ():
+        table.add_column(name, justify="right", no_wrap=True)
     if any(cost.megabytes for cost in costs):
         table.add_column(f"MB {', '.join(VARIANTS)}", justify="right", no_wrap=True)
     for cost in costs:
         cells = [cost.model, str(cost.kind), "x".join(map(str, cost.input_size))]
         cells += [f"{1e3 * cost.seconds['plain']:.1f} ms", f"{cost.floor:.3f}"]
-        for r in (*map(cost.ratios.get, VARIANTS[1:]), cost.least, cost.over_naive, cost.over_logits):
-            cells.append(f"{r.median:.3f} [{r.low:.3f}, {r.high:.3f}]" if r else "-")
+        cells += map(_shown, map(cost.ratios.get, VARIANTS[1:]))
+        cells += map(_shown, (cost.least, cost.over_naive, cost.over_logits))
         cells.append("{:.3f} [{:.3f}, {:.3f}]".format(*(1e3 * part for part in astuple(cost.added))))
+        if sweep:
+            cells += map(_shown, (*map(cost.ratios.get, PASSES), cost.over_sweep_logits))
         if cost.megabytes:
             shown = (cost.megabytes.get(variant, math.nan) for variant in VARIANTS)
             cells.append(" ".join("-" if math.isnan(value) else f"{value:.0f}" for value in shown))
         table.add_row(*cells)
     return table
+
+
+def _shown(ratio: Ratio | None) -> str:
+    return f"{ratio.median:.3f} [{ratio.low:.3f}, {ratio.high:.3f}]" if ratio else "-"
 
 
 def _machine(args: argparse.Namespace) -> str:
@@ -363,6 +362,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--channels-last", action="store_true")
     parser.add_argument("--compile", action="store_true", help="every variant by torch.compile")
     parser.add_argument("--memory", action="store_true", help="peak memory too, each variant in a process of its own")
+    parser.add_argument("--sweep", action="store_true", help="also what a sweep does with a batch, see above")
     parser.add_argument("--rounds", type=positive, default=40, help="default: %(default)s")
     parser.add_argument(
         "--warmup", type=natural, default=3, help="batches before the first round (default: %(default)s)"

@@ -27,7 +27,7 @@ from .argument_types import positive
 from .checkpoints.find import Checkpoint
 from .data.datasets import ImageSet
 from .engines.local import keep_memory
-from .overhead import peak_of
+from .memory import peak_of
 from .records.phases import Phases
 from .scoring.cells import Cell, Options
 from .scoring.kept import Scored

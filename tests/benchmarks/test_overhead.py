@@ -1,7 +1,11 @@
 """The benchmark of time and memory, and with it the guard against gross regressions: ratios of one and the same run."""
 
+import itertools
 import json
+import math
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import timm
@@ -9,7 +13,9 @@ import torch
 from torch import nn
 
 import timm_csra
-from benchmarks.overhead import VARIANTS, _call, _parser, main
+from benchmarks import sweep_pass
+from benchmarks.overhead import VARIANTS, _call, _parser, _table, main, measure
+from timm_csra.evaluation.scoring import Scores, score
 
 NAIVE = ["test_resnet", "test_vit", "swin_tiny_patch4_window7_224"]
 
@@ -34,6 +40,49 @@ def test_what_does_not_apply_is_left_out() -> None:
     model = timm.create_model("test_convnext").eval()
     calls = {variant: _call(model, variant, timm_csra.explain(model), args) for variant in VARIANTS}
     assert [variant for variant, call in calls.items() if call] == ["plain", "wrapped", "log_softmax"]
+
+
+def test_a_sweep_is_measured_as_it_scores_both_kinds(monkeypatch: pytest.MonkeyPatch) -> None:
+    found: list[Scores] = []
+
+    def remembered(*args: Any, **options: Any) -> tuple[Scores, torch.Tensor]:
+        scores, targets = score(*args, **options)
+        found.append(scores)
+        return scores, targets
+
+    monkeypatch.setattr(sweep_pass, "score", remembered)
+    arguments = ["--sweep", "--batch-size", "2", "--rounds", "1", "--warmup", "0", "--num-classes", "7"]
+    cost = measure("test_resnet", _parser().parse_args(arguments))
+    assert all(scores.base.shape == (1 + 2, 7) for scores in found)
+    logits, both = sorted((set(scores.attention) for scores in found), key=len)
+    assert logits == set(itertools.product(["logits"], [1, 5, math.inf]))
+    assert both == set(itertools.product(["logits", "log_softmax"], [1, 5, math.inf]))
+    assert cost.ratios.keys() >= {"sweep_logits", "sweep"}
+    assert cost.over_sweep_logits.median == pytest.approx(cost.seconds["sweep"] / cost.seconds["sweep_logits"])
+    assert [str(column.header) for column in _table([cost]).columns][-3:] == [
+        "sweep_logits/plain", "sweep/plain", "sweep/sweep_logits"
+    ]  # fmt: skip
+
+
+def test_the_check_of_the_first_images_is_not_in_the_time_of_a_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = []
+
+    def slow_to_start(model: nn.Module, batches: Any, *_: Any, **__: Any) -> None:
+        for images, targets in batches:
+            assert len(images) == len(targets)
+            time.sleep(0 if sizes else 0.3)
+            sizes.append(len(images))
+
+    monkeypatch.setattr(sweep_pass, "score", slow_to_start)
+    model = timm.create_model("test_resnet").eval()
+    seconds = sweep_pass.batch_seconds(model, timm_csra.explain(model), (), "cpu", torch.zeros(4, 3, 160, 160))
+    assert sizes == [1, 4]
+    assert 0 < seconds < 0.3
+
+
+def test_a_sweep_is_not_compiled(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--models", "test_resnet", "--sweep", "--compile"]) == 2
+    assert "a sweep compiles nothing" in capsys.readouterr().err
 
 
 def test_unknown_models_are_named(capsys: pytest.CaptureFixture[str]) -> None:
