@@ -37,7 +37,9 @@ def print_overview(records: Sequence[Record], rows: Iterable[Row], folder: Path,
     tested = [
         row
         for row in rows
-        if row.get("protocol") in OVER_PLAIN and row["metric"] == FIRST_METRIC[row["task"]] and row["gain"] is not None
+        if row.get("protocol") in OVER_PLAIN
+        and row["metric"] == FIRST_METRIC.get(row["task"])
+        and row["gain"] is not None
     ]
     counted = [row for row in tested if row["baseline_check"] != "flagged"]
     _print_extremes("Largest gains", [row for row in counted if row["gain"] > 0], -1, console)

@@ -199,7 +199,7 @@ def print_headline(counts: Mapping[tuple[str, ...], Mapping[str, int]], console:
     the first metric of each task."""
     every = len(counts)
     if every > MANY:
-        counts = {name: verdicts for name, verdicts in counts.items() if name[4] == FIRST_METRIC[name[1]]}
+        counts = {name: verdicts for name, verdicts in counts.items() if name[4] == FIRST_METRIC.get(name[1])}
     table = Table(box=None, pad_edge=False, header_style="bold")
     for name in ("data", "task", "size", "metric", "protocol"):
         table.add_column(name, overflow="fold")
