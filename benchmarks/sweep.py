@@ -32,7 +32,7 @@ from .reporting.expected import keep_expected
 from .reporting.overview import print_overview, too_many
 from .reporting.push import choose, push
 from .reporting.summary import Row, headline, kept, write_summary
-from .reporting.tables import print_headline, print_plan, print_records
+from .reporting.tables import print_headline, print_plan, print_prose, print_records
 from .scoring.cells import Cell, Options, show_size
 
 
@@ -107,7 +107,7 @@ def main(arguments: list[str] | None = None) -> int:
         print_records(in_order, screen)
         print_headline(headline(mine), screen)
     if line := where_the_time_went(in_order):
-        screen.print(line, highlight=False, soft_wrap=True)
+        print_prose(line, screen)
     if args.sample:
         screen.print(sample.NOTE, style="bold", highlight=False)
     screen.print(f"{len(records)} records in {out / 'records'}, summary in {summary}", highlight=False, soft_wrap=True)

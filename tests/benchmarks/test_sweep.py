@@ -19,6 +19,7 @@ from PIL import Image
 from timm.data import ImageNetInfo, create_loader, resolve_data_config
 
 import timm_csra
+from benchmarks.reporting import overview
 from benchmarks.sweep import main
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -146,6 +147,21 @@ def test_a_broken_record_is_measured_again_and_another_is_left_alone(
         assert list(csv.DictReader(file)) == rows  # no times: two runs are equal
     assert other.stat().st_mtime_ns == untouched
     assert foreign.read_text() == ""
+
+
+def test_a_long_sweep_prints_verdicts_and_extremes(
+    tmp_path: Path, photos: Path, checkpoint: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(overview, "MANY", 3)
+    other = make_checkpoint(tmp_path / "other", ["dog", "fish"])
+    sweep(tmp_path / "out", f"{checkpoint},{other}", photos, "--task", "single,mosaic", "--img-size", "64")
+    printed = capsys.readouterr().out
+    text = " ".join(printed.split())
+    assert text.index("Checkpoints by verdict") < text.index("Largest gains") < text.index("Largest losses")
+    assert "r_precision fixed" in text and "max_pool" not in text  # verdicts by all metrics, and no table of all cells
+    assert "2 cells not_applicable: 1 classes of the data are not among the head's: cat" in text
+    assert "2 of 4 cells have a result. Each of them, gains and losses, is in" in text
+    assert f"python -m benchmarks.report {tmp_path / 'out'}" in text
 
 
 def test_cells_that_cannot_be_answered_are_recorded(tmp_path: Path, photos: Path, checkpoint: str) -> None:
