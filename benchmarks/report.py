@@ -7,34 +7,38 @@ method over the checkpoints of the same data, task, requested size, metric and p
 
 import argparse
 import sys
+from functools import partial
 from pathlib import Path
 
 from rich.console import Console
 
 from timm_csra.evaluation.statistics import AGREEMENT
 
-from .records.files import read_records, write_table, write_text
+from .records.files import write_table, write_text
 from .reporting.documents import RESULT_COLUMNS, TIMM_COLUMNS, has_agreement, markdown, timm_rows
 from .reporting.page import page, page_data, write_plots
-from .reporting.summary import rows_of
+from .reporting.summary import read_folder
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Write the report. Returns 0, or 2 where there is nothing to report."""
     args = _parser().parse_args(arguments)
     screen, log = Console(), Console(stderr=True)
-    records = read_records(args.run_dir)
+    warn = partial(log.print, markup=False, highlight=False, soft_wrap=True)
+    try:
+        folder = read_folder(args.run_dir, warn)
+    except ValueError as error:
+        warn(f"benchmarks.report: {error}")
+        return 2
+    records = folder.records
     if not records:
-        log.print(
+        warn(
             f"benchmarks.report: no records in {args.run_dir / 'records'}; expected the --out folder of a sweep. Run "
-            "python -m benchmarks.sweep --sample first.",
-            markup=False,
-            highlight=False,
-            soft_wrap=True,
+            "python -m benchmarks.sweep --sample first."
         )
         return 2
     out = args.out or args.run_dir / "report"
-    rows = [row for row in rows_of(records) if row.get("gain") is not None]
+    rows = [row for row in folder.rows if row.get("gain") is not None]
     data = page_data(records, rows)
     write_text(out / "index.html", page(data))
     write_text(out / "results.md", markdown(records, rows))

@@ -29,9 +29,10 @@ from .engines.schedule import Run
 from .records.files import Record
 from .records.phases import where_the_time_went
 from .reporting.expected import keep_expected
+from .reporting.overview import print_overview, too_many
 from .reporting.push import choose, push
 from .reporting.summary import Row, headline, kept, write_summary
-from .reporting.tables import print_headline, print_plan, print_records
+from .reporting.tables import print_headline, print_plan, print_prose, print_records
 from .scoring.cells import Cell, Options, show_size
 
 
@@ -93,11 +94,20 @@ def main(arguments: list[str] | None = None) -> int:
         interrupted = True
         log.print(f"Stopped after {len(records)} of {len(cells)} cells; start again to do the rest.")
     in_order = [records[id(cell)] for cell in cells if id(cell) in records]
-    summary, rows = write_summary(out)
-    print_records(in_order, screen)
-    print_headline(headline(kept(rows, in_order)), screen)
+    warn = partial(log.print, style="yellow", markup=False, highlight=False, soft_wrap=True)
+    try:
+        summary, rows = write_summary(out, warn)
+    except ValueError as error:  # published figures that somebody has changed meanwhile
+        return _refused(log, error)
+    mine = kept(rows, in_order)
+    if too_many(in_order):
+        print_headline(headline(mine), screen)
+        print_overview(in_order, mine, out, screen)
+    else:
+        print_records(in_order, screen)
+        print_headline(headline(mine), screen)
     if line := where_the_time_went(in_order):
-        screen.print(line, highlight=False, soft_wrap=True)
+        print_prose(line, screen)
     if args.sample:
         screen.print(sample.NOTE, style="bold", highlight=False)
     screen.print(f"{len(records)} records in {out / 'records'}, summary in {summary}", highlight=False, soft_wrap=True)

@@ -106,7 +106,7 @@ def _parser() -> argparse.ArgumentParser:
     add_without_labels(parser)
     parser.add_argument("--task", choices=("single", "multilabel", "mosaic"), help="default: single")
     parser.add_argument(
-        "--metric", help="top1, top5, mAP, lrap, recall_at_k, CF1_top3, OF1_top3 (default: top1 or mAP)"
+        "--metric", help="top1, top5, mAP, lrap, r_precision, CF1_top3, OF1_top3 (default: top1 or mAP)"
     )
     parser.add_argument("--lams", help=f"default: {DEFAULT_LAMS}; without labels {UNLABELLED_LAMS}")
     parser.add_argument(

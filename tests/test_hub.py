@@ -620,7 +620,7 @@ def test_no_token_is_logged(hub: Hub, caplog: pytest.LogCaptureFixture, capfd: p
 
 
 def record(model: nn.Module, **changes: object) -> dict[str, object]:
-    row = {"metric": "lrap", "lam": "0.1", "temperature": "inf", "baseline": 31.88, "value": 35.55, "gain": 3.67,
+    row = {"metric": "lrap", "n": 44, "lam": "0.1", "temperature": "inf", "baseline": 31.88, "value": 35.55, "gain": 3.67,
            "ci_low": 2.32, "ci_high": 5.07, "protocol": "fixed", "scores": "logits"}  # fmt: skip
     crossfit = row | {"protocol": "crossfit", "lam": "0.5;1", "temperature": "1;inf", "gain": 6.13, "value": 38.01,
                       "scores": "log_softmax;logits"}  # fmt: skip
@@ -695,7 +695,7 @@ def test_the_card_has_what_was_measured(tmp_path: Path) -> None:
     timm_csra.save_pretrained(model, tmp_path, results=record(model))
     card = ModelCard.load(tmp_path / "README.md")
     assert (
-        "| imagenette500, mosaic | 224 | 125 | lrap | fixed | logits | 0.1 | inf | 31.88 | 35.55 | +3.67 [+2.32, +5.07] |"
+        "| imagenette500, mosaic | 224 | 44 | lrap | fixed | logits | 0.1 | inf | 31.88 | 35.55 | +3.67 [+2.32, +5.07] |"
         in card.text
     )
     assert "| crossfit | log_softmax;logits | 0.5;1 | 1;inf | 31.88 | 38.01 | +6.13" in card.text
@@ -706,7 +706,8 @@ def test_the_card_has_what_was_measured(tmp_path: Path) -> None:
     }  # fmt: skip
     wrapped = results["lrap, wrapped, fixed"]
     assert wrapped.dataset_name == "imagenette500, mosaic, 224 px, 125 pictures"
-    assert (wrapped.metric_args["ci_low"], wrapped.metric_args["scores"]) == (2.32, "logits")
+    assert [wrapped.metric_args[name] for name in ("ci_low", "scores", "n")] == [2.32, "logits", 44]
+    assert "n: the pictures that\ncount for the metric." in card.text
 
     other = make(lam=0.4)  # `fixed` is not what this model does
     timm_csra.save_pretrained(other, tmp_path / "other", results=[record(other)])
@@ -727,11 +728,12 @@ def test_records_of_an_earlier_version_are_of_logits(tmp_path: Path) -> None:
     model = make(lam=0.1, temperature=math.inf)
     before = record(model)
     for row in before["results"]:  # type: ignore[attr-defined]
-        del row["scores"]
+        del row["scores"], row["n"]
     before["results"] = [row for row in before["results"] if "log_softmax" not in row["protocol"]]  # type: ignore
     timm_csra.save_pretrained(model, tmp_path, results=before)
     text = (tmp_path / "README.md").read_text()
-    assert "| lrap | fixed | logits | 0.1 | inf |" in text
+    # Which of the 125 pictures counted for it such a record does not say.
+    assert "| imagenette500, mosaic | 224 | - | lrap | fixed | logits | 0.1 | inf |" in text
     assert "| crossfit | logits;logits | 0.5;1 |" in text
 
 

@@ -72,14 +72,14 @@ def test_lrap_equals_sklearn_on_labelled_images(logits: torch.Tensor, labels: to
     assert value(evaluate(logits, labels)["lrap"], np.arange(N)) == pytest.approx(100 * expected, abs=1e-4)
 
 
-def test_recall_at_k_with_k_the_number_of_labels(labels: torch.Tensor) -> None:
+def test_r_precision_is_precision_at_the_number_of_labels(labels: torch.Tensor) -> None:
     logits = 40 + torch.randn(N, K, generator=torch.Generator().manual_seed(2))
-    recalls = []
+    shares = []
     for row in range(N):
         wanted = set(np.flatnonzero(labels[row]))
         if wanted:
-            recalls.append(len(wanted & set(np.argsort(-logits[row].numpy())[: len(wanted)])) / len(wanted))
-    assert value(evaluate(logits, labels)["recall_at_k"], np.arange(N)) == pytest.approx(100 * np.mean(recalls))
+            shares.append(len(wanted & set(np.argsort(-logits[row].numpy())[: len(wanted)])) / len(wanted))
+    assert value(evaluate(logits, labels)["r_precision"], np.arange(N)) == pytest.approx(100 * np.mean(shares))
 
 
 def test_accuracy_equals_sklearn() -> None:
@@ -193,6 +193,19 @@ def test_any_of_several_right_names(labels: torch.Tensor) -> None:
     assert 0 < several.sum() < N
     expected = label_ranking_average_precision_score(labels[several], logits[several])
     assert value(evaluations["lrap"], np.arange(N)) == pytest.approx(100 * expected, abs=1e-4)
+
+
+def test_n_is_the_number_of_images_that_count(labels: torch.Tensor) -> None:
+    logits = torch.randn(N, K, generator=torch.Generator().manual_seed(8))
+    some, several = int((labels.sum(1) >= 1).sum()), int((labels.sum(1) >= 2).sum())
+    assert 0 < several < some < N
+    both = evaluate(logits, labels) | evaluate(logits, labels, SIGMOID)
+    # Images without a label are negatives of every class, and whatever is predicted in them is wrong.
+    everything = dict.fromkeys(("mAP", "CF1_top3", "OF1_top3", "CF1", "OF1"), N)
+    assert {name: one.n for name, one in both.items()} == everything | {"lrap": some, "r_precision": some}
+    found = {name: one.n for name, one in evaluate(logits, labels, ANY_LABEL).items()}
+    assert found == {"top1": some, "lrap": several, "r_precision": several}
+    assert {one.n for one in evaluate(logits, torch.arange(N) % K).values()} == {N}
 
 
 def test_calibration() -> None:

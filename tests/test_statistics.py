@@ -34,6 +34,20 @@ def crossfitted(metric: str, settings: Mapping[Setting, Evaluation], split: Sequ
     return crossfit(Table.of(metric, settings, split), seed)
 
 
+def test_every_comparison_says_how_many_images_count() -> None:
+    labels = torch.rand(40, 6, generator=torch.Generator().manual_seed(1)) < 0.2
+    counted = int(labels.any(1).sum())
+    assert 2 < counted < 40
+    found = [evaluate(torch.randn(40, 6, generator=torch.Generator().manual_seed(i)), labels) for i in range(3)]
+    settings = (PLAIN, DEFAULT, DEFAULT_LOG_SOFTMAX)
+    for metric, n in (("lrap", counted), ("mAP", 40)):
+        of = {setting: one[metric] for setting, one in zip(settings, found, strict=True)}
+        whole = on_all(metric, of, 40)
+        comparisons = [*without_choice(whole, 0), best(whole), crossfitted(metric, of, halves(40, 0), 0)]
+        assert {one.protocol for one in comparisons} >= {"fixed", "log_softmax_vs_logits", "curve", "crossfit", "best"}
+        assert {one.n for one in comparisons} == {n}
+
+
 def test_halves_are_stratified_disjoint_and_seeded() -> None:
     classes = np.repeat(np.arange(7), [10, 4, 1, 7, 20, 3, 6])
     first, second = halves(classes, seed=3)

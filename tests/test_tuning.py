@@ -130,6 +130,17 @@ def loader(model: torch.nn.Module, several: bool = False) -> list[tuple[Tensor, 
     return [(torch.randn(8, 3, 64, 64, generator=generator), targets) for _ in range(3)]
 
 
+def test_what_it_says_of_n_is_what_counts_for_the_metric() -> None:
+    labels = torch.eye(4, dtype=torch.int8)[LABELS]
+    labels[::4] = 0  # images without a label
+    images = torch.randn(12, 3, 64, 64)
+    result = timm_csra.tune(
+        timm.create_model("test_resnet", num_classes=4).eval(), [(images, labels)], metric="lrap", folds=3
+    )
+    assert (result.images, result.nested.n) == (12, 9)
+    assert "(n = 9, 3 folds)" in str(result)
+
+
 @pytest.mark.parametrize("metric", [None, "top1", "mAP", "lrap"])
 def test_from_images_to_a_result_without_touching_the_model(metric: str | None) -> None:
     model = timm.create_model("test_resnet", num_classes=4).eval()

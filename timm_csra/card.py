@@ -11,6 +11,8 @@ from .errors import describe
 
 Record = Mapping[str, Any]  # what `python -m benchmarks.sweep` writes for a cell
 
+RENAMED = {"recall_at_k": "r_precision"}  # metrics that records of earlier versions call otherwise
+
 FIXED = ("fixed", "fixed_log_softmax")  # protocols whose settings were set before looking
 
 # What the Hub knows by an identifier; any other licence goes by its name.
@@ -137,14 +139,30 @@ def _check_record(record: Record, weights: str) -> None:
         )
 
 
-def _rows(record: Record, settings: CSRAConfig) -> list[Record]:
+def results_of(record: Record) -> list[dict[str, Any]]:
+    """The results of a record, as this version writes them.
+
+    Earlier versions knew logits alone and did not name the scores, called a metric otherwise, and did not say how many
+    images count for a metric: where these need not be all of the record's, `n` is None.
+    """
+    return [_as_today(record, row) for row in record["results"]]
+
+
+def _as_today(record: Record, row: Record) -> dict[str, Any]:
+    settings = [lam for lam in row["lam"].split(";") if lam]  # none of a rival
+    metric = RENAMED.get(row["metric"], row["metric"])
+    all_count = record["task"] == "single" or metric not in ("top1", "lrap", "r_precision")
+    before = {"scores": ";".join([LOGITS] * len(settings)), "n": record["n"] if all_count else None}
+    return {**before, **row, "metric": metric}
+
+
+def _rows(record: Record, settings: CSRAConfig) -> list[dict[str, Any]]:
     """Cross-fitted results, which choose settings themselves, and those of the settings fixed beforehand, where the
-    model has these. Records of an earlier version, which knew logits alone, do not name the scores."""
+    model has these."""
     own = (f"{settings.lam:g}", _heads(settings), settings.scores)
-    rows = [{"scores": ";".join([LOGITS] * len(row["lam"].split(";"))), **row} for row in record["results"]]
     return [
         row
-        for row in rows
+        for row in results_of(record)
         if row["gain"] is not None
         and (
             row["protocol"] == "crossfit"
@@ -164,7 +182,8 @@ def _eval_results(record: Record, settings: CSRAConfig) -> list[EvalResult]:
         metric = row["metric"]
         plain, wrapped = f"{metric}, plain", f"{metric}, wrapped, {row['protocol']}"
         results[plain] = EvalResult(**where, metric_type=metric, metric_name=plain, metric_value=row["baseline"])
-        facts = {key: row[key] for key in ("protocol", "scores", "lam", "temperature", "gain", "ci_low", "ci_high")}
+        names = ("protocol", "n", "scores", "lam", "temperature", "gain", "ci_low", "ci_high")
+        facts = {name: row[name] for name in names}
         results[wrapped] = EvalResult(
             **where, metric_type=metric, metric_name=wrapped, metric_value=row["value"], metric_args=facts
         )
@@ -179,7 +198,8 @@ def _measured(records: Sequence[Record], settings: CSRAConfig) -> str:
         "By `python -m benchmarks.sweep` of timm_csra: percent, and points of gain over the plain model with 95 %",
         "paired bootstrap intervals over pictures. Without any choice on these pictures: `fixed` (logits, lam 0.1,",
         "T inf) and `fixed_log_softmax` (lam 0.3, T inf), where they are this model's settings. `crossfit`: chosen on",
-        "one half of the pictures, measured on the other, both ways (both settings are listed).",
+        "one half of the pictures, measured on the other, both ways (both settings are listed). n: the pictures that",
+        "count for the metric.",
         "",
         "| data, task | pixels | n | metric | protocol | scores | lam | T | plain | wrapped | gain |",
         "|---|---|---|---|---|---|---|---|---|---|---|",
@@ -187,8 +207,12 @@ def _measured(records: Sequence[Record], settings: CSRAConfig) -> str:
     for record in records:
         for row in _rows(record, settings):
             interval = "" if row["ci_low"] is None else f" [{row['ci_low']:+.2f}, {row['ci_high']:+.2f}]"
-            cells = [f"{record['data']}, {record['task']}", record["img_size"], record["n"]]
+            cells = [f"{record['data']}, {record['task']}", record["img_size"], _known(row["n"])]
             cells += [row[name] for name in ("metric", "protocol", "scores", "lam", "temperature")]
             cells += [f"{row['baseline']:.2f}", f"{row['value']:.2f}", f"{row['gain']:+.2f}{interval}"]
             lines.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join([*lines, ""])
+
+
+def _known(count: int | None) -> int | str:
+    return "-" if count is None else count

@@ -21,7 +21,7 @@ from rich.progress import (
 
 from ..checkpoints.downloads import Downloads
 from ..checkpoints.find import Checkpoint
-from ..records.files import Record, read_record, record_path, write_record
+from ..records.files import Record, RecordError, read_record, record_path, write_record
 from ..scoring.cells import Cell, Options
 from ..scoring.environment import commit
 from ..scoring.kept import scores_file
@@ -98,8 +98,11 @@ class Run:
                     yield cell, record
 
     def _finished(self, cell: Cell) -> Record | None:
-        """The record of a cell for which nothing is left to do."""
-        record = read_record(record_path(self.out, cell.key(self.options)))
+        """The record of a cell for which nothing is left to do. What is no record does not make a cell finished."""
+        try:
+            record = read_record(record_path(self.out, cell.key(self.options)))
+        except RecordError:
+            return None
         if record is None or (self.retry_failed and record["status"] == "failed"):
             return None
         file = scores_file(cell, self.options)
@@ -110,6 +113,10 @@ class Run:
         cell, record = outcome.cell, outcome.record
         record["environment"]["commit"] = commit()
         path = record_path(self.out, cell.key(self.options))
+        try:
+            read_record(path)
+        except RecordError as error:
+            self.log.print(f"{error} It is replaced.", style="yellow", markup=False, highlight=False, soft_wrap=True)
         write_record(path, record)
         if not self.log.is_terminal:  # a log file has no progress bar
             again = "" if outcome.final else "; it is computed once more"

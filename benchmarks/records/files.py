@@ -5,14 +5,30 @@ import hashlib
 import io
 import json
 import os
+import sys
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
+from timm_csra.card import RENAMED, results_of
 from timm_csra.config import LOGITS
 
 Record = dict[str, Any]
+
+# What everything that reads records relies on, and types of what is not always there.
+NUMBER = (float, int, NoneType)
+NEEDED = {"status": str, "model": str, "data": str, "task": str, "img_size": (int, str), "n": int, "key": dict,
+          "results": list}  # fmt: skip
+NEEDED_RESULT = {"metric": str, "protocol": str, "lam": str, "temperature": str, "baseline": NUMBER, "value": NUMBER,
+                 "gain": NUMBER, "ci_low": NUMBER, "ci_high": NUMBER}  # fmt: skip
+OPTIONAL = {"reason": (str, NoneType), "all_settings": list, "left_out": list, "phases": dict, "environment": dict,
+            "preprocessing": (dict, NoneType), "agreement": (dict, NoneType)}  # fmt: skip
+
+
+class RecordError(ValueError):
+    """A file that is not the record of a cell; the text names it and says what was found."""
 
 
 def record_path(folder: Path, key: Record) -> Path:
@@ -24,20 +40,74 @@ def record_path(folder: Path, key: Record) -> Path:
 
 
 def read_record(path: Path) -> Record | None:
-    """The record of a finished cell, or None where it has not been finished."""
-    if not path.is_file():
+    """The record of a finished cell, or None where it has not been finished.
+
+    Raises:
+        RecordError: there is a file, and it is no record, was cut, or is of an old form that lacks what is needed.
+    """
+    try:
+        record, wrong = _parse(path.read_bytes())
+    except FileNotFoundError:
         return None
-    return _read(path)
+    except OSError as error:
+        record, wrong = None, f"what cannot be read ({error.strerror})"
+    if wrong:
+        raise RecordError(f"{path}: found {wrong}, expected the record of a finished cell.")
+    return _as_today(record)
 
 
-def _read(path: Path) -> Record:
-    """Records of before there were two kinds of scores name none: they are of logits."""
-    record: Record = json.loads(path.read_text(encoding="utf-8"))
+def _parse(content: bytes) -> tuple[Any, str | None]:
+    """A record, and what keeps it from being one."""
+    if not content.strip():
+        return None, "an empty file"
+    try:
+        record = json.loads(content, parse_constant=_no_json)
+    except (ValueError, RecursionError) as error:
+        return None, f"no whole JSON ({error})"
+    return record, _wrong(record)
+
+
+def _no_json(constant: str) -> None:
+    raise ValueError(f"{constant} is no JSON")
+
+
+def _wrong(record: Any) -> str | None:
+    if not isinstance(record, dict):
+        return f"a JSON {type(record).__name__}"
+    there = {name: types for name, types in OPTIONAL.items() if name in record}
+    if wrong := _lacking(record, NEEDED | there, "a record"):
+        return wrong
+    for row in record["results"]:
+        if wrong := _lacking(row, NEEDED_RESULT, "a result"):
+            return wrong
+    if not all(isinstance(row, dict) for row in record.get("all_settings", ())):
+        return "a record with all_settings that are no objects"
+    fixed = {row["metric"] for row in record["results"] if row["protocol"] == "fixed"}
+    without = next((row["metric"] for row in record["results"] if row["metric"] not in fixed), None)
+    return f"results of {without} without the protocol fixed" if without else None
+
+
+def _lacking(found: Any, needed: Mapping[str, Any], what: str) -> str | None:
+    if not isinstance(found, dict):
+        return f"{what} that is a {type(found).__name__}"
+    for name, types in needed.items():
+        if name not in found:
+            return f"{what} without {name}"
+        if not isinstance(found[name], types):
+            return f"{what} whose {name} is a {type(found[name]).__name__}"
+    return None
+
+
+def _as_today(record: Record) -> Record:
+    """What earlier versions wrote, as this one writes it; see `results_of`, too."""
     if "scores" in record:
         record["kept_scores"] = record.pop("scores")  # what this was called then
-    for row in (*record.get("results", ()), *record.get("all_settings", ())):
-        settings = [lam for lam in str(row["lam"]).split(";") if lam]  # none of a rival
-        row.setdefault("scores", ";".join([LOGITS] * len(settings)))
+    record["results"] = results_of(record)
+    for row in record.get("all_settings", ()):
+        row.setdefault("scores", LOGITS)
+        for before in RENAMED.keys() & row.keys():
+            row[RENAMED[before]] = row.pop(before)
+    record.setdefault("reason", None)
     return record
 
 
@@ -46,10 +116,23 @@ def write_record(path: Path, record: Record) -> None:
     write_text(path, json.dumps(record, indent=1, allow_nan=False))
 
 
-def read_records(folder: Path) -> list[Record]:
-    """All records in the folder, of earlier sweeps too."""
-    files = sorted((folder / "records").glob("*.json"))
-    return [_read(file) for file in files]
+def to_stderr(line: str) -> None:
+    print(line, file=sys.stderr)
+
+
+def read_records(folder: Path, warn: Callable[[str], object] = to_stderr) -> list[Record]:
+    """All records in the folder, of earlier sweeps too. A file that is no record is left where it is, and out here:
+    `warn` is told of each."""
+    records = []
+    for file in sorted((folder / "records").glob("*.json")):
+        try:
+            record = read_record(file)
+        except RecordError as error:
+            warn(f"{error} It is left out: run the same sweep again, which measures its cell again, or delete it.")
+            continue
+        if record is not None:  # nobody has deleted it since
+            records.append(record)
+    return records
 
 
 def write_table(path: Path, columns: Sequence[str], rows: Iterable[dict[str, Any]]) -> None:

@@ -5,9 +5,9 @@ from collections.abc import Iterable, Sequence
 from timm_csra.evaluation.statistics import AGREEMENT, FIXED, VERSUS
 
 from ..records.files import Record
-from .page import failures, group_name, short
+from .page import failures, group_name
 from .summary import OVER_PLAIN, VERDICTS, Row, headline, versus
-from .tables import LEGEND_OF_AGREEMENT, agreement_notes, left_out
+from .tables import LEGEND_OF_AGREEMENT, agreement_notes, by_metric, known, left_out, number, short
 
 TIMM_COLUMNS = ("model", "img_size", "top1", "top1_err", "top5", "top5_err", "param_count", "crop_pct", "interpolation")
 GAINS = {  # columns of protocols without any choice on the data
@@ -15,20 +15,20 @@ GAINS = {  # columns of protocols without any choice on the data
     for protocol in (*FIXED, VERSUS, AGREEMENT)
     for name, of in ((f"gain_{protocol}", "gain"), (f"{protocol}_low", "ci_low"), (f"{protocol}_high", "ci_high"))
 }
-RESULT_COLUMNS = ("data", "task", "metric", "baseline", *GAINS, "agreement_lam", "gain_crossfit")
+RESULT_COLUMNS = (
+    *("data", "task", "metric", "n", "baseline", *GAINS, "agreement_lam", "gain_crossfit", "baseline_check"),
+)
 
 
 def timm_rows(records: Iterable[Record]) -> list[Row]:
     """One row for each cell and metric, with the columns of timm's results files where they apply."""
     rows = []
     for record in records:
-        by_metric: dict[str, dict[str, Record]] = {}
-        for result in record["results"]:
-            by_metric.setdefault(result["metric"], {})[result["protocol"]] = result
-        tops = {m: found["fixed"]["baseline"] for m, found in by_metric.items() if m in ("top1", "top5")}
+        metrics = by_metric(record)
+        tops = {m: found["fixed"]["baseline"] for m, found in metrics.items() if m in ("top1", "top5")}
         errors = {f"{m}_err": 100 - value for m, value in tops.items() if value is not None}
         preprocessing = record.get("preprocessing") or {}
-        for metric, found in by_metric.items():
+        for metric, found in metrics.items():
             rows.append(
                 {
                     "model": short(record["model"]),
@@ -41,6 +41,8 @@ def timm_rows(records: Iterable[Record]) -> list[Row]:
                     "data": record["data"],
                     "task": group_name(record).split(" · ")[1],
                     "metric": metric,
+                    "n": found["fixed"]["n"],
+                    "baseline_check": record.get("baseline_check"),
                     "baseline": found["fixed"]["baseline"],
                     **{name: found.get(protocol, {}).get(of) for name, (protocol, of) in GAINS.items()},
                     "agreement_lam": found.get(AGREEMENT, {}).get("lam"),
@@ -56,31 +58,33 @@ def markdown(records: Sequence[Record], rows: Sequence[Row]) -> str:
     lines = [
         "# Results",
         "",
-        "| data, task, size | metric | protocol | better | worse | no evidence |",
-        "|---|---|---|--:|--:|--:|",
+        "| data, task, size | metric | protocol | better | worse | no evidence | flagged |",
+        "|---|---|---|--:|--:|--:|--:|",
     ]
     counted = headline(rows)
     for (data, task, grid, size, metric, protocol), counts in counted.items():
         if protocol in OVER_PLAIN:
             named = task if grid == "None" else f"{task} {grid}x{grid}"
-            numbers = " | ".join(str(counts.get(verdict, 0)) for verdict in VERDICTS)
+            numbers = " | ".join(str(counts.get(verdict, 0)) for verdict in (*VERDICTS, "flagged"))
             lines.append(f"| {data}, {named}, {size} | {metric} | {protocol} | {numbers} |")
     lines += ["", *(f"- {line}" for line in versus(counted))]
+    if flagged := sorted({short(record["model"]) for record in records if record.get("baseline_check") == "flagged"}):
+        lines.append(
+            f"- flagged, and left out of these counts: {', '.join(flagged)}, whose lam = 0 disagrees with the "
+            "published figure by more than 0.1 points of top-1."
+        )
     lines += [
         "",
-        "`fixed`: logits, lam 0.1. `fixed_log_softmax`: lam 0.3. Both with T inf.",
+        "`fixed`: logits, lam 0.1. `fixed_log_softmax`: lam 0.3. Both with T inf. n: images that count for the metric.",
         *([LEGEND_OF_AGREEMENT] if AGREEMENT in protocols else []),
         "",
         f"| model | data, task, size | px | metric | n | lam = 0 | {' | '.join(protocols)} |",
         f"|---|---|--:|---|--:|--:|{'--:|' * len(protocols)}",
     ]
     for record in records:
-        found: dict[str, dict[str, Record]] = {}
-        for result in record["results"]:
-            found.setdefault(result["metric"], {})[result["protocol"]] = result
-        for metric, by in found.items():
-            cells = [short(record["model"]), group_name(record), record["img_size"], metric, record["n"]]
-            cells += [_percent(by["fixed"]["baseline"])]
+        for metric, by in by_metric(record).items():
+            cells = [short(record["model"]), group_name(record), record["img_size"], metric]
+            cells += [known(by["fixed"]["n"]), number(by["fixed"]["baseline"])]
             cells += [_interval(by.get(protocol)) for protocol in protocols]
             lines.append(f"| {' | '.join(map(str, cells))} |")
     lines += ["", *(f"- {line}" for line in (*agreement_notes(records), *left_out(records)))]
@@ -100,7 +104,3 @@ def _interval(result: Record | None) -> str:
     interval = "" if result["ci_low"] is None else f" [{result['ci_low']:+.2f}, {result['ci_high']:+.2f}]"
     chosen = f", lam {result['lam']}" if result["protocol"] == AGREEMENT else ""
     return f"{result['gain']:+.2f}{interval}{chosen}"
-
-
-def _percent(value: float | None) -> str:
-    return "-" if value is None else f"{value:.2f}"

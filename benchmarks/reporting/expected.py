@@ -57,7 +57,9 @@ def check(record: Record, expected: Expected) -> str:
         return "not compared: no published figure"
     if record["task"] != "single" or record["n"] != IMAGES:
         return f"not compared: {record['n']} images of task {record['task']}, not all {IMAGES} of the validation set"
-    used = record["preprocessing"]
+    used = record.get("preprocessing") or {}
+    if missing := [name for name in ("crop_pct", "interpolation") if name not in used]:
+        return f"not compared: the record does not say {' and '.join(missing)}"
     pairs = {
         "img_size": (str(record["img_size"]), row["img_size"]),
         "crop_pct": (f"{used['crop_pct']:.3f}", f"{float(row['crop_pct']):.3f}"),
@@ -66,5 +68,8 @@ def check(record: Record, expected: Expected) -> str:
     for name, (found, published) in pairs.items():
         if found != published:
             return f"not compared: {name} {found}, published for {published}"
-    baseline = next(r["baseline"] for r in record["results"] if (r["metric"], r["protocol"]) == ("top1", "fixed"))
+    tops = (r["baseline"] for r in record["results"] if (r["metric"], r["protocol"]) == ("top1", "fixed"))
+    baseline = next(tops, None)
+    if baseline is None:
+        return "not compared: the record has no top1"
     return "agrees" if abs(baseline - float(row["top1"])) <= TOLERANCE + 1e-9 else "flagged"

@@ -14,18 +14,20 @@ import vl_convert
 from timm_csra.evaluation.statistics import AGREEMENT, CONFIDENCE, VERSUS
 
 from ..records.files import Record, write_text
-from .summary import OVER_PLAIN, VERDICTS, Row, headline
-from .tables import agreement_notes, left_out
+from .summary import FIRST_METRIC, OVER_PLAIN, VERDICTS, Row, headline
+from .tables import agreement_notes, left_out, short
 
 PAGE = Path(__file__).with_name("page.html")
-FIRST_METRIC = {"single": "top1", "real": "top1", "multilabel": "mAP", "mosaic": "mAP"}
 FIELDS = (  # of a row of the page
     *("model", "group", "metric", "protocol", "img_size", "n", "baseline", "gain", "ci_low", "ci_high"),
     *("p_holm", "verdict", "scores", "lam", "kind", "macs"),
 )
 NOT_TESTED = "not tested"
-NAMED = (("verdict", NOT_TESTED), ("scores", ""), ("lam", ""), ("kind", ""))  # and what stands for none
-COLOURS = {"better": "#1c9b69", "worse": "#dd5a3c", "no evidence": "#878d96", NOT_TESTED: "#5b8fc9"}
+FLAGGED = "flagged"
+NAMED = (("scores", ""), ("lam", ""), ("kind", ""))  # and what stands for none
+COLOURS = {
+    "better": "#1c9b69", "worse": "#dd5a3c", "no evidence": "#878d96", FLAGGED: "#b8860b", NOT_TESTED: "#5b8fc9"
+}  # fmt: skip
 
 
 def group_name(row: Record) -> str:
@@ -47,6 +49,7 @@ def page_data(records: Sequence[Record], rows: Sequence[Row]) -> Record:
             *(number(row["img_size"]), row["n"]),
             *(_rounded(row.get(name)) for name in ("baseline", "gain", "ci_low", "ci_high")),
             None if row.get("p_holm") is None else float(f"{row['p_holm']:.2g}"),
+            number(_verdict(row)),
             *(number(row.get(name) or nothing) for name, nothing in NAMED),
             row.get("macs"),
         ]
@@ -62,13 +65,14 @@ def page_data(records: Sequence[Record], rows: Sequence[Row]) -> Record:
         for result in record["results"]
         if result["protocol"] == "curve" and result["gain"] is not None
     ]
+    flagged = any(_verdict(row) == FLAGGED for row in rows)
     return {
         "names": list(names),
         "fields": list(FIELDS),
         "rows": table,
         "curves": curves,
-        "verdicts": [*VERDICTS, NOT_TESTED],
-        "counted": [*VERDICTS, "flagged"],
+        "verdicts": [*VERDICTS, *([FLAGGED] if flagged else []), NOT_TESTED],
+        "counted": [*VERDICTS, FLAGGED],
         "headline": [
             [f"{data} · {task}{'' if grid == 'None' else f' {grid}x{grid}'} · {size}", metric, protocol, dict(counts)]
             for (data, task, grid, size, metric, protocol), counts in headline(rows).items()
@@ -80,6 +84,13 @@ def page_data(records: Sequence[Record], rows: Sequence[Row]) -> Record:
         "failures": failures(records),
         "measured": [*_measured(records), *(["lam without labels", note] for note in agreement_notes(records))],
     }
+
+
+def _verdict(row: Row) -> str:
+    """As `headline` counts it."""
+    if not row.get("verdict"):
+        return NOT_TESTED
+    return FLAGGED if row.get("baseline_check") == FLAGGED else str(row["verdict"])
 
 
 def failures(records: Iterable[Record]) -> list[Record]:
@@ -96,17 +107,13 @@ def _measured(records: Sequence[Record]) -> list[list[str]]:
     """With what: each value that occurs, and how often where there are several."""
     counts: dict[str, Counter[str]] = {}
     for record in records:
-        environment = record["environment"]
-        key = record["key"]
+        environment, key = record.get("environment", {}), record["key"]
         said = {
-            "device": environment["device"],
-            "platform": environment["platform"],
-            "python": environment["python"],
-            "commit": environment.get("commit"),
-            "autocast": key["amp"],
-            "seed": key["seed"],
-            "settings (lam, T, scores)": f"{len(key['settings'])}",
-            **environment["packages"],
+            **{name: environment.get(name) for name in ("device", "platform", "python", "commit")},
+            "autocast": key.get("amp"),
+            "seed": key.get("seed"),
+            "settings (lam, T, scores)": f"{len(key.get('settings', ()))}",
+            **environment.get("packages", {}),
         }
         for name, value in said.items():
             counts.setdefault(name, Counter())[str(value)] += 1
@@ -119,7 +126,7 @@ def _measured(records: Sequence[Record]) -> list[list[str]]:
 def page(data: Record) -> str:
     """The page; the specifications of its plots are Altair's, filled with what is selected there."""
     text = json.dumps(data, allow_nan=False, separators=(",", ":"))
-    specs = {name: chart.to_dict() for name, chart in charts().items()}
+    specs = {name: chart.to_dict() for name, chart in charts(data["verdicts"]).items()}
     vega = vl_convert.javascript_bundle()  # type: ignore[call-arg]
     return Template(PAGE.read_text(encoding="utf-8")).substitute(
         vega=vega.replace("</script", "<\\/script"),
@@ -128,9 +135,10 @@ def page(data: Record) -> str:
     )
 
 
-def charts() -> dict[str, alt.LayerChart]:
-    """The four plots, on named data that the page, or `write_plots`, supplies."""
-    colour = alt.Color("verdict:N", scale=alt.Scale(domain=list(COLOURS), range=list(COLOURS.values())), title=None)
+def charts(verdicts: Sequence[str]) -> dict[str, alt.LayerChart]:
+    """The four plots, on named data that the page, or `write_plots`, supplies; `verdicts` are those that may occur."""
+    scale = alt.Scale(domain=list(verdicts), range=[COLOURS[verdict] for verdict in verdicts])
+    colour = alt.Color("verdict:N", scale=scale, title=None)
     zero = alt.Chart(alt.Data(values=[{"zero": 0}])).mark_rule(strokeDash=[4, 4], color="#7a7f87")
     gain = alt.X("gain:Q", title="gain, points")
     tooltip = [
@@ -214,7 +222,7 @@ def write_plots(data: Record, out: Path) -> list[Path]:
             ],
         }
         what, wanted = PLOTS[protocol]
-        for name, chart in charts().items():
+        for name, chart in charts(data["verdicts"]).items():
             if name not in wanted:
                 continue
             title = f"{group}, {metric}{'' if name == 'curve' else f', {what}'}"
@@ -245,10 +253,6 @@ def _median_curves(names: Sequence[str], curves: Iterable[Sequence[Any]]) -> lis
 
 def _rounded(value: float | None) -> float | None:
     return None if value is None else round(value, 3)
-
-
-def short(model: str) -> str:
-    return model.rstrip("/").rsplit("/", 1)[-1] if model.startswith("local-dir:") else model.removeprefix("pypi:")
 
 
 assert CONFIDENCE == 0.95  # what the texts say

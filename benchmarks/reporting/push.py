@@ -7,9 +7,7 @@ import timm_csra
 
 from ..checkpoints.find import Checkpoint
 from ..records.files import Record
-from .summary import Row
-
-METRIC = {"single": "top1", "real": "top1", "multilabel": "mAP", "mosaic": "mAP"}  # what decides, for each task
+from .summary import FIRST_METRIC, Row
 
 
 @dataclass(frozen=True)
@@ -42,7 +40,7 @@ class Choice:
 
 def choose(rows: Iterable[Row], measured: Mapping[Checkpoint, Sequence[Record]]) -> list[Choice]:
     """Checkpoints whose cross-fitted gain at their own size is significant after Holm's correction on some data and
-    task, by the task's first metric (`METRIC`), and which lose significantly on none.
+    task, by the task's first metric, and which lose significantly on none.
 
     Args:
         rows: of the summary.
@@ -57,8 +55,8 @@ def choose(rows: Iterable[Row], measured: Mapping[Checkpoint, Sequence[Record]])
             for row in rows
             if row.get("verdict")
             and row["protocol"] == "crossfit"
-            and row["metric"] == METRIC[row["task"]]
-            and row["requested"] == "1x"
+            and row["metric"] == FIRST_METRIC[row["task"]]
+            and row.get("requested") == "1x"  # the oldest records do not say it
             and row["key"] in keys
             and row["baseline_check"] != "flagged"
         ]

@@ -2,7 +2,8 @@
 
 import gc
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,8 @@ from statsmodels.stats.multitest import multipletests
 
 from timm_csra.evaluation.statistics import AGREEMENT, FIXED, VERSUS
 
-from ..records.files import Record, read_records, write_table
-from .expected import Expected, check, read_expected
+from ..records.files import Record, read_records, to_stderr, write_table
+from .expected import check, read_expected
 
 COLUMNS = (
     *("model", "data", "task", "img_size", "n", "columns", "metric", "protocol", "scores", "lam"),
@@ -22,18 +23,48 @@ COLUMNS = (
 ALPHA = 0.05
 VERDICTS = ("better", "worse", "no evidence")
 OVER_PLAIN = (*FIXED, AGREEMENT, "crossfit")  # protocols whose verdicts are of gains over the plain model
+FIRST_METRIC = {"single": "top1", "real": "top1", "multilabel": "mAP", "mosaic": "mAP"}  # what decides, for each task
 
 Row = dict[str, Any]
 
 
-def rows_of(records: Iterable[Record], expected: Expected | None = None) -> list[Row]:
+@dataclass(frozen=True)
+class Folder:
+    """What the records of a folder say together. The summary, the terminal and the report all show this.
+
+    Attributes:
+        records: those of finished cells, each with `baseline_check`: see `check`, None without published figures.
+        rows: see `rows_of`.
+    """
+
+    records: list[Record]
+    rows: list[Row]
+
+
+def read_folder(folder: Path, warn: Callable[[str], object] = to_stderr) -> Folder:
+    """All records in the folder. Baselines are compared with `expected.csv` in it, where a sweep with `--expected` has
+    put that. `warn` is told of each file that is no record.
+
+    Raises:
+        ValueError: `expected.csv` is no such table.
+    """
+    published = folder / "expected.csv"
+    expected = read_expected(str(published)) if published.is_file() else None
+    records = [
+        record | {"baseline_check": None if expected is None or record["status"] != "ok" else check(record, expected)}
+        for record in read_records(folder, warn)
+    ]
+    return Folder(records, rows_of(records))
+
+
+def rows_of(records: Iterable[Record]) -> list[Row]:
     """One row for each metric and protocol, and one without metric for a cell without result.
 
     `p_holm` is the p-value after Holm's correction over all checkpoints within one data set, task, requested size,
     metric and protocol, and whatever else makes cells incomparable. `verdict` is what it says at 5 %.
     """
     rows = [
-        {**record, **result, "_family": _family(record, result), "baseline_check": _check(record, expected)}
+        {**record, **result, "_family": _family(record, result)}
         for record in records
         for result in record["results"] or [{}]
         if result.get("protocol") != "curve"
@@ -50,10 +81,6 @@ def rows_of(records: Iterable[Record], expected: Expected | None = None) -> list
             row |= {"p_holm": p, "verdict": better if p < ALPHA else "no evidence"}
     gc.unfreeze()
     return rows
-
-
-def _check(record: Record, expected: Expected | None) -> str | None:
-    return None if expected is None or record["status"] != "ok" else check(record, expected)
 
 
 def _family(record: Record, result: Record) -> tuple[Any, ...]:
@@ -89,15 +116,12 @@ def versus(counts: Mapping[tuple[str, ...], Mapping[str, int]]) -> list[str]:
     return lines
 
 
-def write_summary(folder: Path) -> tuple[Path, list[Row]]:
-    """`summary.csv` of all records in the folder; safe beside another sweep that writes it too. Baselines are compared
-    with `expected.csv` in the folder, where a sweep with `--expected` has put it."""
+def write_summary(folder: Path, warn: Callable[[str], object] = to_stderr) -> tuple[Path, list[Row]]:
+    """`summary.csv` of all that `read_folder` gives; safe beside another sweep that writes it too."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "summary.csv"
     with FileLock(folder / ".summary.lock"):
-        published = folder / "expected.csv"
-        expected = read_expected(str(published)) if published.is_file() else None
-        rows = rows_of(read_records(folder), expected)
+        rows = read_folder(folder, warn).rows
         write_table(path, COLUMNS, rows)
     return path, rows
 

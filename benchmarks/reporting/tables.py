@@ -1,10 +1,11 @@
 """What a sweep prints: one line for each cell and metric, gains and losses alike."""
 
 import re
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Literal
 
 from rich.console import Console
+from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
@@ -12,18 +13,24 @@ from timm_csra.agreement import FEW
 from timm_csra.evaluation.statistics import AGREEMENT, FIXED, VERSUS
 
 from ..records.files import Record
-from .summary import OVER_PLAIN, VERDICTS, versus
+from .summary import FIRST_METRIC, OVER_PLAIN, VERDICTS, versus
 
 LEGEND = (
-    "Percent, and points of gain over lam=0 with 95 % paired bootstrap intervals over images. "
-    "fixed: the paper's, logits, lam 0.1, T inf. fixed_log_softmax: lam 0.3, T inf. log_softmax_vs_logits: the second "
-    "over the first. crossfit: chosen on one half, measured on the other, both ways. "
-    "best: chosen on the test data itself, optimistic. Other columns: the plain model otherwise pooled."
+    "Percent, and points of gain over lam=0 with 95 % paired bootstrap intervals over the n images that count for the "
+    "metric. fixed: the paper's, logits, lam 0.1, T inf. fixed_log_softmax: lam 0.3, T inf. crossfit: chosen on one "
+    "half, measured on the other, both ways."
 )
+LEGEND_OF_WIDE = (
+    "log_softmax_vs_logits: fixed_log_softmax over fixed. best: chosen on the test data itself, optimistic. Other "
+    "columns: the plain model otherwise pooled."
+)
+LEGEND_OF_NARROW = "summary.csv has the settings that crossfit chose, and the other protocols: "
 LEGEND_OF_AGREEMENT = (
     "agreement: log_softmax, T inf, lam chosen without labels on other pictures; its intervals hold that lam fixed."
 )
 PROTOCOLS = (*FIXED, VERSUS, AGREEMENT, "crossfit", "best")
+MANY = 50  # rows of a table
+PROSE = 120  # columns
 SHARED = ("data", "task", "n")  # what is said once where it is the same for all
 HEADLINE = (
     "Checkpoints by verdict: two-sided tests at 5 % after Holm's correction over the checkpoints of a line, in all "
@@ -32,35 +39,46 @@ HEADLINE = (
 
 
 def print_records(records: Iterable[Record], console: Console) -> None:
-    """The results as a table, then what gave none, with the reason."""
+    """The results as a table, then what gave none, with the reason. Where the terminal is too narrow for every protocol
+    in one line, those of `OVER_PLAIN` alone."""
     records = list(records)
     finished = [record for record in records if record["status"] == "ok"]
     if finished:
         wide = _table(finished)
         fits = console.measure(wide, options=console.options.update_width(10**4)).maximum <= console.width
-        for table in [wide] if fits else map(_of_one_cell, finished):
-            console.print(table)
-        console.print(LEGEND, style="dim", highlight=False, soft_wrap=True)
-        if any(record.get("agreement") for record in finished):
-            console.print(LEGEND_OF_AGREEMENT, style="dim", highlight=False, soft_wrap=True)
-        for line in (*agreement_notes(finished), *left_out(finished)):
-            console.print(line, style="yellow", markup=False, highlight=False, soft_wrap=True)
+        left = [] if fits else _print_narrow(finished, console)
+        if fits:
+            console.print(wide)
+        print_prose(LEGEND, console)
+        if fits or left:
+            print_prose(LEGEND_OF_WIDE if fits else f"{LEGEND_OF_NARROW}{', '.join(left)}.", console)
+        print_notes(finished, console)
     for record in records:
-        if record["status"] == "ok":
-            continue
-        where = f"{record['model']} on {record['data']}, {record['task']}, {record['img_size']} px"
-        style = "red" if record["status"] == "failed" else "yellow"
-        console.print(
-            f"{record['status']}: {where}: {record['reason']}",
-            style=style,
-            markup=False,
-            highlight=False,
-            soft_wrap=True,
-        )
+        if record["status"] != "ok":
+            where = f"{record['model']} on {record['data']}, {record['task']}, {record['img_size']} px"
+            print_failure(record["status"], f"{where}: {record['reason']}", console)
+
+
+def print_prose(text: str, console: Console) -> None:
+    """In lines that can be read, however wide the terminal or file is."""
+    console.print(text, style="dim", highlight=False, markup=False, width=min(console.width, PROSE))
+
+
+def print_notes(finished: Sequence[Record], console: Console) -> None:
+    """What has to be said of the figures of finished cells beside them."""
+    if any(record.get("agreement") for record in finished):
+        print_prose(LEGEND_OF_AGREEMENT, console)
+    for line in (*agreement_notes(finished), *left_out(finished)):
+        console.print(line, style="yellow", markup=False, highlight=False, soft_wrap=True)
+
+
+def print_failure(status: str, text: str, console: Console) -> None:
+    style = "red" if status == "failed" else "yellow"
+    console.print(f"{status}: {text}", style=style, markup=False, highlight=False, soft_wrap=True)
 
 
 def _table(records: list[Record]) -> Table:
-    rows = [_cells(record, metric, found) for record in records for metric, found in _by_metric(record).items()]
+    rows = [_cells(record, metric, found) for record in records for metric, found in by_metric(record).items()]
     said = {name for name in SHARED if len({row[name] for row in rows}) == 1 and len(records) > 1}
     title = ", ".join(f"n = {rows[0][name]}" if name == "n" else rows[0][name] for name in SHARED if name in said)
     table = Table(box=None, pad_edge=False, header_style="bold", title=title or None, title_justify="left")
@@ -84,26 +102,39 @@ def _table(records: list[Record]) -> Table:
     return table
 
 
-def _of_one_cell(record: Record) -> Table:
-    """For a terminal that is too narrow for one table: a line for each metric and protocol."""
-    rows = [_cells(record, metric, found) for metric, found in _by_metric(record).items()]
-    title = "{model}, {data}, {task}, {px} px, n = {n}".format(**rows[0]) if rows else _short(record["model"])
-    table = Table(box=None, pad_edge=False, header_style="bold", title=title, title_justify="left")
-    for name in ("metric", "lam=0", "protocol", "gain", "setting"):
-        table.add_column(
-            name, justify="right" if name == "lam=0" else "left", overflow="fold", no_wrap=name == "protocol"
-        )
-    for row in rows:
-        first = [row["metric"], row["lam=0"]]
-        for protocol in (*PROTOCOLS, *(name for name in row["gains"] if name not in PROTOCOLS)):
-            if (cell := row["gains"].get(protocol, "-")) != "-":
-                gain, _, setting = cell.partition("\n")
-                table.add_row(*first, protocol, gain, setting)
-                first = ["", ""]
-    return table
+def _print_narrow(records: list[Record], console: Console) -> list[str]:
+    """The cell above a line for each metric, with the gains over the plain model. Returns the protocols that other
+    results are of."""
+    rows = {id(record): [_cells(record, *item) for item in by_metric(record).items()] for record in records}
+    every = [row for mine in rows.values() for row in mine]
+    used = {name for row in every for name, figure in row["gains"].items() if figure != "-"}
+    protocols = [name for name in OVER_PLAIN if name in used]
+    names = ("metric", "n", "lam=0", *protocols)
+    cells = [[row["metric"], row["n"], row["lam=0"], *_first_lines(row, protocols)] for row in every]
+    widths = [max(Text.from_markup(cell).cell_len for cell in column) for column in zip(names, *cells, strict=True)]
+    room = (console.width - 2 - sum(widths[:3]) - 2 * len(widths)) // max(1, len(protocols))  # of a gain
+    for record in records:
+        title = ", ".join((short(record["model"]), record["data"], task(record), f"{record['img_size']} px"))
+        console.print(title, style="italic", markup=False, highlight=False, soft_wrap=True)
+        table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
+        table.show_header = record is records[0]
+        for place, (name, width) in enumerate(zip(names, widths, strict=True)):
+            width = width if place < 3 else min(width, room)
+            justify: Literal["left", "right"] = "right" if place else "left"
+            table.add_column(_broken(name, width), justify=justify, width=width, overflow="fold")
+        for row in rows[id(record)]:
+            table.add_row(row["metric"], row["n"], row["lam=0"], *_first_lines(row, protocols))
+        console.print(Padding(table, (0, 0, 0, 2), expand=False))
+    return [name for name in dict.fromkeys((*PROTOCOLS, *sorted(used))) if name in used and name not in protocols]
 
 
-def _by_metric(record: Record) -> dict[str, dict[str, Any]]:
+def _first_lines(row: dict[str, Any], protocols: Sequence[str]) -> list[str]:
+    """Gains without the settings that were chosen."""
+    return [row["gains"].get(name, "-").partition("\n")[0] for name in protocols]
+
+
+def by_metric(record: Record) -> dict[str, dict[str, Any]]:
+    """The results of a record by metric and protocol, without the curves."""
     found: dict[str, dict[str, Any]] = {}
     for result in record["results"]:
         if result["protocol"] != "curve":
@@ -113,18 +144,21 @@ def _by_metric(record: Record) -> dict[str, dict[str, Any]]:
 
 def _cells(record: Record, metric: str, found: dict[str, Any]) -> dict[str, Any]:
     """A row of the table."""
-    task = f"{record['task']} {record['grid']}x{record['grid']}" if record.get("grid") else record["task"]
     return {
         "record": record,
-        "model": _short(record["model"]),
+        "model": short(record["model"]),
         "data": record["data"],
-        "task": task,
+        "task": task(record),
         "px": str(record["img_size"]),
         "metric": metric,
-        "n": str(record["n"]),
-        "lam=0": _number(found["fixed"]["baseline"]),
-        "gains": {protocol: _gain(result) for protocol, result in found.items()},
+        "n": known(found["fixed"]["n"]),
+        "lam=0": number(found["fixed"]["baseline"]),
+        "gains": {protocol: gain(result) for protocol, result in found.items()},
     }
+
+
+def task(row: Mapping[str, Any]) -> str:
+    return f"{row['task']} {row['grid']}x{row['grid']}" if row.get("grid") else str(row["task"])
 
 
 def _broken(name: str, width: int) -> str:
@@ -161,7 +195,11 @@ def agreement_notes(records: Iterable[Record]) -> list[str]:
 
 
 def print_headline(counts: Mapping[tuple[str, ...], Mapping[str, int]], console: Console) -> None:
-    """n better, n worse, n no evidence, for each group of checkpoints that was corrected together."""
+    """n better, n worse, n no evidence, for each group of checkpoints that was corrected together; of many groups, by
+    the first metric of each task."""
+    every = len(counts)
+    if every > MANY:
+        counts = {name: verdicts for name, verdicts in counts.items() if name[4] == FIRST_METRIC.get(name[1])}
     table = Table(box=None, pad_edge=False, header_style="bold")
     for name in ("data", "task", "size", "metric", "protocol"):
         table.add_column(name, overflow="fold")
@@ -173,10 +211,12 @@ def print_headline(counts: Mapping[tuple[str, ...], Mapping[str, int]], console:
             numbers = (str(verdicts.get(name, 0)) for name in (*VERDICTS, "flagged"))
             table.add_row(data, named, size, metric, protocol, *numbers)
     if table.row_count:
-        console.print(HEADLINE, style="dim", highlight=False, soft_wrap=True)
+        print_prose(HEADLINE, console)
         console.print(table)
     for line in versus(counts):
         console.print(line, highlight=False, soft_wrap=True)
+    if len(counts) < every:
+        print_prose(f"The verdicts of {every - len(counts)} more groups, by other metrics, are in the report.", console)
 
 
 def print_plan(cells: Iterable[tuple[str, ...]], console: Console) -> None:
@@ -189,15 +229,19 @@ def print_plan(cells: Iterable[tuple[str, ...]], console: Console) -> None:
     console.print(table)
 
 
-def _short(model: str) -> str:
-    return model.rsplit("/", 1)[-1] if model.startswith("local-dir:") else model.removeprefix("pypi:")
+def short(model: str) -> str:
+    return model.rstrip("/").rsplit("/", 1)[-1] if model.startswith("local-dir:") else model.removeprefix("pypi:")
 
 
-def _number(value: float | None) -> str:
+def known(count: int | None) -> str:
+    return "-" if count is None else str(count)
+
+
+def number(value: float | None) -> str:
     return "-" if value is None else f"{value:.2f}"
 
 
-def _gain(result: dict[str, Any]) -> str:
+def gain(result: dict[str, Any]) -> str:
     """`+1.20 [+0.40, +2.10]`, and for a chosen setting, below it, which: `log_softmax lam 0.2;0.3 T inf`."""
     if result["gain"] is None:
         return "-"

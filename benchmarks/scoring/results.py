@@ -150,6 +150,7 @@ def _result(comparison: Comparison) -> Record:
     return {
         "metric": comparison.metric,
         "protocol": comparison.protocol,
+        "n": comparison.n,
         "scores": ";".join(setting.scores for setting in comparison.settings),
         "lam": ";".join(f"{setting.lam:g}" for setting in comparison.settings),
         "temperature": ";".join(map(show_temperature, comparison.settings)),

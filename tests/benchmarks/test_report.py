@@ -5,6 +5,7 @@ import json
 import os
 import re
 import time
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ import pytest
 
 from benchmarks.records.files import write_record
 from benchmarks.report import main
+from benchmarks.reporting.summary import headline, write_summary
 
 SCREENSHOTS = Path(os.environ.get("TIMM_CSRA_SCREENSHOTS", "screenshots"))
 TASKS = (("single", None, ("top1", "top5")), ("mosaic", 2, ("mAP", "lrap")), ("mosaic", 3, ("mAP", "lrap")), ("real", None, ("top1", "lrap")), ("multilabel", None, ("mAP", "lrap")))  # fmt: skip
@@ -162,6 +164,108 @@ def test_what_was_not_tested_is_drawn_too(tmp_path: Path) -> None:
     assert main([str(tmp_path)]) == 0
     plot = next((tmp_path / "report" / "plots").glob("forest-*mosaic_2x2*.svg")).read_text()
     assert plot.lower().count('fill="#5b8fc9"') >= 3
+
+
+PUBLISHED = """model,top1,img_size,crop_pct,interpolation
+checkpoint0000.tag,{:.3f},224,0.875,bicubic
+checkpoint0001.tag,{:.3f},224,0.875,bicubic
+"""
+
+
+def test_flagged_checkpoints_are_counted_as_in_the_summary(tmp_path: Path) -> None:
+    """One agrees with its published figure, one does not."""
+    synthetic(tmp_path, 4)
+    baselines = []
+    for path in sorted((tmp_path / "records").glob("checkpoint*--single--224.json")):
+        record = json.loads(path.read_text())
+        for result in record["results"]:
+            result |= {"gain": 5.0, "p_value": 1e-9} if result["p_value"] is not None else {}
+        baselines.append(next(r["baseline"] for r in record["results"] if r["metric"] == "top1"))
+        preprocessing = {"crop_pct": 0.875, "interpolation": "bicubic"}
+        path.write_text(json.dumps(record | {"n": 50_000, "preprocessing": preprocessing}))
+    (tmp_path / "expected.csv").write_text(PUBLISHED.format(baselines[0] + 3, baselines[1]))
+    _, rows = write_summary(tmp_path)
+    counts = headline(rows)
+    found = counts["photos", "single", "None", "1x", "top1", "fixed"]
+    assert found == {"better": 3, "flagged": 1}
+    assert main([str(tmp_path), "--no-plots"]) == 0
+    report = tmp_path / "report"
+    text = (report / "results.md").read_text()
+    assert "| photos, single, 1x | top1 | fixed | 3 | 0 | 0 | 1 |" in text
+    assert "| photos, mosaic 2x2, 1x | mAP | fixed |" in text
+    assert text.count("- flagged, and left out of these counts: checkpoint0000.tag, whose lam = 0 disagrees") == 1
+    data = json.loads(
+        (report / "index.html").read_text().split('id="data" type="application/json">')[1].split("</script>")[0]
+    )
+    shown = {(group, metric, protocol): counts for group, metric, protocol, counts in data["headline"]}
+    assert shown["photos · single · 1x", "top1", "fixed"] == found
+    # The counts above the page's table are made of the rows.
+    mine = [dict(zip(data["fields"], row, strict=True)) for row in data["rows"]]
+    name = data["names"].index
+    chosen = [
+        row
+        for row in mine
+        if row["group"] == name("photos · single · 1x")
+        and row["metric"] == name("top1")
+        and row["protocol"] == name("fixed")
+    ]
+    assert Counter(data["names"][row["verdict"]] for row in chosen) == found
+    assert "flagged" in data["verdicts"]
+    checks = {
+        row["model"]: row["baseline_check"]
+        for row in csv.DictReader((report / "results.csv").open())
+        if row["task"] == "single"
+    }
+    assert (checks["checkpoint0000.tag"], checks["checkpoint0001.tag"]) == ("flagged", "agrees")
+    assert checks["checkpoint0002.tag"] == "not compared: no published figure"
+
+
+def test_published_figures_that_are_none_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    synthetic(tmp_path, 1)
+    (tmp_path / "expected.csv").write_text("model,acc\na,1\n")
+    assert main([str(tmp_path), "--no-plots"]) == 2
+    said = capsys.readouterr().err
+    assert "expected.csv: found no column top1, img_size, crop_pct, interpolation; expected timm's results" in said
+
+
+def test_n_is_that_of_the_metric(tmp_path: Path) -> None:
+    synthetic(tmp_path, 1)
+    for path in (tmp_path / "records").glob("*--real--224.json"):
+        record = json.loads(path.read_text())
+        for result in record["results"]:
+            result["n"] = {"top1": 498, "lrap": 44}[result["metric"]]
+        path.write_text(json.dumps(record))
+    assert main([str(tmp_path), "--no-plots"]) == 0
+    report = tmp_path / "report"
+    text = (report / "results.md").read_text()
+    assert "| checkpoint0000.tag | photos · real · 1x | 224 | top1 | 498 |" in text
+    assert "| checkpoint0000.tag | photos · real · 1x | 224 | lrap | 44 |" in text
+    assert "| checkpoint0000.tag | photos · multilabel · 1x | 224 | lrap | - |" in text  # an old record: not known
+    assert "n: images that count for the metric" in text
+    rows = {(row["task"], row["metric"]): row["n"] for row in csv.DictReader((report / "results.csv").open())}
+    assert (rows["real", "lrap"], rows["real", "top1"], rows["single", "top1"]) == ("44", "498", "500")
+    page = (report / "index.html").read_text()
+    assert "<b>n</b>: the images that count for the metric" in page
+    data = json.loads(page.split('id="data" type="application/json">')[1].split("</script>")[0])
+    real, lrap = data["names"].index("photos · real · 1x"), data["names"].index("lrap")
+    assert {row[5] for row in data["rows"] if (row[1], row[2]) == (real, lrap)} == {44}
+
+
+def test_a_cut_record_does_not_end_the_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    synthetic(tmp_path, 3)
+    cut = tmp_path / "records" / "checkpoint0001.tag--real--224.json"
+    cut.write_text(cut.read_text()[:1000])
+    for path in (tmp_path / "records").glob("*mosaic2*.json"):  # old: they do not say with what they were measured
+        record = json.loads(path.read_text())
+        del record["environment"], record["requested"]
+        record["key"] = {"model": record["model"]}
+        path.write_text(json.dumps(record))
+    assert main([str(tmp_path), "--no-plots"]) == 0
+    told = capsys.readouterr()
+    assert [line.split(": found")[0] for line in told.err.splitlines()] == [str(cut)]
+    assert "15 records" in told.out
+    text = (tmp_path / "report" / "results.md").read_text()
+    assert text.count("| photos · real · 1x | 224 | top1 |") == 2
 
 
 def test_nothing_to_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -19,7 +19,7 @@ def record(model: str, gain: float, p: float | None, **more: object) -> dict:
     key = {"model": model, "data": "d", "task": "single", "img_size": 224, "grid": None, "seed": 0, "weights": model}
     key |= {name: more.pop(name) for name in ("task", "img_size", "seed") if name in more}
     result = {"metric": "top1", "protocol": "fixed", "baseline": 80.0, "value": 80 + gain, "gain": gain, "p_value": p}
-    result |= {"lam": "0.1", "temperature": "inf"}
+    result |= {"lam": "0.1", "temperature": "inf", "scores": "logits", "ci_low": None, "ci_high": None}
     curve = result | {"protocol": "curve", "p_value": None}
     preprocessing = {"crop_pct": 0.875, "interpolation": "bicubic"}
     about = {"status": "ok", "n": 50_000, "requested": "1x", "preprocessing": preprocessing, **more}
@@ -110,3 +110,11 @@ def test_refused_tables(tmp_path: Path) -> None:
     ):
         keep_expected(str(tmp_path / "other.csv"), tmp_path)
     assert not (tmp_path / "expected.csv").exists()
+
+
+def test_what_old_records_do_not_say_is_not_compared() -> None:
+    table = {"one": {"top1": "80.1", "img_size": "224", "crop_pct": "0.875", "interpolation": "bicubic"}}
+    old = record("one", 1.0, 0.5)
+    del old["preprocessing"]
+    assert check(old, table) == "not compared: the record does not say crop_pct and interpolation"
+    assert check(record("one", 1.0, 0.5) | {"results": []}, table) == "not compared: the record has no top1"

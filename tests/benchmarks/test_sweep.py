@@ -1,6 +1,7 @@
 """The sweep as a user starts it: small checkpoints and images made here, and real ones where they are at hand."""
 
 import csv
+import importlib.resources
 import json
 import os
 import re
@@ -15,9 +16,10 @@ import pytest
 import timm
 import torch
 from PIL import Image
-from timm.data import create_loader, resolve_data_config
+from timm.data import ImageNetInfo, create_loader, resolve_data_config
 
 import timm_csra
+from benchmarks.reporting import overview
 from benchmarks.sweep import main
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -61,7 +63,7 @@ def test_end_to_end(tmp_path: Path, photos: Path, checkpoint: str, capsys: pytes
     assert {(r["task"], r["img_size"], r["n"], r["columns"]) for r in records} == {
         (task, size, n, 3) for task, n in (("single", 30), ("mosaic", 7)) for size in (64, 160)
     }
-    assert {row["metric"] for row in rows} == {"top1", "mAP", "lrap", "recall_at_k"}
+    assert {row["metric"] for row in rows} == {"top1", "mAP", "lrap", "r_precision"}
     first = {row["protocol"]: (row["scores"], row["lam"], row["temperature"]) for row in rows[:5]}
     assert list(first) == ["fixed", "fixed_log_softmax", "log_softmax_vs_logits", "crossfit", "best"]
     assert first["fixed"] == ("logits", "0.1", "inf")
@@ -122,6 +124,46 @@ def test_a_second_run_does_only_what_is_missing(tmp_path: Path, photos: Path, ch
     assert len(records) == 3  # another seed is another result
 
 
+def test_a_broken_record_is_measured_again_and_another_is_left_alone(
+    tmp_path: Path, photos: Path, checkpoint: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    more = ("--task", "single,mosaic", "--img-size", "64")
+    _, _, rows = sweep(tmp_path, checkpoint, photos, *more)
+    mine, other = sorted((tmp_path / "records").iterdir())
+    whole, untouched = mine.read_text(), other.stat().st_mtime_ns
+    mine.write_text(whole[: len(whole) // 2])
+    foreign = tmp_path / "records" / "foreign.json"
+    foreign.write_text("")
+    capsys.readouterr()
+    again = ["--models", checkpoint, "--data", str(photos), "--out", str(tmp_path), "--device", "cpu", "--workers", "0"]
+    assert main([*again, *more, "--dry-run"]) == 0
+    states = capsys.readouterr().out
+    assert states.count("to do") == 1 and states.count("done") == 1
+    assert main([*again, *more]) == 0
+    said = capsys.readouterr().err
+    assert f"{mine}: found no whole JSON" in said and "It is replaced." in said
+    assert f"{foreign}: found an empty file, expected the record of a finished cell. It is left out: run" in said
+    with (tmp_path / "summary.csv").open(newline="") as file:
+        assert list(csv.DictReader(file)) == rows  # no times: two runs are equal
+    assert other.stat().st_mtime_ns == untouched
+    assert foreign.read_text() == ""
+
+
+def test_a_long_sweep_prints_verdicts_and_extremes(
+    tmp_path: Path, photos: Path, checkpoint: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(overview, "MANY", 3)
+    other = make_checkpoint(tmp_path / "other", ["dog", "fish"])
+    sweep(tmp_path / "out", f"{checkpoint},{other}", photos, "--task", "single,mosaic", "--img-size", "64")
+    printed = capsys.readouterr().out
+    text = " ".join(printed.split())
+    assert text.index("Checkpoints by verdict") < text.index("Largest gains") < text.index("Largest losses")
+    assert "r_precision fixed" in text and "max_pool" not in text  # verdicts by all metrics, and no table of all cells
+    assert "2 cells not_applicable: 1 classes of the data are not among the head's: cat" in text
+    assert "2 of 4 cells have a result. Each of them, gains and losses, is in" in text
+    assert f"python -m benchmarks.report {tmp_path / 'out'}" in text
+
+
 def test_cells_that_cannot_be_answered_are_recorded(tmp_path: Path, photos: Path, checkpoint: str) -> None:
     other = make_checkpoint(tmp_path / "other", ["dog", "fish"])
     unpooled = tmp_path / "unpooled"
@@ -169,11 +211,16 @@ def test_labels_csv_with_several_labels(tmp_path: Path, checkpoint: str, capsys:
         rows.append(f"images/{index}.png,{['0', '1 2', '', '0 2'][index % 4]}")
     (tmp_path / "labels.csv").write_text("\n".join(rows))
     (tmp_path / "classes.txt").write_text("0 cat\n1 dog\n2 fish\n3 horse\n")
-    status, (record,), _ = sweep(tmp_path / "out", checkpoint, tmp_path, "--task", "multilabel", "--img-size", "64")
+    status, (record,), found = sweep(tmp_path / "out", checkpoint, tmp_path, "--task", "multilabel", "--img-size", "64")
     assert status == 0
+    assert {(row["metric"], row["n"]) for row in found} == {("mAP", "12"), ("lrap", "9"), ("r_precision", "9")}
     assert (record["columns"], record["n"]) == (3, 12)  # horse is declared, and unknown to the head
-    assert {result["metric"] for result in record["results"]} == {"mAP", "lrap", "recall_at_k"}
+    assert {result["metric"] for result in record["results"]} == {"mAP", "lrap", "r_precision"}
     assert record["left_out"] == []
+    counted = {result["metric"]: result["n"] for result in record["results"]}
+    assert counted == {"mAP": 12, "lrap": 9, "r_precision": 9}  # three have no label
+    printed = capsys.readouterr().out
+    assert "the n images that count for the metric" in " ".join(printed.split())
 
     capsys.readouterr()
     more = ("--task", "multilabel", "--img-size", "64", "--activation", "sigmoid")
@@ -186,6 +233,25 @@ def test_labels_csv_with_several_labels(tmp_path: Path, checkpoint: str, capsys:
     assert {result["scores"] for result in thresholds} <= {"logits", "logits;logits", ""}
     assert all(("CF1" in row) == (row["scores"] == "logits") for row in record["all_settings"])
     assert "CF1 is left out for log_softmax: it compares each logit with 0" in capsys.readouterr().out
+
+
+def test_n_of_the_task_real_is_the_number_of_images_that_count(tmp_path: Path) -> None:
+    file = importlib.resources.files("timm.data") / "_info" / "imagenet_real_labels.json"
+    labels = [len(found) for found in json.loads(file.read_text())]
+    numbers = [i for wanted in (0, 1, 2, 3) for i in [i for i, count in enumerate(labels) if count == wanted][:5]]
+    synsets = ImageNetInfo().label_names()
+    folder = tmp_path / "photos" / synsets[0]
+    folder.mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    for number in numbers:
+        pixels = rng.integers(0, 256, (64, 64, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"ILSVRC2012_val_{number + 1:08d}.png")
+    model = make_checkpoint(tmp_path / "model", synsets)
+    _, (record,), rows = sweep(tmp_path / "out", model, folder.parent, "--task", "real", "--img-size", "64")
+    assert (record["status"], record["n"]) == ("ok", 20), record["reason"]
+    expected = {"top1": 15, "lrap": 10, "r_precision": 10}
+    assert {result["metric"]: result["n"] for result in record["results"]} == expected
+    assert {row["metric"]: int(row["n"]) for row in rows} == expected
 
 
 @pytest.mark.parametrize(

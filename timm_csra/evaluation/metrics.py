@@ -46,6 +46,10 @@ CHUNK = 2**20  # logits that a metric looks at in one step
 class Evaluation(Protocol):
     """One metric of one setting, for any samples of the images. Percent."""
 
+    @property
+    def n(self) -> int:
+        """How many of the images count for it."""
+
     def weighted(self, weights: Weights) -> NDArray[np.float64]:
         """The metric on each of B samples of the images: `(B,)`, NaN where it is undefined."""
 
@@ -73,6 +77,10 @@ class PerImage:
     values: NDArray[np.float64]
     binary: bool = False
 
+    @property
+    def n(self) -> int:
+        return int(np.count_nonzero(~np.isnan(self.values)))
+
     def weighted(self, weights: Weights) -> NDArray[np.float64]:
         counted = ~np.isnan(self.values)
         terms = np.stack([np.where(counted, self.values, 0.0), counted])
@@ -93,6 +101,11 @@ class MeanAveragePrecision:
     logits: Logits
     targets: Tensor
     points: int | None = None
+
+    @property
+    def n(self) -> int:
+        """All: an image without a label is a negative of every class."""
+        return len(self.targets)
 
     def weighted(self, weights: Weights) -> NDArray[np.float64]:
         """Each class is ranked once for all samples."""
@@ -180,6 +193,11 @@ class F1:
         judged = targets.to(torch.int8).numpy()
         guesses = predicted - predicted.multiply(judged < 0)
         return cls(guesses, csr_array(predicted.multiply(judged > 0)), csr_array(judged > 0), per_class)
+
+    @property
+    def n(self) -> int:
+        """All: in an image without a label every prediction is wrong."""
+        return int(self.positives.shape[0])
 
     def weighted(self, weights: Weights) -> NDArray[np.float64]:
         hits, guesses, positives = (
@@ -295,7 +313,7 @@ def _lrap(scores: Tensor, labels: Tensor) -> Tensor:
 
 
 def _r_precision(scores: Tensor, labels: Tensor) -> Tensor:
-    """How many of the k highest classes are labels, as a share of k, the number of labels: `(n,)`."""
+    """R-precision: how many of the R highest classes are labels, as a share of R, the number of labels: `(n,)`."""
     count = labels.sum(dim=1)
     highest = scores.topk(int(count.max()), dim=1).indices
     hits = labels.gather(1, highest).cumsum(dim=1).gather(1, count[:, None] - 1)[:, 0]
@@ -308,7 +326,7 @@ SINGLE_LABEL: dict[str, Metric] = {"top1": _accuracy(1), "top5": _accuracy(5)}
 MULTI_LABEL: dict[str, Metric] = {
     "mAP": MeanAveragePrecision,
     "lrap": _ranking(_lrap),  # label ranking average precision
-    "recall_at_k": _ranking(_r_precision),  # k = number of labels of the image
+    "r_precision": _ranking(_r_precision),  # precision at R, the number of labels of the image
     "CF1_top3": _top_k_f1(3, per_class=True),
     "OF1_top3": _top_k_f1(3, per_class=False),
 }
@@ -317,7 +335,7 @@ MULTI_LABEL: dict[str, Metric] = {
 ANY_LABEL: dict[str, Metric] = {
     "top1": _any_label,
     "lrap": _ranking(_lrap, at_least=2),
-    "recall_at_k": _ranking(_r_precision, at_least=2),
+    "r_precision": _ranking(_r_precision, at_least=2),
 }
 SIGMOID: dict[str, Metric] = {"CF1": _threshold_f1(per_class=True), "OF1": _threshold_f1(per_class=False)}
 VOC2007: dict[str, Metric] = {"mAP": partial(MeanAveragePrecision, points=11)}

@@ -39,6 +39,7 @@ class Comparison:
         settings: the setting that was measured; for `crossfit` and `nested` the one chosen for each part.
         baseline: the metric at lam = 0 on the same images (of several parts, their mean); for `VERSUS` that of `fixed`.
         value: the metric with `settings`.
+        n: how many images the metric counts: of all images, or of those that have labels enough for it.
         interval: 95 % bounds of the gain, or None.
         p_value: two-sided, of no gain at all, or None. It knows nothing of other comparisons.
         test: what gave it: `McNemar exact`, `paired t` or `bootstrap z`.
@@ -49,6 +50,7 @@ class Comparison:
     settings: tuple[Setting, ...]
     baseline: float
     value: float
+    n: int
     interval: tuple[float, float] | None = None
     p_value: float | None = None
     test: str | None = None
@@ -150,7 +152,7 @@ def best(table: Table) -> Comparison:
     of all images as one part."""
     values = {setting: float(table.values[setting][0]) for setting in table.settings}
     setting = _best(values)
-    return Comparison(table.metric, "best", (setting,), values[PLAIN], values[setting])
+    return Comparison(table.metric, "best", (setting,), values[PLAIN], values[setting], table.evaluations[PLAIN].n)
 
 
 def _best(values: Mapping[Setting, float]) -> Setting:
@@ -175,6 +177,7 @@ def _compare(table: Table, choices: Sequence[_Choice], seed: int | None) -> list
             tuple(key for key in choice.keys if isinstance(key, Setting)),
             float(table.values[choice.baseline].mean()),
             float(np.mean([table.values[key][part] for part, key in enumerate(choice.keys)])),
+            table.evaluations[choice.baseline].n,
         )
         for choice in choices
     ]

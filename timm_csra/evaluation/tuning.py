@@ -30,7 +30,7 @@ class TuneResult:
 
     Attributes:
         metric: its name.
-        images: how many were used.
+        images: how many were used; `nested.n` of them count for the metric.
         nested: what choosing a setting gains on images that had no part in the choice, with a paired 95 % interval;
             percent and points, or in the units of a metric of one's own. `settings` are the choices of the folds.
         chosen: the setting that all folds together choose.
@@ -86,7 +86,7 @@ class TuneResult:
             for setting, (mean, error) in ranked
         )
         return (
-            f"{verdict}\n  on held-out images  {gain} (n = {self.images}, {len(nested.settings)} folds)\n"
+            f"{verdict}\n  on held-out images  {gain} (n = {nested.n}, {len(nested.settings)} folds)\n"
             f"  settings of the folds  {', '.join(map(_named, nested.settings))}\n"
             f"  best of {len(self.settings)} settings by cross-validation, gain and standard error over folds\n{rows}"
         )
@@ -124,7 +124,7 @@ def tune(
         loader: gives `(images (N, C, H, W), targets)`; targets are class indices `(N,)`, or `(N, K)` with 1 for each
             class in the picture, over the head's K classes, 0 for the others and -1 for what is not to be judged; for a
             metric of one's own, whatever it takes. A few hundred images are few.
-        metric: `top1` or `top5`; with several labels `mAP`, `lrap`, `recall_at_k`, `CF1_top3` or `OF1_top3`; or a
+        metric: `top1` or `top5`; with several labels `mAP`, `lrap`, `r_precision`, `CF1_top3` or `OF1_top3`; or a
             function of logits `(n, K)` and targets, higher being better. None for `top1` or `mAP`.
         lams: to try; None for 0.02 to 2.
         temperatures: to try with each, a tuple for several heads; None for 1, 5 and infinity.
@@ -252,6 +252,10 @@ class _Own:
     function: OwnMetric
     logits: Logits
     targets: Tensor
+
+    @property
+    def n(self) -> int:
+        return len(self.targets)
 
     def weighted(self, weights: Weights) -> NDArray[np.float64]:
         logits, counts = self.logits(), torch.from_numpy(weights.astype(np.intp)).T
