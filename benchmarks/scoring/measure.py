@@ -125,7 +125,7 @@ def score_cell(
     if not model.num_classes:
         raise NotApplicableError("the checkpoint has no classifier (num_classes=0)")
     with phases("load"):
-        loader, preprocessing, alignment = _load(cell, loaded, options)
+        loader, preprocessing, alignment = load_images(cell, loaded, options)
     if len(loader.dataset) == 0 and cell.data.stream is None:
         raise NotApplicableError(f"{len(cell.data)} images are too few for one mosaic of {cell.grid}x{cell.grid}")
     if explanation.unsupported:
@@ -185,8 +185,8 @@ def score_cell(
     return Scored(scores, targets, facts)
 
 
-def _load(cell: Cell, loaded: Loaded, options: Options) -> tuple[Any, Record, Alignment]:
-    """Loader, preprocessing and alignment; how an image becomes a tensor is timm's and the checkpoint's affair."""
+def load_images(cell: Cell, loaded: Loaded, options: Options) -> tuple[Any, Record, Alignment]:
+    """Give loader, preprocessing and alignment; how an image becomes a tensor is timm's and the checkpoint's affair."""
     data, model, size = cell.data, loaded.model, loaded.size
     # Of the logits: a classifier may have been replaced. Where they are unknown, `score_cell` says why.
     count = loaded.explanation.num_classes or int(model.num_classes)  # type: ignore[arg-type]

@@ -13,7 +13,7 @@ from benchmarks.checkpoints.find import Checkpoint
 from benchmarks.data.datasets import ImageSet, mosaic, tilings
 from benchmarks.scoring.cells import Cell, Options
 from benchmarks.scoring.loading import Loaded
-from benchmarks.scoring.measure import _load
+from benchmarks.scoring.measure import load_images
 from timm_csra.evaluation.scoring import DEFAULT, PLAIN
 
 
@@ -36,7 +36,7 @@ def model() -> torch.nn.Module:
 def load(data: ImageSet, model: torch.nn.Module, task: str, **options: object) -> torch.Tensor:
     cell = Cell(Checkpoint("timm", "test_resnet"), data, task, (96, 96), grid=2 if task == "mosaic" else None)
     how = Options((PLAIN, DEFAULT), workers=0, batch_size=3, **options)  # type: ignore
-    loader, _, alignment = _load(cell, Loaded(model, (96, 96)), how)
+    loader, _, alignment = load_images(cell, Loaded(model, (96, 96)), how)
     assert alignment.columns == (0, 1)
     return torch.cat([images for images, _, _ in loader])
 
