@@ -213,7 +213,7 @@ def test_what_cannot_be_compared_is_left_out_with_the_reason(photos: Path, pictu
     assert cell.scored_settings(OPTIONS) == list(OPTIONS.settings)
     told = io.StringIO()
     row = {"metric": "top1", "protocol": "fixed", "scores": "logits", "lam": "0.1", "temperature": "inf"}
-    row |= {"baseline": 50.0, "gain": 1.0, "ci_low": None, "ci_high": None}
+    row |= {"baseline": 50.0, "gain": 1.0, "ci_low": None, "ci_high": None, "n": 3}
     record = {"model": "m", "data": "d", "task": "single", "img_size": 64, "n": 3, "status": "ok", "results": [row]}
     print_records([record | {"agreement": found}], Console(file=told, width=300))
     assert "agreement on d: left out, a stream has no list of its pictures, so that" in told.getvalue()
