@@ -305,18 +305,20 @@ def asked_cells(
                 yield Cell(model, images, task, size, requested, grid)
 
 
-def _sizes(model: Checkpoint, requests: str, missing: dict[Checkpoint, str]) -> dict[tuple[int, int] | str, str]:
+def _sizes(
+    model: Checkpoint, requests: str, missing: dict[Checkpoint, str]
+) -> dict[tuple[int, int] | str, tuple[str, ...]]:
     """`1x,320` -> sizes in pixels with their requests; the request itself where the checkpoint cannot be asked."""
     parts = [part.strip() for part in requests.split(",")]
     if model in missing and model.source == "hf-hub":
-        return {part: part for part in parts}
+        return {part: (part,) for part in parts}
     try:
         height, width = model.input_size()
     except Exception:  # run_cell asks again and records the reason
-        return {part: part for part in parts}
-    sizes: dict[tuple[int, int] | str, str] = {}
+        return {part: (part,) for part in parts}
+    sizes: dict[tuple[int, int] | str, tuple[str, ...]] = {}
     for part in parts:
         factor = float(part[:-1]) if part.endswith("x") else None
         size = (round(factor * height), round(factor * width)) if factor else (int(part), int(part))
-        sizes.setdefault(size, part)
+        sizes[size] = tuple(dict.fromkeys((*sizes.get(size, ()), part)))
     return sizes

@@ -76,7 +76,7 @@ def main(arguments: list[str] | None = None) -> int:
             progress = partial(track, description=cell.checkpoint.name, console=log, transient=True)
             n, found = compare(cell, memory.get(cell), options, progress)
             for gains, difference in found:
-                where = (cell.data.name, cell.task_name, cell.requested, gains[0].metric, str(n))
+                where = (cell.data.name, cell.task_name, "/".join(cell.requested), gains[0].metric, str(n))
                 values = (f"{gains[0].baseline:.2f}", *map(_show_gain, gains), _show(difference))
                 print(COLUMNS(cell.checkpoint.id.rsplit("/", 1)[-1], *where, *values), flush=True)
                 pooled.setdefault(where, []).append(difference)

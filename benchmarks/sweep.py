@@ -96,10 +96,10 @@ def main(arguments: list[str] | None = None) -> int:
     in_order = [records[id(cell)] for cell in cells if id(cell) in records]
     warn = partial(log.print, style="yellow", markup=False, highlight=False, soft_wrap=True)
     try:
-        summary, rows = write_summary(out, warn)
+        summary, folder = write_summary(out, warn)
     except ValueError as error:  # published figures that somebody has changed meanwhile
         return _refused(log, error)
-    mine = kept(rows, in_order)
+    mine, in_order = kept(folder.rows, in_order), folder.named(in_order)
     if too_many(in_order):
         print_headline(headline(mine), screen)
         print_overview(in_order, mine, out, screen)
@@ -113,7 +113,7 @@ def main(arguments: list[str] | None = None) -> int:
     screen.print(f"{len(records)} records in {out / 'records'}, summary in {summary}", highlight=False, soft_wrap=True)
     if interrupted:
         return 130
-    if args.push_best and not _pushed(cells, records, rows, args, log, screen):
+    if args.push_best and not _pushed(cells, in_order, folder.rows, args, log, screen):
         return 1
     return 1 if any(record["status"] == "failed" for record in in_order) else 0
 
@@ -152,7 +152,7 @@ def _confirmed(log: Console, what: str, question: str) -> bool:
 
 def _pushed(
     cells: list[Cell],
-    records: dict[int, Record],
+    records: list[Record],
     rows: list[Row],
     args: argparse.Namespace,
     log: Console,
@@ -160,8 +160,8 @@ def _pushed(
 ) -> bool:
     """Whether all that is to be pushed has been."""
     measured: dict[Checkpoint, list[Record]] = {}
-    for cell in cells:
-        measured.setdefault(cell.checkpoint, []).append(records[id(cell)])
+    for cell, record in zip(cells, records, strict=True):
+        measured.setdefault(cell.checkpoint, []).append(record)
     choices = choose(rows, measured)
     for choice in choices:
         screen.print(f"{choice} -> {choice.repository(args.push_best)}", highlight=False, markup=False, soft_wrap=True)

@@ -25,8 +25,9 @@ import timm_csra
 from ..checkpoints.find import Checkpoint
 from ..data.datasets import ImageSet
 from ..records.files import Record
-from ..scoring.cells import Cell, Options, versions
+from ..scoring.cells import Cell, Options
 from ..scoring.environment import PACKAGES
+from ..scoring.software import versions
 from ..scoring.measure import failure
 from .estimate import memory_of
 from .local import ATTEMPTS, KEEP_MEMORY, EngineError, Outcome

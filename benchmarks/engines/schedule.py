@@ -110,9 +110,10 @@ class Run:
         return None if absent else record
 
     def _write(self, outcome: Outcome) -> None:
-        cell, record = outcome.cell, outcome.record
+        cell, record, key = outcome.cell, outcome.record, outcome.cell.key(self.options)
         record["environment"]["commit"] = commit()
-        path = record_path(self.out, cell.key(self.options))
+        record |= {**key, "key": key}  # to another node the data may look otherwise
+        path = record_path(self.out, key)
         try:
             read_record(path)
         except RecordError as error:
@@ -223,8 +224,11 @@ class _Schedule:
                 self.run._write(Outcome(cell, record))
             if record is None:
                 group.to_do.append(cell)
-            else:
-                self.ready.append((cell, record))
+                continue
+            if more := [word for word in cell.requested if word not in record["requested"]]:
+                record["requested"] += more
+                write_record(record_path(self.run.out, cell.key(self.run.options)), record)
+            self.ready.append((cell, record))
 
     def _most_left(self) -> _Group | None:
         group = max(self.open.values(), key=lambda group: len(group.to_do), default=None)

@@ -1,19 +1,18 @@
 """What a sweep measures: cells (a checkpoint on one data set, task and image size), and how they are run."""
 
 from dataclasses import dataclass
-from functools import cache
-from importlib.metadata import version
 from typing import Any
 
 import torch
 
-from timm_csra import __version__
 from timm_csra.evaluation.scoring import DEFAULT_LOG_SOFTMAX, Setting
 
 from ..checkpoints.find import Checkpoint
 from ..data.classes import ClassMap
 from ..data.datasets import ImageSet
 from ..records.files import Record
+from ..records.identity import Identity
+from . import software
 
 TASKS = ("single", "real", "multilabel", "mosaic")
 AMP = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -50,8 +49,8 @@ class Cell:
 
     Attributes:
         size: `(H, W)` in pixels, or a multiple of the checkpoint's own that is not known yet.
-        requested: the size in the words of the request, `1x` or `320`: cells of one request are compared with each
-            other, and corrected for it, although the checkpoints' own sizes differ.
+        requested: the size in the words of the requests that it answers, `1x` or `320`: cells of one request are
+            compared with each other, and corrected for it, although the checkpoints' own sizes differ.
         grid: of a mosaic, None for the other tasks.
     """
 
@@ -59,7 +58,7 @@ class Cell:
     data: ImageSet
     task: str
     size: tuple[int, int] | str
-    requested: str = "1x"
+    requested: tuple[str, ...] = ("1x",)
     grid: int | None = None
 
     @property
@@ -104,9 +103,15 @@ class Cell:
             "skip_bad_images": options.skip_bad_images,
             "kept_scores": "float16" if options.rescore else None,
             "rivals": options.rivals,
-            "versions": versions("timm", "torch") | {"timm_csra": __version__},
+            "tf32": software.tf32(options.device),
+            "versions": software.versions(*software.PASS),
+            "scoring": software.SCORING,
+            "evaluation": {"version": software.EVALUATION, **software.versions(*software.ANSWER)},
             **calibrated,
         }
+
+    def identity(self, options: Options) -> Identity:
+        return Identity.of(self.key(options))
 
 
 def show_size(size: tuple[int, int]) -> int | str:
@@ -121,8 +126,3 @@ def show_setting(setting: Setting) -> list[Any]:
 def show_temperature(setting: Setting) -> str:
     """`1+inf`, as `--temperatures` takes it."""
     return "+".join(f"{temperature:g}" for temperature in setting.temperature)
-
-
-@cache
-def versions(*packages: str) -> dict[str, str]:
-    return {package: version(package) for package in packages}

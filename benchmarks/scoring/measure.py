@@ -16,7 +16,7 @@ from timm_csra.evaluation.scoring import allows_test_time_pool, score
 
 from ..data.classes import Alignment, NotApplicableError, align
 from ..data.datasets import DataError, Mosaics, Photographs, Streamed, real_labels, tilings
-from ..records.files import Record
+from ..records.files import Record, now
 from ..records.phases import Phases
 from .agreement import choose, kept_choice
 from .cells import AMP, Cell, Options, show_size
@@ -71,7 +71,14 @@ def failure(cell: Cell, options: Options, reason: str, seconds: float = 0.0) -> 
 def _complete(cell: Cell, options: Options, record: Record, seconds: float) -> Record:
     key = cell.key(options)
     nothing: Record = {"n": len(cell.data), "columns": None, "kind": None, "results": []}
-    about: Record = {"requested": cell.requested, "seconds": seconds, "environment": environment(options)}
+    about: Record = {
+        "requested": list(cell.requested),
+        "own_size": cell.own_size,
+        "where": cell.data.where,
+        "finished": now(),
+        "seconds": seconds,
+        "environment": environment(options),
+    }
     return {**key, **nothing, **record, "key": key, **about}
 
 
