@@ -299,26 +299,31 @@ def asked_cells(
     model: Checkpoint, requests: str, data: list[ImageSet], tasks: list[Task], missing: dict[Checkpoint, str]
 ) -> Iterator[Cell]:
     """What is measured on one checkpoint, sizes outermost: neighbours share the loaded model."""
-    for size, requested in _sizes(model, requests, missing).items():
+    own = _own_size(model, missing)
+    for size, requested in _sizes(own, requests).items():
         for images in data:
             for task, grid in tasks:
-                yield Cell(model, images, task, size, requested, grid)
+                yield Cell(model, images, task, size, requested, grid, own)
 
 
-def _sizes(
-    model: Checkpoint, requests: str, missing: dict[Checkpoint, str]
-) -> dict[tuple[int, int] | str, tuple[str, ...]]:
-    """`1x,320` -> sizes in pixels with their requests; the request itself where the checkpoint cannot be asked."""
-    parts = [part.strip() for part in requests.split(",")]
+def _own_size(model: Checkpoint, missing: dict[Checkpoint, str]) -> tuple[int, int] | None:
+    """None where the checkpoint cannot be asked."""
     if model in missing and model.source == "hf-hub":
-        return {part: (part,) for part in parts}
+        return None
     try:
-        height, width = model.input_size()
+        return model.input_size()
     except Exception:  # run_cell asks again and records the reason
+        return None
+
+
+def _sizes(own: tuple[int, int] | None, requests: str) -> dict[tuple[int, int] | str, tuple[str, ...]]:
+    """`1x,320` -> sizes in pixels with their requests; the request itself where the own size is not known."""
+    parts = [part.strip() for part in requests.split(",")]
+    if own is None:
         return {part: (part,) for part in parts}
     sizes: dict[tuple[int, int] | str, tuple[str, ...]] = {}
     for part in parts:
         factor = float(part[:-1]) if part.endswith("x") else None
-        size = (round(factor * height), round(factor * width)) if factor else (int(part), int(part))
+        size = (round(factor * own[0]), round(factor * own[1])) if factor else (int(part), int(part))
         sizes[size] = tuple(dict.fromkeys((*sizes.get(size, ()), part)))
     return sizes

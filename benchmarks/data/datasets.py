@@ -71,6 +71,8 @@ class ImageSet:
         ignored: class indices of each photograph that are not judged (`difficult` in Pascal VOC).
         store: where the photographs are, None for files.
         stream: of images with one label each, which have no list: paths and labels are empty.
+        where: the folder or file they are in; None where that does not matter.
+        content: of what is in a store or a stream, whatever changes with it; for each photograph, or of all together.
         calibration: by what lam is chosen, without labels, for the protocol `agreement` on this data.
     """
 
@@ -83,6 +85,8 @@ class ImageSet:
     ignored: tuple[tuple[int, ...], ...] | None = None
     store: Store | None = None
     stream: Source | None = None
+    where: str | None = None
+    content: tuple[str, ...] | str = ""
     calibration: "Calibration | None" = None
 
     def __len__(self) -> int:
@@ -90,13 +94,16 @@ class ImageSet:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Changes with the files (name and size), the labels and the classes."""
-        digest = hashlib.sha256(repr(self.name).encode() if self.stream else b"")
-        for path, labels in zip(self.paths, self.labels, strict=True):
-            size = path.stat().st_size if self.store is None else ""
-            digest.update(f"{path.name} {size} {labels}\n".encode())
+        """Changes with the place, with what is in it (size and time of each file; see `content`), the labels and the
+        classes."""
+        digest = hashlib.sha256(repr((self.where, self.name if self.stream else None)).encode())
+        content = self.content or tuple(map(state_of_file, self.paths))
+        several = content if isinstance(content, tuple) else (content,) * len(self.paths)
+        digest.update(b"" if self.paths else repr(content).encode())
+        for path, state, labels in zip(self.paths, several, self.labels, strict=True):
+            digest.update(f"{path.name} {state} {labels}\n".encode())
         digest.update("\n".join(self.classes).encode())
-        digest.update(repr(self.ignored).encode() if self.ignored else b"")
+        digest.update(repr((self.ignored, self.tilings)).encode())
         return digest.hexdigest()[:16]
 
     def open(self, index: int) -> Image.Image:
@@ -128,7 +135,14 @@ class ImageSet:
         ignored = self.ignored and tuple(self.ignored[i] for i in indices)
         paths, labels = tuple(self.paths[i] for i in indices), tuple(self.labels[i] for i in indices)
         store = self.store and _Part(self.store, tuple(indices))
-        return replace(self, paths=paths, labels=labels, ignored=ignored, store=store)
+        content = self.content if isinstance(self.content, str) else tuple(self.content[i] for i in indices)
+        return replace(self, paths=paths, labels=labels, ignored=ignored, store=store, content=content)
+
+
+def state_of_file(path: Path) -> str:
+    """What changes with the content of a file: its size, and when it was written."""
+    found = path.stat()
+    return f"{found.st_size} {found.st_mtime_ns}"
 
 
 @dataclass(frozen=True)
@@ -245,7 +259,8 @@ class Unlabelled(Photographs):
 
 
 class Streamed(IterableImageDataset):
-    """The images of a stream with the positions of their labels among the scored classes; none has an index."""
+    """The images of a stream with the positions of their labels among the scored classes. They have no index, and come
+    in another order with every number of workers: in place of it each has a hash of its pixels, to sort by."""
 
     def __init__(self, source: Source, alignment: Alignment) -> None:
         super().__init__(root=None, reader=source.open().reader)
@@ -255,10 +270,11 @@ class Streamed(IterableImageDataset):
         return self.count
 
     def __iter__(self) -> Iterator[tuple[Tensor, int, int]]:
-        for image, target in super().__iter__():
+        for image, target in self.reader:
             if int(target) not in self.positions:
                 raise DataError(f"found the label {int(target)}, expected one of {len(self.positions)} classes.")
-            yield image, self.positions[int(target)], 0
+            pixels = hashlib.blake2b(image.tobytes(), digest_size=8).digest()
+            yield self.transform(image), self.positions[int(target)], int.from_bytes(pixels, "big") >> 1
 
 
 class Mosaics(_Images):

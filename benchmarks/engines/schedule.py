@@ -110,7 +110,7 @@ class Run:
         return None if absent else record
 
     def _write(self, outcome: Outcome) -> None:
-        cell, record, key = outcome.cell, outcome.record, outcome.cell.key(self.options)
+        record, key = outcome.record, outcome.cell.key(self.options)
         record["environment"]["commit"] = commit()
         record |= {**key, "key": key}  # to another node the data may look otherwise
         path = record_path(self.out, key)

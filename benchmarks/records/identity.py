@@ -86,7 +86,9 @@ def names_apart(sets: Iterable[tuple[str, str | None]]) -> dict[tuple[str, str |
         if not parts or not others:
             found[name, place] = name
             continue
-        length = next(n for n in range(1, len(parts) + 1) if n == len(parts) or all(p[-n:] != parts[-n:] for p in others))
+        length = next(
+            n for n in range(1, len(parts) + 1) if n == len(parts) or all(p[-n:] != parts[-n:] for p in others)
+        )
         tail = str(PurePath(*parts[-length:]))
         found[name, place] = tail if PurePath(tail).name == name else f"{name} ({tail})"
     return found

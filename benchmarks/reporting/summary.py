@@ -71,10 +71,10 @@ def read_folder(folder: Path, warn: Callable[[str], object] = to_stderr) -> Fold
     reasons: dict[int, set[str | None]] = {}
     for row in rows:
         reasons.setdefault(row["_record"], set()).add(row["not_counted"])
-    told = [
-        record | {"data": name, "not_counted": None if None in reasons.get(place, {None}) else min(map(str, reasons[place]))}
-        for place, (record, name) in enumerate(zip(records, told_apart(records), strict=True))
-    ]
+    told = []
+    for place, (record, name) in enumerate(zip(records, told_apart(records), strict=True)):
+        why = reasons.get(place, {None})
+        told.append(record | {"data": name, "not_counted": None if None in why else min(map(str, why))})
     return Folder(told, rows)
 
 
@@ -116,10 +116,10 @@ def rows_of(records: Sequence[Record]) -> list[Row]:
         for result in record["results"] or [{}]:
             if result.get("protocol") == "curve":
                 continue
-            family = identity.family(result.get("metric"), result.get("protocol"))
+            part = identity.family(result.get("metric"), result.get("protocol"))
             rows += [
                 {**record, "data": names[place], **result, "requested": word, "not_counted": replaced[place]}
-                | {"_record": place, "_family": (family, word)}
+                | {"_record": place, "_family": (part, word)}
                 for word in words
             ]
     families: dict[Any, list[Row]] = {}

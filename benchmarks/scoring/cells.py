@@ -52,6 +52,7 @@ class Cell:
         requested: the size in the words of the requests that it answers, `1x` or `320`: cells of one request are
             compared with each other, and corrected for it, although the checkpoints' own sizes differ.
         grid: of a mosaic, None for the other tasks.
+        own: the checkpoint's own size, None where it could not be asked.
     """
 
     checkpoint: Checkpoint
@@ -60,6 +61,7 @@ class Cell:
     size: tuple[int, int] | str
     requested: tuple[str, ...] = ("1x",)
     grid: int | None = None
+    own: tuple[int, int] | None = None
 
     @property
     def task_name(self) -> str:

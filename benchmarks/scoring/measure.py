@@ -10,9 +10,10 @@ from typing import Any
 
 import torch
 from timm.data import create_loader, resolve_input_data_config
+from torch import Tensor
 
 from timm_csra import UnsupportedModelError
-from timm_csra.evaluation.scoring import allows_test_time_pool, score
+from timm_csra.evaluation.scoring import Scores, allows_test_time_pool, score
 
 from ..data.classes import Alignment, NotApplicableError, align
 from ..data.datasets import DataError, Mosaics, Photographs, Streamed, real_labels, tilings
@@ -73,7 +74,7 @@ def _complete(cell: Cell, options: Options, record: Record, seconds: float) -> R
     nothing: Record = {"n": len(cell.data), "columns": None, "kind": None, "results": []}
     about: Record = {
         "requested": list(cell.requested),
-        "own_size": cell.own_size,
+        "own_size": show_size(cell.own) if cell.own else None,
         "where": cell.data.where,
         "finished": now(),
         "seconds": seconds,
@@ -142,16 +143,19 @@ def score_cell(
         with phases("plain"):
             plain_seconds(model, loader, options)  # starts the loader's workers, and warms everything up
             plain = [plain_seconds(model, loader, options)]
+    keys: list[int] = []
     with phases("model"):
         scores, targets = score(
             model,
-            readable(phases.waiting(track(loader)), loader, bad),
+            readable(phases.waiting(track(loader)), loader, bad, keys),
             cell.scored_settings(options),
             columns=alignment.columns,
             device=options.device,
             amp_dtype=AMP[options.amp],
             test_time_pool=allows_test_time_pool(explanation),
         )
+    if cell.data.stream:
+        scores, targets = _in_order(scores, targets, keys)
     cost = None
     if options.time_plain:
         with phases("plain"):
@@ -190,6 +194,14 @@ def score_cell(
         "agreement": agreement,
     }
     return Scored(scores, targets, facts)
+
+
+def _in_order(scores: Scores, targets: Tensor, keys: list[int]) -> tuple[Scores, Tensor]:
+    """Sort images `(n,)` by keys, and equal ones by their targets."""
+    order = torch.tensor(sorted(range(len(keys)), key=lambda image: (keys[image], int(targets[image]))))
+    attention = {term: logits[order] for term, logits in scores.attention.items()}
+    pooled = {name: logits[order] for name, logits in scores.pooled.items()}
+    return replace(scores, base=scores.base[order], attention=attention, pooled=pooled), targets[order]
 
 
 def load_images(cell: Cell, loaded: Loaded, options: Options) -> tuple[Any, Record, Alignment]:

@@ -21,7 +21,14 @@ def record(model: str = "m", weights: str = "w", finished: str = "2026-01-01T00:
            "img_size": 96, "settings": [[0, "inf", "logits"]], "device": "cpu", "amp": "none", "seed": 0} | more  # fmt: skip
     result = {"metric": "top1", "scores": "logits", "lam": "0.1", "temperature": "inf", "baseline": 50.0, "value": 51.0,
               "gain": 1.0, "ci_low": 0.5, "ci_high": 1.5, "p_value": p, "n": 100, "test": "t"}  # fmt: skip
-    about = {"status": "ok", "reason": None, "n": 100, "requested": ["1x"], "own_size": 96, "finished": finished} | beside
+    about = {
+        "status": "ok",
+        "reason": None,
+        "n": 100,
+        "requested": ["1x"],
+        "own_size": 96,
+        "finished": finished,
+    } | beside
     results = [result | {"protocol": protocol} for protocol in FIXED] if about["status"] == "ok" else []
     return {**key, **about, "key": key, "results": results}
 
@@ -39,7 +46,11 @@ def lines(found: Folder, protocol: str = "fixed") -> dict[tuple[str, ...], dict[
 def test_every_name_of_a_key_is_in_one_part() -> None:
     one, other = Identity.of(record()["key"]), Identity.of(record(weights="v")["key"])
     assert one.result != other.result and one.scores != other.scores
-    for name, value in {"settings": [[1, "inf", "logits"]], "evaluation": {"version": 2}, "kept_scores": "float16"}.items():
+    for name, value in {
+        "settings": [[1, "inf", "logits"]],
+        "evaluation": {"version": 2},
+        "kept_scores": "float16",
+    }.items():
         asked = Identity.of(record(**{name: value})["key"])
         assert asked.result != one.result and asked.scores == one.scores  # other questions to the same pass
     for name in ("data_fingerprint", "tf32", "versions", "skip_bad_images", "img_size", "something_new"):
@@ -97,7 +108,9 @@ def test_a_checkpoint_is_counted_once_whatever_was_asked_of_its_scores(tmp_path:
     # What was chosen from other settings is another question.
     assert list(lines(found, "crossfit").values()) == [{"better": 1}, {"better": 1}]
     assert len({name[0] for name in lines(found, "crossfit")}) == 2
-    assert [row["not_counted"] for row in found.rows if row["protocol"] == "fixed"] == ["measured again since"] * 2 + [None]
+    assert [row["not_counted"] for row in found.rows if row["protocol"] == "fixed"] == ["measured again since"] * 2 + [
+        None
+    ]
 
 
 @pytest.mark.parametrize("words", [(["96"], ["1x"]), (["1x"], ["96"])])

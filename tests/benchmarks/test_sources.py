@@ -14,8 +14,9 @@ import torch
 import webdataset
 from PIL import Image
 
+from benchmarks.data.annotations import VOC
 from benchmarks.data.datasets import DataError, NotApplicableError, real_labels
-from benchmarks.data.sources import VOC, load_image_set
+from benchmarks.data.sources import load_image_set
 from benchmarks.sweep import main
 
 

@@ -51,7 +51,9 @@ def test_holm_over_the_checkpoints_of_one_request() -> None:
     assert [row.get("p_holm") for row in rows[5:]] == [0.03, 0.03, None]
     assert "verdict" not in rows[7]
     counts = headline(rows[:5])
-    assert counts == {("d (seed 0)", "single", "None", "1x", "top1", "fixed"): {"better": 1, "worse": 2, "no evidence": 2}}
+    assert counts == {
+        ("d (seed 0)", "single", "None", "1x", "top1", "fixed"): {"better": 1, "worse": 2, "no evidence": 2}
+    }
 
 
 def test_the_comparison_of_the_fixed_settings_is_a_family_of_its_own() -> None:
