@@ -48,13 +48,19 @@ def main(arguments: list[str] | None = None) -> int:
         data = asked_calibration(args, data)
         missing = {} if args.rescore else _not_to_be_had(models)
         with ThreadPoolExecutor(16) as pool:  # the Hub is asked for the hashes of many checkpoints at once
-            list(pool.map(lambda model: model.fingerprint, models))
+            hashes = list(pool.map(lambda model: model.fingerprint, models))
     except (CheckpointError, DataError, ValueError, TypeError) as error:
         return _refused(log, error)
     if missing and len(missing) == len(models):
         return _refused(log, _offline(missing))
     if missing:
         log.print(f"{_offline(missing)} Their cells are recorded as failed.", markup=False, highlight=False)
+    for model, weights in zip(models, hashes, strict=True):
+        if weights is None and model not in missing:
+            missing[model] = (
+                f"no hash of its weights could be had ({model.why_unknown}), and without one its records cannot be "
+                "told from those of other weights. Run again when the Hub gives it."
+            )
 
     # A larger image is a rival at its own cost; its records hold the plain model's figures beside the wrapped one's.
     sizes = f"{args.img_size},2x" if args.rivals else args.img_size
@@ -185,15 +191,13 @@ def _not_to_be_had(models: list[Checkpoint]) -> dict[Checkpoint, str]:
     """Checkpoints that are neither local nor cached, with the reason, where the Hub cannot be reached."""
     absent = [model for model in models if not model.is_cached()]
     reason = unreachable_hub() if absent else None
-    return dict.fromkeys(absent, reason) if reason else {}
+    return dict.fromkeys(absent, f"not cached, and the Hub cannot be reached: {reason}") if reason else {}
 
 
 def _offline(missing: dict[Checkpoint, str]) -> str:
     names = list(missing)
-    return (
-        f"{names[0].name}{f' and {len(names) - 1} more' if len(names) > 1 else ''} not cached, and the Hub cannot be "
-        f"reached ({missing[names[0]]}). Try --sample, --models {find.PYPI_EXAMPLE} or local-dir:PATH."
-    )
+    more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+    return f"{names[0].name}{more} {missing[names[0]]}. Try --sample, --models {find.PYPI_EXAMPLE} or local-dir:PATH."
 
 
 def _console() -> Console:

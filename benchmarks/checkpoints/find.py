@@ -82,10 +82,20 @@ class Checkpoint:
         with torch.device("meta"):
             timm_csra.explain(self.architecture(size), size)
 
-    @cached_property
+    @property
     def fingerprint(self) -> str | None:
         """Hash of the weights, known before they are loaded: of the files of a local checkpoint; for one from the Hub
-        the ETag of its weights, asked from the Hub, or read from the cache where it does not answer."""
+        the ETag of its weights, asked from the Hub, or read from the cache where it does not answer; of the address
+        where weights are elsewhere. None where it could not be had: without it a checkpoint is not measured."""
+        return self._hash[0]
+
+    @property
+    def why_unknown(self) -> str | None:
+        """Why the hash of the weights could not be had, or None."""
+        return self._hash[1]
+
+    @cached_property
+    def _hash(self) -> tuple[str | None, str | None]:
         if self.source == "local-dir":
             folder = Path(self.id)
             files = [
@@ -93,13 +103,15 @@ class Checkpoint:
             ]
         elif self.source == "pypi":
             files = [_wheel_file(self.id)]
+        elif self.source == "timm" and not (cfg := timm.get_pretrained_cfg(self.id)).hf_hub_id and cfg.url:
+            return hashlib.sha256(cfg.url.encode()).hexdigest()[:16], None
         else:
             return _etag(self._repository(), self._weight_files())
         digest = hashlib.sha256()
         for file in files:
             with file.open("rb") as stream:
                 digest.update(hashlib.file_digest(stream, "sha256").digest())
-        return digest.hexdigest()[:16]
+        return digest.hexdigest()[:16], None
 
     def is_cached(self) -> bool:
         """Whether it can be loaded without network."""
@@ -159,23 +171,24 @@ def _why_not_at(checkpoint: Checkpoint, size: tuple[int, int]) -> str | None:
     return reason
 
 
-def _etag(repo: str, names: list[str]) -> str | None:
-    """Of the first of these files that a repository has; None where neither the Hub nor the cache knows."""
+def _etag(repo: str, names: list[str]) -> tuple[str | None, str | None]:
+    """Of the first of these files that a repository has; where neither the Hub nor the cache knows, why not."""
     repo, _, revision = repo.partition("@")
-    for name in names:
-        url = hf_hub_url(repo, name, revision=revision or None)
+    why = f"{repo} has none of {', '.join(names)}"
+    for name in names if _hub_answers() else ():
         try:
-            return get_hf_file_metadata(url, timeout=10).etag if _hub_answers() else _cached_etag(repo, name, revision)
+            etag = get_hf_file_metadata(hf_hub_url(repo, name, revision=revision or None), timeout=10).etag
+            return etag, None if etag else f"{constants.ENDPOINT} gives no ETag of {repo}'s {name}"
         except EntryNotFoundError:
             continue
-        except (HTTPError, HfHubHTTPError, OfflineModeIsEnabled):  # gone, private, or cut off: loading it will say so
-            return _cached_etag(repo, name, revision)
-    return None
-
-
-def _cached_etag(repo: str, name: str, revision: str) -> str | None:
-    file = try_to_load_from_cache(repo, name, revision=revision or None)
-    return Path(file).resolve().name if isinstance(file, str) else None  # the cache calls blobs by their ETag
+        except (HTTPError, HfHubHTTPError, OfflineModeIsEnabled) as error:  # gone, private, or cut off
+            why = f"{type(error).__name__}: {next(iter(str(error).splitlines()), 'no answer')}"
+            break
+    else:
+        why = why if _hub_answers() else f"{constants.ENDPOINT} does not answer"
+    files = (try_to_load_from_cache(repo, name, revision=revision or None) for name in names)
+    cached = next((Path(file) for file in files if isinstance(file, str)), None)
+    return (cached.resolve().name, None) if cached else (None, why)  # the cache calls blobs by their ETag
 
 
 @cache

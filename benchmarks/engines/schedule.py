@@ -219,8 +219,7 @@ class _Schedule:
         for cell in group.cells:
             record = self.run._finished(cell)
             if record is None and checkpoint in self.run.missing:
-                reason = f"CheckpointError: not cached, and the Hub cannot be reached: {self.run.missing[checkpoint]}"
-                record = failure(cell, self.run.options, reason)
+                record = failure(cell, self.run.options, f"CheckpointError: {self.run.missing[checkpoint]}")
                 self.run._write(Outcome(cell, record))
             if record is None:
                 group.to_do.append(cell)

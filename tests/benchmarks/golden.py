@@ -31,8 +31,9 @@ MODELS = ("test_resnet", "test_vit", "test_convnext", "test_mambaout")
 
 
 def waves(*shape: int, start: float) -> Tensor:
-    """Numbers that look random and are the same everywhere."""
-    return (torch.arange(math.prod(shape), dtype=torch.float64) * 12.9898 + start).sin().reshape(shape).float()
+    """Numbers between -1 and 1 that look random and are the same everywhere."""
+    waves = 43758.5453 * (torch.arange(math.prod(shape), dtype=torch.float64) * 12.9898 + start).sin()
+    return (2 * (waves - waves.floor()) - 1).reshape(shape).float()
 
 
 def evaluation() -> dict[str, Any]:
@@ -67,10 +68,11 @@ def scoring() -> dict[str, Any]:
     for place, name in enumerate(MODELS):
         model = timm.create_model(name, num_classes=CLASSES).eval()
         with torch.no_grad():
-            for number, weight in enumerate(model.parameters()):
-                weight.copy_(waves(*weight.shape, start=number) * (0.5 / weight[0].numel() ** 0.5))
-        size = 160
-        images = waves(2, 3, size, size, start=place)
+            for number, (parameter, weight) in enumerate(model.named_parameters()):
+                if weight.ndim > 1 or parameter.endswith("bias"):  # scales stay those of the architecture
+                    size = weight[0].numel() ** 0.5 if weight.ndim > 1 else 10
+                    weight.copy_(waves(*weight.shape, start=number) * 3 / size)
+        images = 2 * waves(2, 3, 160, 160, start=place)
         scores, _ = score(model, [(images, torch.zeros(2))], SETTINGS, columns=range(CLASSES))
         found[name] = {"base": scores.base.tolist()}
         found[name] |= {f"{kind} {T:g}": tensor.tolist() for (kind, T), tensor in sorted(scores.attention.items())}

@@ -43,7 +43,7 @@ def flat(figures: Any, where: str = "") -> list[tuple[str, Any]]:
 
 def same(found: Any, expected: Any) -> bool:
     if isinstance(found, float) and isinstance(expected, (int, float)):
-        return bool(np.isclose(found, expected, rtol=1e-4, atol=1e-4))
+        return bool(np.isclose(found, expected, rtol=1e-3, atol=1e-3))
     return bool(found == expected)
 
 
