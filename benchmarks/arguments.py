@@ -39,7 +39,12 @@ def add_labels(group: Any) -> None:
     """Options about what is in the data."""
     group.add_argument("--split", help="of torch/, hfds/ (default: validation) and VOC (default: test)")
     group.add_argument("--data-dir", metavar="DIR", help="where torch/ and hfds/ keep their files")
-    group.add_argument("--limit", type=positive, metavar="N", help="only the first N rows of the data")
+    group.add_argument(
+        "--limit",
+        type=positive,
+        metavar="N",
+        help="a sample of N images by --seed, the same for all checkpoints",
+    )
     group.add_argument(
         "--class-map",
         metavar="MAP",
@@ -182,7 +187,9 @@ def parser(description: str) -> argparse.ArgumentParser:
     how.add_argument("--workers", type=natural, default=2, help="processes that read images (default: %(default)s)")
     how.add_argument("--device", default="auto", metavar="auto|cpu|cuda[:i]|mps|xpu", help="default: %(default)s")
     how.add_argument("--amp", choices=tuple(AMP), default="none", help="default: %(default)s")
-    how.add_argument("--seed", type=int, default=0, help="of mosaics, halves and bootstrap (default: %(default)s)")
+    how.add_argument(
+        "--seed", type=int, default=0, help="of samples, mosaics, halves, bootstrap (default: %(default)s)"
+    )
     return parser
 
 
@@ -283,7 +290,7 @@ def asked_what(args: argparse.Namespace) -> tuple[list[Checkpoint], list[ImageSe
     tasks = (args.task or "single").split(",")
     if unknown := [task for task in tasks if task not in TASKS]:
         raise ValueError(f"--task: found {', '.join(unknown)}; expected some of {','.join(TASKS)}.")
-    data = [load_image_set(spec, args.limit, args.split, args.data_dir) for spec in args.data]
+    data = [load_image_set(spec, args.limit, args.split, args.data_dir, args.seed) for spec in args.data]
     grids = [int(part) for part in args.grid.split(",")]
     return find_checkpoints(args.models), data, [(t, g) for t in tasks for g in (grids if t == "mosaic" else [None])]
 

@@ -188,7 +188,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--batch-size", type=positive, help="default: 64, on a CPU 16")
     parser.add_argument("--workers", type=natural, default=2, help="processes that read images (default: %(default)s)")
     parser.add_argument("--device", default="auto", help="default: %(default)s")
-    parser.add_argument("--seed", type=int, default=0, help="of mosaics, halves, bootstrap (default: %(default)s)")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="of samples, mosaics, halves, bootstrap (default: %(default)s)"
+    )
     unused = ("sample", "devices", "keep_scores", "rescore", "rivals", "time_plain")
     parser.set_defaults(also=(), activation="softmax", average_precision="continuous", **dict.fromkeys(unused, False))
     parser.set_defaults(task="mosaic", scores=LOG_SOFTMAX, amp="none")

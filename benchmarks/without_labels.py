@@ -25,7 +25,7 @@ from .scoring.rivals import autocast
 UNLABELLED_LAMS = ",".join(f"{lam:g}" for lam in LAMS)
 
 # Options of the choice with labels, and of that without, by their names in the parsed arguments.
-WITH_LABELS = ("task", "metric", "folds", "class_map", "class_scores", "grid", "seed")
+WITH_LABELS = ("task", "metric", "folds", "class_map", "class_scores", "grid")
 WITHOUT_LABELS = ("agreement",)
 
 
@@ -100,7 +100,7 @@ def choose_without_labels(args: argparse.Namespace, screen: Console, log: Consol
 
 def _cell(args: argparse.Namespace) -> Cell:
     models = find_checkpoints(args.models)
-    data = load_pictures(args.data[0], args.limit, args.split, args.data_dir)
+    data = load_pictures(args.data[0], args.limit, args.split, args.data_dir, args.seed)
     cells = [cell for model in models for cell in asked_cells(model, args.img_size, [data], [("single", None)], {})]
     if len(cells) != 1:
         raise ValueError(f"found {len(cells)} combinations of checkpoint and size; expected one.")

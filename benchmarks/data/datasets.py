@@ -18,6 +18,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.transforms import FiveCrop
 
+from timm_csra.pictures import in_rgb
+
 from .classes import Alignment, NotApplicableError
 
 
@@ -107,9 +109,9 @@ class ImageSet:
         return digest.hexdigest()[:16]
 
     def open(self, index: int) -> Image.Image:
-        """The whole photograph in RGB; DataError, naming it, where it cannot be decoded."""
+        """The whole photograph in RGB, see `in_rgb`; DataError, naming it, where it cannot be decoded."""
         with self.opened(index) as image:
-            return image.convert("RGB")
+            return in_rgb(image)
 
     @contextmanager
     def opened(self, index: int) -> Iterator[Image.Image]:
@@ -119,16 +121,20 @@ class ImageSet:
             image = Image.open(path) if self.store is None else self.store.open(index)
             with image if isinstance(image, Image.Image) else Image.open(image) as opened:
                 yield opened
-        except (OSError, UnidentifiedImageError, SyntaxError, ValueError) as error:
+        except (OSError, UnidentifiedImageError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             raise DataError(f"{path}: cannot be read as an image: {error}") from error
 
-    def first(self, count: int | None) -> "ImageSet":
-        """The first photographs, or all."""
-        if count is None or (count >= len(self) and not self.stream):
-            return self
-        if self.stream:
+    def sample(self, count: int | None, seed: int) -> "ImageSet":
+        """So many photographs, drawn by the seed and in their order, or all. A larger sample has all of a smaller one.
+
+        Raises:
+            DataError: of a stream, which would have to be read to its end.
+        """
+        if self.stream and count is not None:
             raise DataError(f"{self.name}: --limit needs a list of the images, which a stream does not have.")
-        return self.some(range(count))
+        if count is None or count >= len(self):
+            return self
+        return self.some(sorted(np.random.default_rng(seed).permutation(len(self))[:count].tolist()))
 
     def some(self, indices: Sequence[int]) -> "ImageSet":
         """These photographs."""

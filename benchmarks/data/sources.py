@@ -24,18 +24,18 @@ data:
 
 
 def load_image_set(
-    spec: str | Path, limit: int | None = None, split: str | None = None, data_dir: str | None = None
+    spec: str | Path, limit: int | None = None, split: str | None = None, data_dir: str | None = None, seed: int = 0
 ) -> ImageSet:
-    """Read one of the forms in `HELP`; `limit` takes the first photographs, in the order of the source.
+    """Read one of the forms in `HELP`; of `limit` photographs, a sample drawn by the seed.
 
     Raises:
         DataError: nothing that can be read; the text names the file, what was found and what was expected.
     """
-    return _read(str(spec), split, data_dir).first(limit)
+    return _read(str(spec), split, data_dir).sample(limit, seed)
 
 
 def load_pictures(
-    spec: str | Path, limit: int | None = None, split: str | None = None, data_dir: str | None = None
+    spec: str | Path, limit: int | None = None, split: str | None = None, data_dir: str | None = None, seed: int = 0
 ) -> ImageSet:
     """As `load_image_set`, where labels are not asked for: a folder is all pictures in it, whatever else it holds.
 
@@ -46,7 +46,7 @@ def load_pictures(
     if str(spec).lower().startswith(STREAMS):
         raise DataError(f"{spec}: a stream has no list of its pictures; expected a folder, an archive or annotations.")
     folder = path.is_dir() and not (path / "ImageSets" / "Main").is_dir()
-    return (read_image_folder(path) if folder else _read(str(spec), split, data_dir)).first(limit)
+    return (read_image_folder(path) if folder else _read(str(spec), split, data_dir)).sample(limit, seed)
 
 
 def _read(spec: str, split: str | None, data_dir: str | None) -> ImageSet:

@@ -4,7 +4,8 @@ import re
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -50,15 +51,16 @@ def run_cell(
         except NotApplicableError as reason:
             record |= {"status": "not_applicable", "reason": str(reason)}
         except Exception as error:
-            if _out_of_memory(error) and options.batch_size > 1:
+            if isinstance(error, _BatchTooLargeError) and options.batch_size > 1:
                 print(f"out of memory at batch size {options.batch_size}: half of it is tried", file=sys.stderr)
                 options = replace(options, batch_size=options.batch_size // 2)
                 record |= {"batch_size": options.batch_size}
                 continue  # outside of `except` the traceback, and what it holds, is gone
+            told = error.__cause__ or error if isinstance(error, _BatchTooLargeError) else error
             traceback.print_exc()
             record |= {
                 "status": "failed",
-                "reason": f"{type(error).__name__}: {error}",
+                "reason": f"{type(told).__name__}: {told}",
                 "traceback": traceback.format_exc(),
             }
         return _complete(cell, options, record, time.perf_counter() - started)
@@ -81,6 +83,20 @@ def _complete(cell: Cell, options: Options, record: Record, seconds: float) -> R
         "environment": environment(options),
     }
     return {**key, **nothing, **record, "key": key, **about}
+
+
+class _BatchTooLargeError(Exception):
+    """Memory has run out in a forward pass, which needs less with fewer images at a time."""
+
+
+@contextmanager
+def _forward_passes() -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        if _out_of_memory(error):
+            raise _BatchTooLargeError(str(error)) from error
+        raise
 
 
 def _out_of_memory(error: Exception) -> bool:
@@ -140,25 +156,37 @@ def score_cell(
         raise UnsupportedModelError(explanation.unsupported)
     bad: list[int] = []
     if options.time_plain:
-        with phases("plain"):
+        with phases("plain"), _forward_passes():
             plain_seconds(model, loader, options)  # starts the loader's workers, and warms everything up
             plain = [plain_seconds(model, loader, options)]
     keys: list[int] = []
+    passed = False
+
+    def batches() -> Iterator[tuple[Tensor, Tensor]]:
+        nonlocal passed
+        yield from readable(phases.waiting(track(loader)), loader, bad, keys)
+        passed = True
+
     with phases("model"):
-        scores, targets = score(
-            model,
-            readable(phases.waiting(track(loader)), loader, bad, keys),
-            cell.scored_settings(options),
-            columns=alignment.columns,
-            device=options.device,
-            amp_dtype=AMP[options.amp],
-            test_time_pool=allows_test_time_pool(explanation),
-        )
+        try:
+            scores, targets = score(
+                model,
+                batches(),
+                cell.scored_settings(options),
+                columns=alignment.columns,
+                device=options.device,
+                amp_dtype=AMP[options.amp],
+                test_time_pool=allows_test_time_pool(explanation),
+            )
+        except Exception as error:
+            if not passed and _out_of_memory(error):  # else it is what comes after them that needs the memory
+                raise _BatchTooLargeError(str(error)) from error
+            raise
     if cell.data.stream:
         scores, targets = _in_order(scores, targets, keys)
     cost = None
     if options.time_plain:
-        with phases("plain"):
+        with phases("plain"), _forward_passes():
             plain.append(plain_seconds(model, loader, options))
         seconds = phases.seconds["wait"] + phases.seconds["model"]
         cost = {"plain_seconds": plain, "score_seconds": seconds, "ratio": seconds / (sum(plain) / 2)}
@@ -172,9 +200,9 @@ def score_cell(
             )
         print(f"{missing} images of the stream could not be read", file=sys.stderr)
     if options.rivals and cell.grid is None and cell.data.stream is None:
-        with phases("crops"):
+        with phases("crops"), _forward_passes():
             scores.pooled.update(five_crops(model, loaded.size, loader.dataset, preprocessing, alignment, options))
-    with phases("agreement"):
+    with phases("agreement"), _forward_passes():
         agreement = choose(cell.data.calibration, loaded, options, track)
     facts: Record = {
         "n": len(targets),
