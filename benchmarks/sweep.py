@@ -7,6 +7,7 @@ arguments, a sweep does only what is missing or failed.
 
 import argparse
 import sys
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -27,6 +28,7 @@ from .engines.estimate import estimate
 from .engines.local import Engine, EngineError, LocalEngine, Progress
 from .engines.schedule import Run
 from .records.files import Record
+from .records.identity import Place, names_apart
 from .records.phases import where_the_time_went
 from .reporting.expected import keep_expected
 from .reporting.overview import print_overview, too_many
@@ -75,7 +77,8 @@ def main(arguments: list[str] | None = None) -> int:
         states = [run.state(cell) for cell in cells]
         to_do = [cell for cell, state in zip(cells, states, strict=True) if state == "to do"]
         if args.dry_run:
-            print_plan([(*_describe(cell), state) for cell, state in zip(cells, states, strict=True)], screen)
+            names = names_apart((cell.data.name, cell.data.where) for cell in cells)
+            print_plan([(*_describe(cell, names), state) for cell, state in zip(cells, states, strict=True)], screen)
         (screen if args.dry_run else log).print(str(estimate(to_do, options)), highlight=False, soft_wrap=True)
         if args.dry_run or (to_do and not _confirmed(log, "No accelerator was found", "Run all of this on the CPU?")):
             return 0 if args.dry_run else 2
@@ -105,6 +108,12 @@ def main(arguments: list[str] | None = None) -> int:
         summary, folder = write_summary(out, warn)
     except ValueError as error:  # published figures that somebody has changed meanwhile
         return _refused(log, error)
+    if present := [
+        (cell, records[id(cell)]) for cell in cells if id(cell) in records and folder.replaced(records[id(cell)])
+    ]:
+        for cell, record in present:
+            run.confirm(cell, record)
+        summary, folder = write_summary(out, warn)
     mine, in_order = kept(folder.rows, in_order), folder.named(in_order)
     if too_many(in_order):
         print_headline(headline(mine), screen)
@@ -144,9 +153,10 @@ def _engine(
     return RayEngine(options, args.address, args.cpus_per_cell, data)
 
 
-def _describe(cell: Cell) -> tuple[str, str, str, str, str]:
+def _describe(cell: Cell, names: Mapping[Place, str]) -> tuple[str, str, str, str, str]:
     size = cell.size if isinstance(cell.size, str) else show_size(cell.size)
-    return cell.checkpoint.name, cell.data.name, cell.task_name, str(size), str(cell.images)
+    data = names[cell.data.name, cell.data.where]
+    return cell.checkpoint.name, data, cell.task_name, str(size), str(cell.images)
 
 
 def _confirmed(log: Console, what: str, question: str) -> bool:

@@ -21,7 +21,7 @@ from rich.progress import (
 
 from ..checkpoints.downloads import Downloads
 from ..checkpoints.find import Checkpoint
-from ..records.files import Record, RecordError, read_record, record_path, write_record
+from ..records.files import Record, RecordError, now, read_record, record_path, write_record
 from ..scoring.cells import Cell, Options
 from ..scoring.environment import commit
 from ..scoring.kept import scores_file
@@ -96,6 +96,10 @@ class Run:
                 for cell, record in _Schedule(self, groups, engine, downloads).pairs():
                     shown.finished(cell)
                     yield cell, record
+
+    def confirm(self, cell: Cell, record: Record) -> None:
+        """Write a finished record anew, as one of the weights that its checkpoint has now."""
+        write_record(record_path(self.out, cell.key(self.options)), record | {"finished": now()})
 
     def _finished(self, cell: Cell) -> Record | None:
         """The record of a cell for which nothing is left to do. What is no record does not make a cell finished."""

@@ -20,6 +20,7 @@ FREE = (*CHECKPOINT, *QUESTION, "img_size", "versions", "scoring", "rivals")
 # What a protocol depends on beyond that.
 BY_PROTOCOL = {"crossfit": ("settings",), "best": ("settings",), "agreement": ("calibration_data",)}
 
+Place = tuple[str, str | None]  # of data: the name, and where they are
 Part = tuple[tuple[str, str], ...]  # names and values, of what is not absent
 
 
@@ -75,10 +76,10 @@ def answers(record: Mapping[str, Any], request: str) -> bool:
     return _sides(size) == tuple(round(factor * side) for side in _sides(own))
 
 
-def names_apart(sets: Iterable[tuple[str, str | None]]) -> dict[tuple[str, str | None], str]:
+def names_apart(sets: Iterable[Place]) -> dict[Place, str]:
     """What to call sets of photographs, given by name and place: by the name, or as much of the place as tells it from
     others of the name."""
-    found: dict[tuple[str, str | None], str] = {}
+    found: dict[Place, str] = {}
     every = dict.fromkeys(sets)
     for name, place in every:
         others = [PurePath(other).parts for its, other in every if its == name and other and other != place]

@@ -26,6 +26,9 @@ VERDICTS = ("better", "worse", "no evidence")
 OVER_PLAIN = (*FIXED, AGREEMENT, "crossfit")  # protocols whose verdicts are of gains over the plain model
 FIRST_METRIC = {"single": "top1", "real": "top1", "multilabel": "mAP", "mosaic": "mAP"}  # what decides, for each task
 
+# Why a row does not count.
+OTHER_WEIGHTS, AGAIN = "other weights since", "measured again since"
+
 Row = dict[str, Any]
 CALLED = {"data_fingerprint": "data", "calibration_data": "calibration"}  # in what tells lines apart
 
@@ -47,6 +50,10 @@ class Folder:
     def counted(self) -> list[Record]:
         """Without those that later ones replace."""
         return [record for record in self.records if not record["not_counted"]]
+
+    def replaced(self, record: Record) -> bool:
+        """Whether a later record says that its checkpoint has other weights."""
+        return self.named([record])[0].get("not_counted") == OTHER_WEIGHTS
 
     def named(self, records: Iterable[Record]) -> list[Record]:
         """These records, as they are in the folder."""
@@ -175,13 +182,10 @@ def _replaced(records: Sequence[Record]) -> list[str | None]:
         weights = record["key"].get("weights")
         now = newest.get(cell[0], record)["key"].get("weights")
         if weights and weights != now:
-            found.append("other weights since")
+            found.append(OTHER_WEIGHTS)
         else:
             found.append(AGAIN if record["status"] != "ok" and str(record.get("finished")) < latest[cell] else None)
     return found
-
-
-AGAIN = "measured again since"
 
 
 def headline(rows: Iterable[Row]) -> dict[tuple[str, ...], Counter[str]]:

@@ -1,14 +1,20 @@
 """What is the same thing: which figures are counted, in which line, under which name."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
+import torch
+from PIL import Image
 
 from benchmarks.records.files import write_record
 from benchmarks.records.identity import Identity
+from benchmarks.report import main as report
 from benchmarks.reporting.summary import Folder, headline, read_folder
+from benchmarks.sweep import main
 
 FIXED = ("fixed", "crossfit", "agreement")
 
@@ -146,3 +152,54 @@ def test_records_of_before_are_read(tmp_path: Path) -> None:
     assert [one["requested"] for one in found.records] == [["1x"], ["128"], ["1x"]]
     assert all(json.dumps(one["finished"]) for one in found.records)
     assert found.records[2]["key"]["tf32"] == ["high", True] and "tf32" not in found.records[0]["key"]
+
+
+def test_weights_that_are_there_again_count_again(tmp_path: Path) -> None:
+    """As after a training that was taken back."""
+    weights = {}
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        model = timm.create_model("test_resnet", num_classes=2)
+        labels = {"label_names": ["cat", "dog"]}
+        timm.models.save_for_hf(model, str(tmp_path / "model"), model_config=labels, safe_serialization=True)
+        weights[seed] = (tmp_path / "model" / "model.safetensors").read_bytes()
+    for index in range(8):
+        path = tmp_path / "photos" / labels["label_names"][index % 2] / f"{index}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (40, 30), (30 * index, 99, 200)).save(path)
+    arguments = ["--models", f"local-dir:{tmp_path / 'model'}", "--data", str(tmp_path / "photos"), "--workers", "0"]
+    arguments += ["--out", str(tmp_path / "out"), "--device", "cpu", "--img-size", "64"]
+    counted = []
+    for seed in (0, 1, 0):
+        (tmp_path / "model" / "model.safetensors").write_bytes(weights[seed])
+        assert main(arguments) == 0
+        (record,) = read_folder(tmp_path / "out").counted
+        counted.append(record["weights_sha256"])
+    assert counted[0] == counted[2] != counted[1]
+    assert len(list((tmp_path / "out" / "records").iterdir())) == 2
+
+
+def test_a_size_that_was_measured_in_other_words_is_found(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    torch.manual_seed(0)
+    model = timm.create_model("test_resnet", num_classes=2)
+    labels = {"label_names": ["cat", "dog"]}
+    timm.models.save_for_hf(model, str(tmp_path / "model"), model_config=labels, safe_serialization=True)
+    for index in range(8):
+        path = tmp_path / "b" / "val" / labels["label_names"][index % 2] / f"{index}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (40, 30), (30 * index, 99, 200)).save(path)
+    shutil.copytree(tmp_path / "b", tmp_path / "a")
+    data = [str(tmp_path / name / "val") for name in ("a", "b")]
+    arguments = ["--models", f"local-dir:{tmp_path / 'model'}", "--out", str(tmp_path / "out"), "--device", "cpu"]
+    for size in ("160", "1x"):
+        assert main([*arguments, "--workers", "0", "--img-size", size, "--data", *data]) == 0
+    printed = capsys.readouterr().out
+    assert "a/val, single, 160, top1: log_softmax" in printed and "b/val, single, 1x, top1: log_softmax" in printed
+    assert {tuple(record["requested"]) for record in read_folder(tmp_path / "out").records} == {("160", "1x")}
+    assert main([*arguments, "--img-size", "96", "--data", *data, "--dry-run"]) == 0
+    planned = capsys.readouterr().out
+    assert "a/val" in planned and "b/val" in planned
+    assert report([str(tmp_path / "out"), "--no-plots"]) == 0
+    page = (tmp_path / "out" / "report" / "results.md").read_text()
+    assert "| a/val, single, 1x | top1 | fixed |" in page and "| model | b/val \u00b7 single \u00b7 160/1x |" in page
+    assert "a/val \\u00b7 single \\u00b7 160" in (tmp_path / "out" / "report" / "index.html").read_text()
