@@ -18,15 +18,16 @@ from .checkpoints import find
 from .checkpoints.find import Checkpoint, find_checkpoints
 from .data import sample, sources
 from .data.calibration import with_calibration
-from .data.classes import COMBINE, load_class_map
+from .data.classes import COMBINE, ClassNames, load_class_map
 from .data.datasets import ImageSet
-from .data.sources import load_image_set, load_pictures
+from .data.sources import load_image_set, load_pictures, read_class_names
 from .scoring.cells import AMP, TASKS, Cell, Options
 
 EXAMPLES = """
 examples:
   python -m benchmarks.sweep --sample
   python -m benchmarks.sweep --models 'resnet50*' --data imagenet/val --task single,mosaic --img-size 1x,2x
+  python -m benchmarks.sweep --models file:resnet50@output/train/model_best.pth.tar --data photos/val
   python -m benchmarks.sweep --models local-dir:my-checkpoint --data photos --task multilabel --device cuda --amp bf16
   python -m benchmarks.sweep --models all --data coco/annotations/instances_val2017.json --task multilabel \\
       --class-map coco80-to-imagenet1k
@@ -40,6 +41,14 @@ def add_labels(group: Any) -> None:
     group.add_argument("--split", help="of torch/, hfds/ (default: validation) and VOC (default: test)")
     group.add_argument("--data-dir", metavar="DIR", help="where torch/ and hfds/ keep their files")
     group.add_argument("--limit", type=positive, metavar="N", help="only the first N rows of the data")
+    group.add_argument(
+        "--class-names",
+        type=Path,
+        metavar="FILE",
+        help="names of the head's classes, one a line in its order, for checkpoints that do not bring them (default: "
+        "label_names of the checkpoint, else ImageNet's where their number says so, else folders called 0 to K-1, else "
+        "K folders in their natural order, as timm's train script has them)",
+    )
     group.add_argument(
         "--class-map",
         metavar="MAP",
@@ -210,12 +219,17 @@ def asked_options(args: argparse.Namespace, out: Path) -> Options:
         activation=args.activation,
         average_precision=args.average_precision,
         class_map=load_class_map(args.class_map, args.class_scores) if args.class_map else None,
+        class_names=asked_names(args.class_names),
         skip_bad_images=args.skip_bad_images,
         kept_scores=str(out / "scores") if args.keep_scores or args.rescore else None,
         rescore=args.rescore,
         rivals=args.rivals,
         time_plain=args.time_plain,
     )
+
+
+def asked_names(file: Path | None) -> ClassNames | None:
+    return ClassNames(file.name, read_class_names(file)) if file else None
 
 
 def asked_workers(args: argparse.Namespace, options: Options) -> list[Options]:

@@ -37,7 +37,7 @@ from .scoring.cells import Cell, Options, show_size
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run a sweep. Returns 0; 1 where a cell failed; 2 where nothing could be started; 130 after Ctrl-C."""
+    """Run a sweep. Returns 0; 1 where a cell failed or none has a result; 2 where nothing could be started; 130 after Ctrl-C."""
     args = parser(__doc__ or "").parse_args(arguments)
     out = args.out or Path("results") / ("sample" if args.sample else "")
     screen, log = _console(), Console(stderr=True)
@@ -115,7 +115,8 @@ def main(arguments: list[str] | None = None) -> int:
         return 130
     if args.push_best and not _pushed(cells, records, rows, args, log, screen):
         return 1
-    return 1 if any(record["status"] == "failed" for record in in_order) else 0
+    states = {record["status"] for record in in_order}
+    return 1 if "failed" in states or "ok" not in states else 0
 
 
 def _refused(log: Console, why: object) -> int:

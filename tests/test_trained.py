@@ -31,7 +31,11 @@ def train(folder: Path, name: str, classes: int, ema: bool = False, **args: Any)
     if average is not None:
         average.update(model)
     saver = CheckpointSaver(
-        model, optimizer, argparse.Namespace(model=name, num_classes=classes, **args), average, checkpoint_dir=str(folder)
+        model,
+        optimizer,
+        argparse.Namespace(model=name, num_classes=classes, **args),
+        average,
+        checkpoint_dir=str(folder),
     )
     saver.save_checkpoint(3, metric=71.5)
     return folder / "model_best.pth.tar", model.eval(), average and average.module.eval()
@@ -106,7 +110,9 @@ def test_nothing_in_a_file_is_run(tmp_path: Path) -> None:
     torch.save({"state_dict": state, "args": Payload(tmp_path / "ran")}, tmp_path / "a.pth.tar")
     (tmp_path / "b.pth.tar").write_bytes(pickle.dumps({"state_dict": Payload(tmp_path / "ran")}))
     for name in ("a", "b"):
-        text = f"{name}.pth.tar: cannot be read with weights_only=True: .*is refused. Where you trust it, save the weights"
+        text = (
+            f"{name}.pth.tar: cannot be read with weights_only=True: .*is refused. Where you trust it, load it yourself"
+        )
         with pytest.raises(ValueError, match=text):
             read_trained(f"test_resnet@{tmp_path / name}.pth.tar")
     assert not (tmp_path / "ran").exists()
@@ -122,7 +128,10 @@ def test_what_does_not_fit_is_named(tmp_path: Path) -> None:
         (f"resnet5o@{file}", "found 'resnet5o', expected ARCH@PATH"),
         (f"test_resnet.of_tomorrow@{file}", "found 'test_resnet.of_tomorrow', expected ARCH@PATH"),
         ("test_resnet@gone.pth.tar", "gone.pth.tar not found; expected a checkpoint of timm's train script"),
-        (f"test_vit@{file}", "model_best.pth.tar: holds a test_resnet.r160_in1k, found test_vit@; expected test_resnet"),
+        (
+            f"test_vit@{file}",
+            "model_best.pth.tar: holds a test_resnet.r160_in1k, found test_vit@; expected test_resnet",
+        ),
         (f"test_vit@{weights}", "weights.pth: found .* weights, the first conv1.* expected head.weight among them"),
     ):
         with pytest.raises(ValueError, match=text):

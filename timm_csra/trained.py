@@ -37,8 +37,8 @@ class Trained:
         name: of the architecture, with the tag of the checkpoint that preprocessing comes from, if any.
         weights: which entry of the file they are; "" where the file is weights alone.
         num_classes: of the classifier.
-        arguments: of `timm.create_model` in the training, where the file has them.
-        overlay: of the architecture's `pretrained_cfg`: the file, and the preprocessing of the training.
+        arguments: of `timm.create_model`: the architecture, what the training changed about it, and the overlay of
+            its `pretrained_cfg` with the file and the preprocessing of the training.
         class_map: the training's own order of classes (`--class-map`), "" for the natural order of the folders.
     """
 
@@ -46,8 +46,7 @@ class Trained:
     name: str
     weights: str
     num_classes: int
-    arguments: Mapping[str, Any]
-    overlay: Mapping[str, Any]
+    arguments: dict[str, Any]
     class_map: str
 
     @property
@@ -57,18 +56,14 @@ class Trained:
         return f"{self.weights} of {self.file.name}{average}" if self.weights else f"{self.file.name}"
 
     def create(self, **arguments: Any) -> nn.Module:
-        """The model with these weights, in eval mode. `arguments` are those of `timm.create_model` that replace the
-        training's.
+        """The model with these weights, in eval mode. `arguments` of `timm.create_model` replace those that it has.
 
         Raises:
             ValueError: the weights do not fit the architecture.
         """
-        every = {"model_name": self.name, "num_classes": self.num_classes, **self.arguments, **arguments}
-        if "pretrained_cfg" not in every:
-            every["pretrained_cfg_overlay"] = dict(self.overlay)
         try:
             with torch.serialization.safe_globals([argparse.Namespace]):  # timm 1.0.22 does not allow it by itself
-                return timm.create_model(**every, pretrained=True).eval()
+                return timm.create_model(**{**self.arguments, **arguments}, pretrained=True).eval()
         except (RuntimeError, KeyError) as error:  # keys and shapes, and what is made of them for another size
             reason = " ".join(line.strip() for line in str(error).splitlines()[:4])
             raise ValueError(
@@ -85,7 +80,9 @@ def read_trained(spec: str) -> Trained:
     architecture, at, path = spec.partition("@")
     file = Path(path)
     if not at or not _is_known(architecture):
-        raise ValueError(f"file:{spec}: found {architecture!r}, expected {FORM}, with ARCH as timm.create_model has it.")
+        raise ValueError(
+            f"file:{spec}: found {architecture!r}, expected {FORM}, with ARCH as timm.create_model has it."
+        )
     if not file.is_file():
         raise ValueError(f"file:{spec}: {file} not found; expected a checkpoint of timm's train script, or weights.")
     content = read_weights_only(file)
@@ -109,7 +106,8 @@ def read_trained(spec: str) -> Trained:
             given["img_size"] = size
         resolved = resolve_data_config(given, pretrained_cfg=config)
         overlay |= {key: resolved[key] for key in PREPROCESSING}
-    return Trained(file, name, weights, classes, arguments, overlay, str(given.get("class_map") or ""))
+    arguments |= {"model_name": name, "num_classes": classes, "pretrained_cfg_overlay": overlay}
+    return Trained(file, name, weights, classes, arguments, str(given.get("class_map") or ""))
 
 
 def _is_known(name: str) -> bool:
@@ -171,7 +169,7 @@ def read_weights_only(file: Path, map_location: str = "cpu") -> dict[str, Any]:
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise ValueError(
             f"{file}: cannot be read with weights_only=True: {reason} More than that could run code, and is refused. "
-            "Where you trust it, save the weights alone: torch.save(state_dict, 'weights.pth'); else ask its author."
+            "Where you trust it, load it yourself and save its state dict alone, with safetensors; else ask its author."
         ) from error
     if not isinstance(content, dict):
         raise ValueError(f"{file}: found a {type(content).__name__}, expected a state dict or a training checkpoint.")

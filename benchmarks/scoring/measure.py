@@ -103,7 +103,7 @@ def _measure(
 def _loaded(cell: Cell, load: Callable[[], Loaded]) -> Loaded:
     try:
         return load()
-    except RuntimeError as error:
+    except (RuntimeError, ValueError) as error:
         if "size mismatch" in str(error) and cell.size != cell.checkpoint.input_size():
             lines = [line.strip() for line in str(error).splitlines() if "size mismatch" in line]
             raise NotApplicableError(
@@ -169,6 +169,8 @@ def score_cell(
         "n": len(targets),
         "columns": alignment.count,
         "classes_left_out": list(alignment.left_out),
+        "classes_from": alignment.classes_from,
+        "weights_from": cell.checkpoint.weights_from,
         "groups": alignment.groups,
         "kind": explanation.kind,
         "param_count": round(sum(weight.numel() for weight in model.parameters()) / 1e6, 2),
@@ -201,13 +203,18 @@ def load_images(cell: Cell, loaded: Loaded, options: Options) -> tuple[Any, Reco
         )
     if cell.task == "mosaic" and data.multilabel and data.tilings is None:
         raise NotApplicableError("mosaics are built from images with exactly one label each")
+    if (order := cell.checkpoint.training_order) and options.class_names is None:
+        raise NotApplicableError(
+            f"the checkpoint was trained with --class-map {order}: give that to --class-names, one name a line in the "
+            "order of the head"
+        )
     if cell.task == "real":
         data = real_labels(data)
     labels = [range(len(data.classes))] if data.stream else data.labels
     if data.stream and not data.classes:  # labels without names are the head's own
         data = replace(data, classes=tuple(map(str, range(count))))
     class_map = options.class_map if cell.task == "multilabel" else None
-    alignment = align(data.classes, labels, model, class_map, count)
+    alignment = align(data.classes, labels, model, class_map, count, options.class_names, data.order)
     requested = {"input_size": (3, *size), "crop_mode": options.crop_mode, "crop_pct": options.crop_pct}
     if cell.task == "mosaic":
         requested |= {"crop_mode": "squash", "crop_pct": 1.0}  # the mosaic has the right size already

@@ -60,7 +60,7 @@ def test_every_label_meets_the_column_of_its_class() -> None:
         (["n01440764 tench", "zebra fish"], IMAGENET, "1 classes of the data are not among the head's: zebra fish"),
         (["crane"], IMAGENET, "1 classes of the data are not among the head's: crane"),  # two classes have that name
         (["n02012849 crane"], head(["n03126707"], descriptions={"n03126707": "crane"}), "head's: n02012849 crane"),
-        (["a"], head(None, 37), "the names of the head's 37 classes are unknown: expected label_names in config.json"),
+        (["a"], head(None, 37), "the names of the head's 37 classes are unknown, and the data has 1 classes .a.: expected --class-names FILE"),
         (["a"], head(["a", "b"], 3), "the names of the head's 3 classes are unknown"),
     ],
 )
