@@ -33,14 +33,12 @@ examples:
       --class-map coco80-to-imagenet1k
 """
 
+TEST = "test"
+SIZE = re.compile(rf"{TEST}|(?=.*[1-9])(\d+|\d*\.?\d+x)")
 Task = tuple[str, int | None]  # a task, and the grid of a mosaic
 
 
-def add_labels(group: Any) -> None:
-    """Options about what is in the data."""
-    group.add_argument("--split", help="of torch/, hfds/ (default: validation) and VOC (default: test)")
-    group.add_argument("--data-dir", metavar="DIR", help="where torch/ and hfds/ keep their files")
-    group.add_argument("--limit", type=positive, metavar="N", help="only the first N rows of the data")
+def add_names(group: Any) -> None:
     group.add_argument(
         "--class-names",
         type=Path,
@@ -49,6 +47,14 @@ def add_labels(group: Any) -> None:
         "label_names of the checkpoint, else ImageNet's where their number says so, else folders called 0 to K-1, else "
         "K folders in their natural order, as timm's train script has them)",
     )
+
+
+def add_labels(group: Any) -> None:
+    """Options about what is in the data."""
+    group.add_argument("--split", help="of torch/, hfds/ (default: validation) and VOC (default: test)")
+    group.add_argument("--data-dir", metavar="DIR", help="where torch/ and hfds/ keep their files")
+    group.add_argument("--limit", type=positive, metavar="N", help="only the first N rows of the data")
+    add_names(group)
     group.add_argument(
         "--class-map",
         metavar="MAP",
@@ -77,7 +83,10 @@ def add_images(parser: argparse.ArgumentParser) -> None:
     """Options about what a model gets to see of an image."""
     images = parser.add_argument_group("images", "from the checkpoint, unless given")
     images.add_argument(
-        "--img-size", default="1x", help="pixels or multiples, e.g. 224 or 1x,2x (default: %(default)s)"
+        "--img-size",
+        default="1x",
+        help="pixels, multiples of a checkpoint's own size, or test: the size (and crop_pct) at which timm validates "
+        "it and publishes its figures, its own size where it has none; e.g. 224 or 1x,2x,test (default: %(default)s)",
     )
     images.add_argument("--crop-mode", choices=("center", "squash", "border"))
     images.add_argument("--crop-pct", type=share, metavar="SHARE")
@@ -202,8 +211,7 @@ def asked_options(args: argparse.Namespace, out: Path) -> Options:
     if unknown := [name for name in scores if name not in SCORES]:
         raise ValueError(f"--scores: found {', '.join(map(repr, unknown))}; expected some of {','.join(SCORES)}.")
     also = [setting for setting in args.also if setting.scores in (LOGITS, *scores)]  # the paper's always
-    if any(not re.fullmatch(r"(?=.*[1-9])(\d+|\d*\.?\d+x)", part.strip()) for part in args.img_size.split(",")):
-        raise ValueError(f"--img-size: found {args.img_size!r}; expected pixels or multiples such as 224 or 1x,2x.")
+    check_sizes(args.img_size)
     if any(not re.fullmatch(r"[1-9]\d*", part) for part in args.grid.split(",")):
         raise ValueError(f"--grid: found {args.grid!r}; expected whole numbers such as 2 or 2,3.")
     device = _device(args.device if not args.devices or args.devices == "all" else args.devices.split(",")[0])
@@ -310,27 +318,54 @@ def asked_calibration(args: argparse.Namespace, data: list[ImageSet]) -> list[Im
 
 
 def asked_cells(
-    model: Checkpoint, requests: str, data: list[ImageSet], tasks: list[Task], missing: dict[Checkpoint, str]
+    model: Checkpoint,
+    requests: str,
+    data: list[ImageSet],
+    tasks: list[Task],
+    missing: dict[Checkpoint, str],
+    crop_pct: float | None = None,
 ) -> Iterator[Cell]:
-    """What is measured on one checkpoint, sizes outermost: neighbours share the loaded model."""
-    for size, requested in _sizes(model, requests, missing).items():
+    """What is measured on one checkpoint, sizes outermost: neighbours share the loaded model. The same pixels are
+    measured once; with `crop_pct` those of one size are the same."""
+    sizes = _sizes(model, requests, missing, crop_pct)
+    for (size, test_crop), requested in sizes.items():
         for images in data:
             for task, grid in tasks:
-                yield Cell(model, images, task, size, requested, grid)
+                if task != "mosaic" or test_crop is None:
+                    yield Cell(model, images, task, size, requested, grid, test_crop)
+                elif (size, None) not in sizes:  # a mosaic is not cropped
+                    yield Cell(model, images, task, size, requested, grid)
 
 
-def _sizes(model: Checkpoint, requests: str, missing: dict[Checkpoint, str]) -> dict[tuple[int, int] | str, str]:
-    """`1x,320` -> sizes in pixels with their requests; the request itself where the checkpoint cannot be asked."""
+def _sizes(
+    model: Checkpoint, requests: str, missing: dict[Checkpoint, str], crop_pct: float | None
+) -> dict[tuple[tuple[int, int] | str, float | None], str]:
+    """`1x,320,test` -> sizes in pixels and crops, see `size_of`, with their requests; the request itself where the
+    checkpoint cannot be asked."""
     parts = [part.strip() for part in requests.split(",")]
     if model in missing and model.source == "hf-hub":
-        return {part: part for part in parts}
-    try:
-        height, width = model.input_size()
-    except Exception:  # run_cell asks again and records the reason
-        return {part: part for part in parts}
-    sizes: dict[tuple[int, int] | str, str] = {}
+        return {(part, None): part for part in parts}
+    sizes: dict[tuple[tuple[int, int] | str, float | None], str] = {}
     for part in parts:
-        factor = float(part[:-1]) if part.endswith("x") else None
-        size = (round(factor * height), round(factor * width)) if factor else (int(part), int(part))
-        sizes.setdefault(size, part)
+        try:
+            size, test_crop = size_of(model, part)
+        except Exception:  # run_cell asks again and records the reason
+            return {(part, None): part for part in parts}
+        sizes.setdefault((size, None if crop_pct else test_crop), part)
     return sizes
+
+
+def size_of(model: Checkpoint, request: str) -> tuple[tuple[int, int], float | None]:
+    """`320`, `2x` or `test` in pixels, `(H, W)`, and for the last the crop_pct that goes with it, see `test_input`."""
+    if request == TEST:
+        return model.test_input()
+    if not request.endswith("x"):
+        return (int(request), int(request)), None
+    height, width = (round(float(request[:-1]) * side) for side in model.input_size())
+    return (height, width), None
+
+
+def check_sizes(requests: str) -> None:
+    """ValueError where `requests` is no list of sizes."""
+    if any(not SIZE.fullmatch(part.strip()) for part in requests.split(",")):
+        raise ValueError(f"--img-size: found {requests!r}; expected pixels, multiples or test, such as 224 or 1x,2x.")

@@ -37,7 +37,10 @@ from .scoring.cells import Cell, Options, show_size
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run a sweep. Returns 0; 1 where a cell failed or none has a result; 2 where nothing could be started; 130 after Ctrl-C."""
+    """Run a sweep.
+
+    Returns 0; 1 where a cell failed or none has a result; 2 where nothing could be started; 130 after Ctrl-C.
+    """
     args = parser(__doc__ or "").parse_args(arguments)
     out = args.out or Path("results") / ("sample" if args.sample else "")
     screen, log = _console(), Console(stderr=True)
@@ -58,12 +61,12 @@ def main(arguments: list[str] | None = None) -> int:
 
     # A larger image is a rival at its own cost; its records hold the plain model's figures beside the wrapped one's.
     sizes = f"{args.img_size},2x" if args.rivals else args.img_size
-    cells = [cell for model in models for cell in asked_cells(model, sizes, data, tasks, missing)]
+    cells = [cell for model in models for cell in asked_cells(model, sizes, data, tasks, missing, args.crop_pct)]
     run = Run(options, out, missing, args.retry_failed, log)
     if args.calibration_data and not args.rescore and any(run.state(cell) == "to do" for cell in cells):
         with log.status("Looking for calibration pictures among those measured"):
             data = without_measured(data)
-        cells = [cell for model in models for cell in asked_cells(model, sizes, data, tasks, missing)]
+        cells = [cell for model in models for cell in asked_cells(model, sizes, data, tasks, missing, args.crop_pct)]
     ask = args.models == "all" and options.device == "cpu" and not args.yes
     if args.dry_run or ask:
         states = [run.state(cell) for cell in cells]

@@ -22,6 +22,7 @@ from huggingface_hub import (
     try_to_load_from_cache,
 )
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HTTPError, OfflineModeIsEnabled
+from timm.data import resolve_data_config
 from timm.models import resolve_model_input_args
 from torch import Tensor, nn
 
@@ -34,8 +35,8 @@ PYPI_EXAMPLE = "'pypi:*'"
 
 HELP = (
     "timm names and wildcards (resnet50.a1_in1k, 'convnext*'), all, a .txt file with one per line, local-dir:PATH "
-    "(a folder in timm's format), file:ARCH@PATH (what timm's train script saves, or weights), hf-hub:USER/REPO, pypi:NAME (wheels that carry weights: " + ", ".join(PYPI) + "); "
-    "several by comma"
+    "(a folder in timm's format), file:ARCH@PATH (what timm's train script saves, or weights alone), "
+    "hf-hub:USER/REPO, pypi:NAME (wheels that carry weights: " + ", ".join(PYPI) + "); several by comma"
 )
 
 
@@ -59,6 +60,14 @@ class Checkpoint:
         """Height and width that the checkpoint was published for."""
         _, height, width = self._model_args()["pretrained_cfg"]["input_size"]
         return height, width
+
+    def test_input(self) -> tuple[tuple[int, int], float | None]:
+        """Height and width at which timm validates the checkpoint, and its crop_pct there where it is another than at
+        the own size; the own size where none is published for tests."""
+        cfg = self._model_args()["pretrained_cfg"]
+        own, test = (resolve_data_config(pretrained_cfg=cfg, use_test_size=use) for use in (False, True))
+        _, height, width = test["input_size"]
+        return (height, width), None if test["crop_pct"] == own["crop_pct"] else test["crop_pct"]
 
     def create(self, size: tuple[int, int]) -> nn.Module:
         """The pretrained model in eval mode; one of fixed input size is built for `size` `(H, W)`."""

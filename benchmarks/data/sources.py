@@ -283,7 +283,12 @@ def _read_csv(root: Path) -> ImageSet:
         paths.append(path)
         labels.append(found)
     return ImageSet(
-        root.resolve().name, tuple(paths), tuple(labels), classes, multilabel=column == "labels", order="the order of classes.txt"
+        root.resolve().name,
+        tuple(paths),
+        tuple(labels),
+        classes,
+        multilabel=column == "labels",
+        order="the order of classes.txt",
     )
 
 

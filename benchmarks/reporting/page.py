@@ -22,6 +22,7 @@ FIELDS = (  # of a row of the page
     *("model", "group", "metric", "protocol", "img_size", "n", "baseline", "gain", "ci_low", "ci_high"),
     *("p_holm", "verdict", "scores", "lam", "kind", "macs"),
 )
+FROM_FILES = ("classes of the head", "weights of files")  # said where there is something to say
 NOT_TESTED = "not tested"
 FLAGGED = "flagged"
 NAMED = (("scores", ""), ("lam", ""), ("kind", ""))  # and what stands for none
@@ -112,10 +113,14 @@ def _measured(records: Sequence[Record]) -> list[list[str]]:
             **{name: environment.get(name) for name in ("device", "platform", "python", "commit")},
             "autocast": key.get("amp"),
             "seed": key.get("seed"),
+            "classes of the head": record.get("classes_from"),
+            "weights of files": record.get("weights_from"),
             "settings (lam, T, scores)": f"{len(key.get('settings', ()))}",
             **environment.get("packages", {}),
         }
         for name, value in said.items():
+            if value is None and name in FROM_FILES:
+                continue
             counts.setdefault(name, Counter())[str(value)] += 1
     return [
         [name, next(iter(values)) if len(values) == 1 else ", ".join(f"{v} ({n} cells)" for v, n in values.items())]

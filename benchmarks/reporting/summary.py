@@ -85,7 +85,8 @@ def rows_of(records: Iterable[Record]) -> list[Row]:
 
 def _family(record: Record, result: Record) -> tuple[Any, ...]:
     key = record.get("key", {})
-    alike = {name: value for name, value in key.items() if name not in ("model", "weights", "img_size", "versions")}
+    different = ("model", "weights", "img_size", "test_crop_pct", "versions")
+    alike = {name: value for name, value in key.items() if name not in different}
     return (repr(sorted(alike.items())), record.get("requested"), result.get("metric"), result.get("protocol"))
 
 

@@ -1,6 +1,6 @@
 """What a sweep measures: cells (a checkpoint on one data set, task and image size), and how they are run."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from importlib.metadata import version
 from typing import Any
@@ -54,6 +54,7 @@ class Cell:
         requested: the size in the words of the request, `1x` or `320`: cells of one request are compared with each
             other, and corrected for it, although the checkpoints' own sizes differ.
         grid: of a mosaic, None for the other tasks.
+        test_crop_pct: instead of the checkpoint's own crop_pct, where it is asked for as it is tested.
     """
 
     checkpoint: Checkpoint
@@ -62,6 +63,7 @@ class Cell:
     size: tuple[int, int] | str
     requested: str = "1x"
     grid: int | None = None
+    test_crop_pct: float | None = None
 
     @property
     def task_name(self) -> str:
@@ -79,12 +81,17 @@ class Cell:
         chosen = calibration is not None and calibration.reason is None
         return [*options.settings, *([DEFAULT_LOG_SOFTMAX] if chosen else [])]
 
+    def prepared(self, options: Options) -> Options:
+        """With the crop of this cell, where none is asked for."""
+        return replace(options, crop_pct=options.crop_pct or self.test_crop_pct)
+
     def key(self, options: Options) -> Record:
         """Everything that determines the result, with plain JSON values."""
         calibration = self.data.calibration
         # Only where there is one, so that records of sweeps without keep their names.
         calibrated = {"calibration_data": calibration.fingerprint} if calibration else {}
         named = {"class_names": options.class_names.fingerprint} if options.class_names else {}
+        cropped = {"test_crop_pct": self.test_crop_pct} if self.test_crop_pct and not options.crop_pct else {}
         size = self.size if isinstance(self.size, str) else show_size(self.size)
         return {
             "model": self.checkpoint.name,
@@ -109,6 +116,7 @@ class Cell:
             "versions": versions("timm", "torch") | {"timm_csra": __version__},
             **calibrated,
             **named,
+            **cropped,
         }
 
 

@@ -120,7 +120,7 @@ def score_cell(
     phases: Phases | None = None,
 ) -> Scored:
     """Run every image of a cell once, for all settings. `phases` is told where the time goes."""
-    phases = phases or Phases()
+    phases, options = phases or Phases(), cell.prepared(options)
     model, explanation = loaded.model, loaded.explanation
     if not model.num_classes:
         raise NotApplicableError("the checkpoint has no classifier (num_classes=0)")
@@ -189,7 +189,7 @@ def score_cell(
 
 def load_images(cell: Cell, loaded: Loaded, options: Options) -> tuple[Any, Record, Alignment]:
     """Give loader, preprocessing and alignment; how an image becomes a tensor is timm's and the checkpoint's affair."""
-    data, model, size = cell.data, loaded.model, loaded.size
+    data, model, size, options = cell.data, loaded.model, loaded.size, cell.prepared(options)
     # Of the logits: a classifier may have been replaced. Where they are unknown, `score_cell` says why.
     count = loaded.explanation.num_classes or int(model.num_classes)  # type: ignore[arg-type]
     if cell.task != "single" and data.stream:
