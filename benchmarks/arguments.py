@@ -21,7 +21,7 @@ from .data.calibration import with_calibration
 from .data.classes import COMBINE, ClassNames, load_class_map
 from .data.datasets import ImageSet
 from .data.sources import load_image_set, load_pictures, read_class_names
-from .scoring.cells import AMP, TASKS, Cell, Options
+from .scoring.cells import AMP, SCORE_CLASSES, TASKS, Cell, Options
 
 EXAMPLES = """
 examples:
@@ -60,6 +60,13 @@ def add_labels(group: Any) -> None:
         metavar="MAP",
         help="for multilabel: which synsets of the head stand for each class of the data, coco80-to-imagenet1k or a "
         "JSON file of its form",
+    )
+    group.add_argument(
+        "--score-classes",
+        choices=SCORE_CLASSES,
+        default=SCORE_CLASSES[0],
+        help="over which classes of the head metrics are: those that the data declares, or all of them; the same "
+        "pictures give two figures (default: %(default)s)",
     )
     group.add_argument(
         "--class-scores",
@@ -214,6 +221,8 @@ def asked_options(args: argparse.Namespace, out: Path) -> Options:
     check_sizes(args.img_size)
     if any(not re.fullmatch(r"[1-9]\d*", part) for part in args.grid.split(",")):
         raise ValueError(f"--grid: found {args.grid!r}; expected whole numbers such as 2 or 2,3.")
+    if args.class_map and args.score_classes == "head":
+        raise ValueError("--score-classes head and --class-map: expected one of them; a map says what is scored.")
     device = _device(args.device if not args.devices or args.devices == "all" else args.devices.split(",")[0])
     return Options(
         settings=tuple(settings_grid(lams, temperatures, scores, also)),
@@ -227,6 +236,7 @@ def asked_options(args: argparse.Namespace, out: Path) -> Options:
         activation=args.activation,
         average_precision=args.average_precision,
         class_map=load_class_map(args.class_map, args.class_scores) if args.class_map else None,
+        score_classes=args.score_classes,
         class_names=asked_names(args.class_names),
         skip_bad_images=args.skip_bad_images,
         kept_scores=str(out / "scores") if args.keep_scores or args.rescore else None,

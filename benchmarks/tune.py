@@ -29,7 +29,7 @@ from .data import sources
 from .data.classes import COMBINE, NotApplicableError, combined
 from .data.datasets import DataError
 from .engines.worker import Models
-from .reporting.tables import origins
+from .reporting.tables import origins, task
 from .scoring.measure import score_cell
 from .without_labels import UNLABELLED_LAMS, add_without_labels, choose_without_labels, refuse_what_does_not_apply
 
@@ -81,9 +81,8 @@ def main(arguments: list[str] | None = None) -> int:
     except (CheckpointError, DataError, NotApplicableError, ValueError) as error:
         log.print(f"benchmarks.tune: {error}", markup=False, highlight=False, soft_wrap=True)
         return 2
-    screen.print(
-        f"{cell.checkpoint.name} on {cell.data.name}, {cell.task_name}, {loaded.size[0]} x {loaded.size[1]} pixels"
-    )
+    about = task({"task": cell.task, "grid": cell.grid, "score_classes": options.score_classes})
+    screen.print(f"{cell.checkpoint.name} on {cell.data.name}, {about}, {loaded.size[0]} x {loaded.size[1]} pixels")
     screen.print(str(result), markup=False)
     for line in origins([found.facts | {"model": cell.checkpoint.name}]):
         screen.print(line, style="dim", markup=False)

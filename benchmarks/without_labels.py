@@ -26,7 +26,7 @@ from .scoring.rivals import autocast
 UNLABELLED_LAMS = ",".join(f"{lam:g}" for lam in LAMS)
 
 # Options of the choice with labels, and of that without, by their names in the parsed arguments.
-WITH_LABELS = ("task", "metric", "folds", "class_map", "class_scores", "class_names", "grid", "seed")
+WITH_LABELS = ("task", "metric", "folds", "class_map", "class_scores", "class_names", "score_classes", "grid", "seed")
 WITHOUT_LABELS = ("agreement",)
 
 

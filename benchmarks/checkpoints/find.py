@@ -61,6 +61,10 @@ class Checkpoint:
         _, height, width = self._model_args()["pretrained_cfg"]["input_size"]
         return height, width
 
+    def num_classes(self) -> int:
+        """As the checkpoint says."""
+        return int(self._model_args()["pretrained_cfg"]["num_classes"])
+
     def test_input(self) -> tuple[tuple[int, int], float | None]:
         """Height and width at which timm validates the checkpoint, and its crop_pct there where it is another than at
         the own size; the own size where none is published for tests."""

@@ -15,7 +15,7 @@ from timm_csra.evaluation.statistics import AGREEMENT, CONFIDENCE, VERSUS
 
 from ..records.files import Record, write_text
 from .summary import FIRST_METRIC, OVER_PLAIN, VERDICTS, Row, headline
-from .tables import agreement_notes, left_out, short
+from .tables import agreement_notes, left_out, short, task
 
 PAGE = Path(__file__).with_name("page.html")
 FIELDS = (  # of a row of the page
@@ -33,8 +33,7 @@ COLOURS = {
 
 def group_name(row: Record) -> str:
     """What belongs together: data, task with the grid of a mosaic, and the size in the words of the request."""
-    grid = f" {row['grid']}x{row['grid']}" if row.get("grid") else ""
-    return f"{row['data']} · {row['task']}{grid} · {row.get('requested', '1x')}"
+    return f"{row['data']} · {task(row)} · {row.get('requested', '1x')}"
 
 
 def page_data(records: Sequence[Record], rows: Sequence[Row]) -> Record:

@@ -13,7 +13,7 @@ from timm_csra.agreement import FEW
 from timm_csra.evaluation.statistics import AGREEMENT, FIXED, VERSUS
 
 from ..records.files import Record
-from .summary import FIRST_METRIC, OVER_PLAIN, VERDICTS, versus
+from .summary import FIRST_METRIC, OVER_PLAIN, VERDICTS, over, versus
 
 LEGEND = (
     "Percent, and points of gain over lam=0 with 95 % paired bootstrap intervals over the n images that count for the "
@@ -55,7 +55,7 @@ def print_records(records: Iterable[Record], console: Console) -> None:
         print_notes(finished, console)
     for record in records:
         if record["status"] != "ok":
-            where = f"{record['model']} on {record['data']}, {record['task']}, {record['img_size']} px"
+            where = f"{record['model']} on {record['data']}, {task(record)}, {record['img_size']} px"
             print_failure(record["status"], f"{where}: {record['reason']}", console)
 
 
@@ -160,7 +160,9 @@ def _cells(record: Record, metric: str, found: dict[str, Any]) -> dict[str, Any]
 
 
 def task(row: Mapping[str, Any]) -> str:
-    return f"{row['task']} {row['grid']}x{row['grid']}" if row.get("grid") else str(row["task"])
+    """With the grid of a mosaic, and over which classes it is where these are not the data's."""
+    grid = f" {row['grid']}x{row['grid']}" if row.get("grid") else ""
+    return f"{row['task']}{grid}{over(row)}"
 
 
 def _broken(name: str, width: int) -> str:
@@ -219,7 +221,9 @@ def print_headline(counts: Mapping[tuple[str, ...], Mapping[str, int]], console:
     the first metric of each task."""
     every = len(counts)
     if every > MANY:
-        counts = {name: verdicts for name, verdicts in counts.items() if name[4] == FIRST_METRIC.get(name[1])}
+        counts = {
+            name: verdicts for name, verdicts in counts.items() if name[4] == FIRST_METRIC.get(name[1].split(" ")[0])
+        }
     table = Table(box=None, pad_edge=False, header_style="bold")
     for name in ("data", "task", "size", "metric", "protocol"):
         table.add_column(name, overflow="fold")

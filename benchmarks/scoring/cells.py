@@ -16,6 +16,7 @@ from ..data.datasets import ImageSet
 from ..records.files import Record
 
 TASKS = ("single", "real", "multilabel", "mosaic")
+SCORE_CLASSES = ("data", "head")  # the classes that the data declares, or all of the head
 AMP = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -38,6 +39,7 @@ class Options:
     average_precision: str = "continuous"
     class_map: ClassMap | None = None
     class_names: ClassNames | None = None
+    score_classes: str = SCORE_CLASSES[0]
     skip_bad_images: bool = False
     kept_scores: str | None = None
     rescore: bool = False
@@ -91,6 +93,7 @@ class Cell:
         # Only where there is one, so that records of sweeps without keep their names.
         calibrated = {"calibration_data": calibration.fingerprint} if calibration else {}
         named = {"class_names": options.class_names.fingerprint} if options.class_names else {}
+        scored = {"score_classes": options.score_classes} if options.score_classes != SCORE_CLASSES[0] else {}
         cropped = {"test_crop_pct": self.test_crop_pct} if self.test_crop_pct and not options.crop_pct else {}
         size = self.size if isinstance(self.size, str) else show_size(self.size)
         return {
@@ -116,6 +119,7 @@ class Cell:
             "versions": versions("timm", "torch") | {"timm_csra": __version__},
             **calibrated,
             **named,
+            **scored,
             **cropped,
         }
 

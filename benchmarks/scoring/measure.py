@@ -71,7 +71,12 @@ def failure(cell: Cell, options: Options, reason: str, seconds: float = 0.0) -> 
 def _complete(cell: Cell, options: Options, record: Record, seconds: float) -> Record:
     key = cell.key(options)
     nothing: Record = {"n": len(cell.data), "columns": None, "kind": None, "results": []}
-    about: Record = {"requested": cell.requested, "seconds": seconds, "environment": environment(options)}
+    about: Record = {
+        "requested": cell.requested,
+        "score_classes": options.score_classes,
+        "seconds": seconds,
+        "environment": environment(options),
+    }
     return {**key, **nothing, **record, "key": key, **about}
 
 
@@ -214,7 +219,8 @@ def load_images(cell: Cell, loaded: Loaded, options: Options) -> tuple[Any, Reco
     if data.stream and not data.classes:  # labels without names are the head's own
         data = replace(data, classes=tuple(map(str, range(count))))
     class_map = options.class_map if cell.task == "multilabel" else None
-    alignment = align(data.classes, labels, model, class_map, count, options.class_names, data.order)
+    whole = options.score_classes == "head"
+    alignment = align(data.classes, labels, model, class_map, count, options.class_names, data.order, whole)
     requested = {"input_size": (3, *size), "crop_mode": options.crop_mode, "crop_pct": options.crop_pct}
     if cell.task == "mosaic":
         requested |= {"crop_mode": "squash", "crop_pct": 1.0}  # the mosaic has the right size already
