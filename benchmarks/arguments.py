@@ -12,6 +12,7 @@ import torch
 from timm_csra.config import LOGITS, SCORES
 from timm_csra.evaluation.scoring import settings_grid
 from timm_csra.evaluation.statistics import FIXED
+from timm_csra.trained import read_class_names
 
 from .argument_types import natural, positive, share
 from .checkpoints import find
@@ -20,7 +21,7 @@ from .data import sample, sources
 from .data.calibration import with_calibration
 from .data.classes import COMBINE, ClassNames, load_class_map
 from .data.datasets import ImageSet
-from .data.sources import load_image_set, load_pictures, read_class_names
+from .data.sources import load_image_set, load_pictures
 from .scoring.cells import AMP, SCORE_CLASSES, TASKS, Cell, Options
 
 EXAMPLES = """

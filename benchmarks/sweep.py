@@ -118,8 +118,8 @@ def main(arguments: list[str] | None = None) -> int:
         return 130
     if args.push_best and not _pushed(cells, records, rows, args, log, screen):
         return 1
-    states = {record["status"] for record in in_order}
-    return 1 if "failed" in states or "ok" not in states else 0
+    outcomes = {record["status"] for record in in_order}
+    return 1 if "failed" in outcomes or "ok" not in outcomes else 0
 
 
 def _refused(log: Console, why: object) -> int:

@@ -174,3 +174,26 @@ def read_weights_only(file: Path, map_location: str = "cpu") -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ValueError(f"{file}: found a {type(content).__name__}, expected a state dict or a training checkpoint.")
     return content
+
+
+def read_class_names(file: Path) -> tuple[str, ...]:
+    """Names of classes, one a line; or `index name` with the indices in order.
+
+    Raises:
+        ValueError: no such file, no text, or indices in another order.
+    """
+    if not file.is_file():
+        raise ValueError(f"{file}: no such file; expected one line for each class, its name or `index name`.")
+    try:
+        lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{file}: found no text in UTF-8 ({error.reason}); expected one line for each class."
+        ) from error
+    numbered = [line.partition(" ") for line in lines]
+    if not all(number.isdigit() and name for number, _, name in numbered):
+        return tuple(lines)
+    for expected, (number, _, _) in enumerate(numbered):
+        if int(number) != expected:
+            raise ValueError(f"{file}, line {expected + 1}: found index {number}; expected {expected}.")
+    return tuple(name for _, _, name in numbered)

@@ -215,8 +215,8 @@ def align(
     missing = [classes[index] for index in occurring if index not in matches]
     if missing:
         raise NotApplicableError(
-            f"{len(missing)} classes of the data are not among the head's: {_few(missing)} (whose names are "
-            f"from {head.classes_from}; --class-names FILE gives others)"
+            f"{len(missing)} classes of the data are not among the head's: {_few(missing)}; the head's are "
+            f"named by {head.classes_from}, and --class-names FILE names them otherwise"
         )
     return _scored(matches, head.classes_from, count, whole)
 

@@ -16,6 +16,8 @@ from timm.data.readers.img_extensions import is_img_extension
 from timm.data.readers.reader_image_in_tar import ReaderImageInTar
 from timm.utils import natural_key
 
+from timm_csra.trained import read_class_names
+
 from .datasets import DataError, ImageSet, Source
 
 PREFIXES = ("torch/", "hfds/")
@@ -255,7 +257,10 @@ def _read_image_folder(root: Path) -> ImageSet:
 
 
 def _read_csv(root: Path) -> ImageSet:
-    classes = read_class_names(root / "classes.txt")
+    try:
+        classes = read_class_names(root / "classes.txt")
+    except ValueError as error:
+        raise DataError(str(error)) from error
     table = root / "labels.csv"
     with table.open(newline="", encoding="utf-8") as file:
         reader = csv.DictReader(file)
@@ -290,21 +295,3 @@ def _read_csv(root: Path) -> ImageSet:
         multilabel=column == "labels",
         order="the order of classes.txt",
     )
-
-
-def read_class_names(path: Path) -> tuple[str, ...]:
-    """One name a line, or `index name` with the indices in order.
-
-    Raises:
-        DataError: no such file, or indices in another order.
-    """
-    if not path.is_file():
-        raise DataError(f"{path}: no such file; expected one line for each class, its name or `index name`.")
-    lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    numbered = [line.partition(" ") for line in lines]
-    if all(number.isdigit() for number, _, _ in numbered):
-        for expected, (number, _, _) in enumerate(numbered):
-            if int(number) != expected:
-                raise DataError(f"{path}, line {expected + 1}: found index {number}; expected {expected}.")
-        return tuple(name for _, _, name in numbered)
-    return tuple(lines)

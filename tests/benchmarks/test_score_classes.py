@@ -11,7 +11,6 @@ from PIL import Image
 from timm.data import create_transform, resolve_model_data_config
 
 import timm_csra
-
 from benchmarks.report import main as report
 from benchmarks.sweep import main
 from benchmarks.tune import main as tune
