@@ -3,11 +3,8 @@
 import argparse
 import re
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from timm_csra.config import LOGITS, SCORES
 from timm_csra.evaluation.scoring import settings_grid
@@ -23,6 +20,7 @@ from .data.classes import COMBINE, ClassNames, load_class_map
 from .data.datasets import ImageSet
 from .data.sources import load_image_set, load_pictures
 from .scoring.cells import AMP, SCORE_CLASSES, TASKS, Cell, Options
+from .workers import usable_device
 
 EXAMPLES = """
 examples:
@@ -224,7 +222,7 @@ def asked_options(args: argparse.Namespace, out: Path) -> Options:
         raise ValueError(f"--grid: found {args.grid!r}; expected whole numbers such as 2 or 2,3.")
     if args.class_map and args.score_classes == "head":
         raise ValueError("--score-classes head and --class-map: expected one of them; a map says what is scored.")
-    device = _device(args.device if not args.devices or args.devices == "all" else args.devices.split(",")[0])
+    device = usable_device(args.device if not args.devices or args.devices == "all" else args.devices.split(",")[0])
     return Options(
         settings=tuple(settings_grid(lams, temperatures, scores, also)),
         crop_mode=args.crop_mode,
@@ -251,58 +249,11 @@ def asked_names(file: Path | None) -> ClassNames | None:
     return ClassNames(file.name, read_class_names(file)) if file else None
 
 
-def asked_workers(args: argparse.Namespace, options: Options) -> list[Options]:
-    """The options of each worker of the local engine: they differ in the device.
-
-    Raises:
-        ValueError: what does not go together, or a device that is not there.
-    """
-    if args.engine == "ray":
-        given = {"--devices": args.devices, "--jobs": args.jobs, "--prefetch": args.prefetch}
-        given |= {"--free-cache": args.free_cache, "--keep-scores": args.keep_scores, "--rescore": args.rescore}
-        if wrong := [name for name, value in given.items() if value]:
-            raise ValueError(f"{', '.join(wrong)}: of this machine alone; leave it out with --engine ray.")
-        return []
-    if args.address:
-        raise ValueError("--address: is of --engine ray; add that, or leave it out.")
-    if args.devices and args.jobs:
-        raise ValueError("--devices and --jobs: expected one of them; --jobs divides the CPU.")
-    if args.jobs:
-        if options.device != "cpu":
-            raise ValueError(
-                f"--jobs: divides the CPU, found --device {options.device}; use --devices or --device cpu."
-            )
-        return [options] * args.jobs
-    if args.devices == "all":
-        count = torch.accelerator.device_count()
-        if not count:
-            raise ValueError("--devices all: found no accelerator; use --jobs N for several workers on the CPU.")
-        kind = torch.accelerator.current_accelerator()
-        return [replace(options, device=f"{kind.type if kind else 'cuda'}:{index}") for index in range(count)]
-    if args.devices:
-        devices = [_device(name.strip()) for name in args.devices.split(",")]
-        if len({torch.device(device).type for device in devices}) > 1:
-            raise ValueError(f"--devices: found {args.devices}; expected devices of one kind, whose figures agree.")
-        return [replace(options, device=device) for device in devices]
-    return [options]
-
-
 def _numbers(option: str, text: str, separator: str) -> list[float]:
     try:
         return [float(part) for part in text.split(separator)]
     except ValueError:
         raise ValueError(f"{option}: found {text!r}; expected numbers separated by {separator!r}.") from None
-
-
-def _device(name: str) -> str:
-    if name != "auto":
-        try:
-            torch.empty(0, device=name)
-        except (RuntimeError, AssertionError) as error:  # torch says it in many ways
-            raise ValueError(f"--device {name}: cannot be used here: {str(error).splitlines()[0]}") from error
-        return name
-    accelerator = torch.accelerator.current_accelerator(check_available=True)
-    return accelerator.type if accelerator else "cpu"
 
 
 def asked_what(args: argparse.Namespace) -> tuple[list[Checkpoint], list[ImageSet], list[Task]]:

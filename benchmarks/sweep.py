@@ -16,10 +16,11 @@ from huggingface_hub.errors import HfHubHTTPError, HTTPError
 from rich.console import Console
 from rich.prompt import Confirm
 
-from .arguments import asked_calibration, asked_cells, asked_options, asked_what, asked_workers, parser
+from .arguments import asked_calibration, asked_cells, asked_options, asked_what, parser
 from .checkpoints import find
 from .checkpoints.downloads import Downloads
-from .checkpoints.find import Checkpoint, CheckpointError, unreachable_hub
+from .checkpoints.find import Checkpoint, CheckpointError
+from .checkpoints.hub import unreachable_hub
 from .data import sample
 from .data.calibration import without_measured
 from .data.datasets import DataError, ImageSet
@@ -34,6 +35,7 @@ from .reporting.push import choose, push
 from .reporting.summary import Row, headline, kept, write_summary
 from .reporting.tables import print_headline, print_plan, print_prose, print_records
 from .scoring.cells import Cell, Options, show_size
+from .workers import asked_workers
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -133,7 +133,7 @@ def test_the_command_line_offers_files(
     assert dropdown.value == trained
     names.write_text("cat\ndog\n")
     for arguments, text in (
-        (["--model", trained, "--class-names", str(names)], "names.txt: found 2 names, expected one for each of the 3"),
+        (["--model", trained, "--class-names", str(names)], "names.txt: found 2 names, expected one for each of 3"),
         (["--model", "file:gone.pth"], "expected ARCH@PATH"),
     ):
         with pytest.raises(SystemExit):

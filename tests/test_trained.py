@@ -108,7 +108,7 @@ class Payload:
 def test_nothing_in_a_file_is_run(tmp_path: Path) -> None:
     state = timm.create_model("test_resnet", num_classes=5).state_dict()
     torch.save({"state_dict": state, "args": Payload(tmp_path / "ran")}, tmp_path / "a.pth.tar")
-    (tmp_path / "b.pth.tar").write_bytes(pickle.dumps({"state_dict": Payload(tmp_path / "ran")}))
+    (tmp_path / "b.pth.tar").write_bytes(pickle.dumps({"state_dict": Payload(tmp_path / "ran")}, protocol=2))
     for name in ("a", "b"):
         text = (
             f"{name}.pth.tar: cannot be read with weights_only=True: .*is refused. Where you trust it, load it yourself"

@@ -283,7 +283,9 @@ def main(arguments: list[str] | None = None) -> None:
         for spec in args.model:
             if spec.startswith(FILES):
                 trained = read_trained(spec.removeprefix(FILES))
-                _check_count(names, trained.num_classes, args.class_names)
+                if names and len(names) != trained.num_classes:
+                    count = trained.num_classes
+                    raise ValueError(f"{args.class_names}: found {len(names)} names, expected one for each of {count}.")
                 print(f"{spec}: {trained.weights_from}, {trained.num_classes} classes")
     except ValueError as error:
         parser.error(str(error))
@@ -291,11 +293,6 @@ def main(arguments: list[str] | None = None) -> None:
     build(dict.fromkeys(args.model, names)).launch(
         server_name=args.host, server_port=args.port, max_file_size=MAX_FILE, allowed_paths=folders
     )
-
-
-def _check_count(names: Sequence[str], count: int, file: Path) -> None:
-    if names and len(names) != count:
-        raise ValueError(f"{file}: found {len(names)} names, expected one for each of the {count} classes.")
 
 
 if __name__ == "__main__":

