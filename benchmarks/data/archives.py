@@ -9,7 +9,7 @@ from timm.data.readers.reader_image_in_tar import ReaderImageInTar
 from timm.utils import natural_key
 
 from .datasets import DataError, ImageSet, state_of_file
-from .files import by_class, is_photograph
+from .files import NATURAL_ORDER, by_class, is_photograph
 from .hubs import Items
 
 
@@ -46,7 +46,9 @@ def _read_zip(path: Path) -> ImageSet:
     paths, classes, labels = by_class(found, sorted({folder for _, folder in found}, key=natural_key))
     content = tuple(members[name] for name in names)
     store = _Zip(path, tuple(names))
-    return ImageSet(path.stem, paths, labels, classes, store=store, where=str(path.resolve()), content=content)
+    return ImageSet(
+        path.stem, paths, labels, classes, store=store, where=str(path.resolve()), content=content, order=NATURAL_ORDER
+    )
 
 
 def _read_tar(path: Path) -> ImageSet:
@@ -63,4 +65,6 @@ def _read_tar(path: Path) -> ImageSet:
         raise DataError(f"{path}: no image in it that is not hidden; expected one folder per class.")
     paths, classes, labels = by_class([every[index] for index in kept], [names[index] for index in range(len(names))])
     store, where = Items(reader, tuple(kept)), str(path.resolve())
-    return ImageSet(path.stem, paths, labels, classes, store=store, where=where, content=state_of_file(path))
+    return ImageSet(
+        path.stem, paths, labels, classes, store=store, where=where, content=state_of_file(path), order=NATURAL_ORDER
+    )

@@ -76,6 +76,7 @@ class ImageSet:
         where: the folder or file they are in; None where that does not matter.
         content: of what is in a store or a stream, whatever changes with it; for each photograph, or of all together.
         calibration: by what lam is chosen, without labels, for the protocol `agreement` on this data.
+        order: what puts `classes` into an order that a training on such data takes too; None where nothing does.
     """
 
     name: str
@@ -90,6 +91,7 @@ class ImageSet:
     where: str | None = None
     content: tuple[str, ...] | str = ""
     calibration: "Calibration | None" = None
+    order: str | None = None
 
     def __len__(self) -> int:
         return len(self.paths) if self.stream is None else self.stream.count
@@ -187,7 +189,8 @@ def real_labels(data: ImageSet) -> ImageSet:
                 f"no ReaL label for {path.name}: expected names such as ILSVRC2012_val_00000293.JPEG"
             )
         labels.append(tuple(_real_labels()[int(number) - 1]))
-    return replace(data, labels=tuple(labels), classes=tuple(ImageNetInfo().label_names()), multilabel=True)
+    classes = tuple(ImageNetInfo().label_names())
+    return replace(data, labels=tuple(labels), classes=classes, multilabel=True, order=None)
 
 
 def tilings(data: ImageSet, grid: int, seed: int) -> tuple[tuple[int, ...], ...]:

@@ -8,7 +8,11 @@ from PIL import Image, ImageFile
 from timm.data import create_reader
 from timm.data.readers.img_extensions import set_img_extensions
 
+from timm_csra.trained import read_class_names
+
 from .datasets import DataError, ImageSet
+
+NATURAL_ORDER = "the natural order of the folders, as timm's train script has them"
 
 _WITHOUT_PIXELS = ("EPS", "MPEG")  # Pillow knows the first with Ghostscript alone, and reads nothing of the second
 
@@ -64,7 +68,7 @@ def read_image_folder(root: Path) -> ImageSet:
         raise DataError(f"{root}: neither labels.csv nor an ImageFolder was found: every image in it is hidden.")
     names = {index: name for name, index in reader.class_to_idx.items()}
     paths, classes, labels = by_class([(path, names[target]) for path, target in samples], list(reader.class_to_idx))
-    return ImageSet(root.resolve().name, paths, labels, classes, where=str(root.resolve()))
+    return ImageSet(root.resolve().name, paths, labels, classes, where=str(root.resolve()), order=NATURAL_ORDER)
 
 
 def by_class(
@@ -78,7 +82,10 @@ def by_class(
 
 
 def read_csv(root: Path) -> ImageSet:
-    classes = _read_classes(root / "classes.txt")
+    try:
+        classes = read_class_names(root / "classes.txt")
+    except ValueError as error:
+        raise DataError(str(error)) from error
     table = root / "labels.csv"
     with table.open(newline="", encoding="utf-8-sig") as file:
         reader = csv.DictReader(file)
@@ -108,18 +115,11 @@ def read_csv(root: Path) -> ImageSet:
     refuse_twice((f"{table}, line {line}", path.resolve()) for line, path in enumerate(paths, start=2))
     several = column == "labels"
     return ImageSet(
-        root.resolve().name, tuple(paths), tuple(labels), classes, multilabel=several, where=str(root.resolve())
+        root.resolve().name,
+        tuple(paths),
+        tuple(labels),
+        classes,
+        multilabel=several,
+        where=str(root.resolve()),
+        order="the order of classes.txt",
     )
-
-
-def _read_classes(path: Path) -> tuple[str, ...]:
-    if not path.is_file():
-        raise DataError(f"{path}: no such file; expected one line for each class, `index name`, as labels.csv uses it.")
-    lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
-    numbered = [line.partition(" ") for line in lines]
-    if all(number.isdigit() for number, _, _ in numbered):
-        for expected, (number, _, _) in enumerate(numbered):
-            if int(number) != expected:
-                raise DataError(f"{path}, line {expected + 1}: found index {number}; expected {expected}.")
-        return tuple(name for _, _, name in numbered)
-    return tuple(lines)

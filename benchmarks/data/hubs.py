@@ -10,6 +10,7 @@ from timm.data import create_dataset
 from .datasets import DataError, ImageSet, Source, state_of_file
 
 PREFIXES = ("torch/", "hfds/")
+OWN_ORDER = "the indices of the dataset, as timm's train script has them"
 STREAMS = ("hfids/", "wds/", "tfds/")
 
 
@@ -38,7 +39,7 @@ def read_stream(spec: str, split: str | None, data_dir: str | None) -> ImageSet:
         content = _states(Path(reader.builder.data_dir), Path(reader.builder.data_dir).rglob("*"))
     else:
         content = _of_builder(reader.builder)
-    return ImageSet(name, (), (), classes, stream=source, where=where, content=content)
+    return ImageSet(name, (), (), classes, stream=source, where=where, content=content, order=OWN_ORDER)
 
 
 def read_by_timm(spec: str, split: str | None, data_dir: str | None) -> ImageSet:
@@ -60,7 +61,9 @@ def read_by_timm(spec: str, split: str | None, data_dir: str | None) -> ImageSet
     store = Items(reader if reader is not None else dataset, tuple(range(len(labels))))
     content = _of_torchvision(dataset) if reader is None else _of_table(reader.dataset)
     where = _where(spec, data_dir)
-    return ImageSet(spec, stems, labels, classes, multilabel=several, store=store, where=where, content=content)
+    return ImageSet(
+        spec, stems, labels, classes, multilabel=several, store=store, where=where, content=content, order=OWN_ORDER
+    )
 
 
 def _create(spec: str, split: str | None, data_dir: str | None) -> Any:

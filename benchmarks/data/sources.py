@@ -10,9 +10,10 @@ from .hubs import PREFIXES, STREAMS, read_by_timm, read_stream
 
 HELP = """
 data:
-  FOLDER            an ImageFolder (one folder per class, named by synset, label, or index of the head), or a folder
-                    with images/, labels.csv (columns `file`, and `label` with one index or `labels` with several
-                    separated by spaces) and classes.txt (`index name`)
+  FOLDER            an ImageFolder (one folder per class, named by synset, label, or index of the head; or one for each
+                    class of the head, in the natural order that timm's train script takes), or a folder with images/,
+                    labels.csv (columns `file`, and `label` with one index or `labels` with several separated by
+                    spaces) and classes.txt (`index name`)
   FILE.tar, .zip    an ImageFolder in an archive
   instances_X.json  COCO annotations; the images are looked for in X/, ../X/ and images/ beside and above the file
   VOCdevkit/VOC2007 a Pascal VOC year; --split is a file of ImageSets/Main (default: test)

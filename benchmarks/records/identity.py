@@ -16,7 +16,7 @@ CHECKPOINT = ("model", "weights")
 QUESTION = ("settings", "activation", "average_precision", "calibration_data", "kept_scores", "evaluation")
 # What may differ between checkpoints that are compared: their sizes, which answer one request; software; and which
 # further figures were asked for.
-FREE = (*CHECKPOINT, *QUESTION, "img_size", "versions", "scoring", "rivals")
+FREE = (*CHECKPOINT, *QUESTION, "img_size", "test_crop_pct", "versions", "scoring", "rivals")
 # What a protocol depends on beyond that.
 BY_PROTOCOL = {"crossfit": ("settings",), "best": ("settings",), "agreement": ("calibration_data",)}
 
@@ -68,7 +68,11 @@ def readable(key: Mapping[str, Any]) -> str:
 def answers(record: Mapping[str, Any], request: str) -> bool:
     """Whether the size of a record is what `1x`, `96` or another request asks of its checkpoint."""
     size, own = str(record["img_size"]), record.get("own_size")
-    if request in record["requested"] or request == size:
+    if request in record["requested"]:
+        return True
+    if record["key"].get("test_crop_pct"):  # the same pixels with another crop answer `test` alone
+        return False
+    if request == size:
         return True
     if own is None or not request.endswith("x"):
         return False

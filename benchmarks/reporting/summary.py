@@ -17,7 +17,7 @@ from ..records.identity import Identity, Part, answers, differences, names_apart
 from .expected import check, read_expected
 
 COLUMNS = (
-    *("model", "data", "task", "img_size", "n", "columns", "metric", "protocol", "scores", "lam"),
+    *("model", "data", "task", "img_size", "n", "columns", "score_classes", "metric", "protocol", "scores", "lam"),
     *("temperature", "baseline", "value", "gain", "ci_low", "ci_high", "p_value", "p_holm", "verdict", "test"),
     *("requested", "grid", "kind", "macs", "extra_macs", "baseline_check", "not_counted", "status", "reason"),
 )
@@ -93,15 +93,17 @@ def told_apart(records: Sequence[Record]) -> list[str]:
     alike: dict[tuple[Any, ...], dict[Part, None]] = {}
     compared = [Identity.of(record["key"]).compared for record in records]
     for record, name, part in zip(records, called, compared, strict=True):
-        alike.setdefault((name, record["task"], record.get("grid")), {})[part] = None
+        alike.setdefault((name, *_said(record)), {})[part] = None
     told = {}
     for group, parts in alike.items():
         for part, words in zip(parts, differences(list(parts), CALLED), strict=True):
             told[*group, part] = f"{group[0]} ({words})" if words else group[0]
-    return [
-        told[name, record["task"], record.get("grid"), part]
-        for record, name, part in zip(records, called, compared, strict=True)
-    ]
+    return [told[(name, *_said(record), part)] for record, name, part in zip(records, called, compared, strict=True)]
+
+
+def _said(record: Record) -> tuple[Any, ...]:
+    """What tables say of the task beside the name of the data."""
+    return record["task"], record.get("grid"), over(record)
 
 
 def rows_of(records: Sequence[Record]) -> list[Row]:
@@ -158,7 +160,7 @@ def _name_families(families: Mapping[Any, list[Row]]) -> None:
     alike: dict[tuple[Any, ...], dict[Any, None]] = {}
     for key, family in families.items():
         first = family[0]
-        alike.setdefault((first["data"], first["task"], first.get("grid"), *key[0][-2:], key[1]), {})[key] = None
+        alike.setdefault((first["data"], *_said(first), *key[0][-2:], key[1]), {})[key] = None
     for keys in alike.values():
         for key, words in zip(keys, differences([key[0] for key in keys], CALLED), strict=True):
             for row in families[key] if words else ():
@@ -173,7 +175,8 @@ def _replaced(records: Sequence[Record]) -> list[str | None]:
     for record in records:
         identity = Identity.of(record["key"])
         finished = str(record.get("finished"))
-        cells.append((identity.model, identity.compared, str(record["img_size"])))
+        pixels = str(record["img_size"]), record["key"].get("test_crop_pct")
+        cells.append((identity.model, identity.compared, pixels))
         latest[cells[-1]] = max(finished, latest.get(cells[-1], ""))
         if identity.weights and finished >= str(newest.get(identity.model, {}).get("finished", "")):
             newest[identity.model] = record
@@ -194,10 +197,16 @@ def headline(rows: Iterable[Row]) -> dict[tuple[str, ...], Counter[str]]:
     counts: dict[tuple[str, ...], Counter[str]] = {}
     for row in rows:
         if row.get("verdict"):
-            name = tuple(str(row.get(key)) for key in ("data", "task", "grid", "requested", "metric", "protocol"))
+            what = (row.get("data"), f"{row.get('task')}{over(row)}", *map(row.get, ("grid", "requested")))
+            name = tuple(map(str, (*what, row.get("metric"), row.get("protocol"))))
             flagged = row.get("baseline_check") == "flagged"
             counts.setdefault(name, Counter())["flagged" if flagged else row["verdict"]] += 1
     return counts
+
+
+def over(row: Mapping[str, Any]) -> str:
+    """What is said of a task beside its name: whether metrics are over all classes of the head."""
+    return " (all classes)" if row.get("score_classes") == "head" else ""
 
 
 def versus(counts: Mapping[tuple[str, ...], Mapping[str, int]]) -> list[str]:

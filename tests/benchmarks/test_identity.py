@@ -134,6 +134,21 @@ def test_a_multiple_of_other_pixels_is_not_among_those(tmp_path: Path) -> None:
     }  # fmt: skip
 
 
+def test_another_crop_answers_its_own_request_alone(tmp_path: Path) -> None:
+    """224 pixels as they are tested, with a crop of their own, are not 224 pixels."""
+    tested = record("b", requested=["test"], own_size=48, test_crop_pct=1.0)
+    found = folder(tmp_path, record("a", requested=["96", "test"]), tested)
+    assert {name[3]: counts for name, counts in lines(found).items()} == {"96": {"better": 1}, "test": {"better": 2}}
+
+
+def test_metrics_over_other_classes_are_other_lines(tmp_path: Path) -> None:
+    head = record(score_classes="head") | {"score_classes": "head"}
+    found = folder(tmp_path, record() | {"score_classes": "data"}, head)
+    assert {name[:2]: counts for name, counts in lines(found).items()} == {
+        ("val", "single"): {"better": 1}, ("val", "single (all classes)"): {"better": 1}
+    }  # fmt: skip
+
+
 def test_a_failure_that_was_mended_is_history(tmp_path: Path) -> None:
     mended = record("a", None, status="failed"), record("a", finished="2026-01-02T00:00:00")  # type: ignore[arg-type]
     found = folder(tmp_path, *mended, record("b", status="failed"))

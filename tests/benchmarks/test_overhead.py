@@ -100,7 +100,12 @@ def test_wrapping_is_cheap_in_time_and_memory(tmp_path: Path, capsys: pytest.Cap
     assert costs["mobilenetv3_small_100"]["ratios"]["wrapped"]["median"] < 2.2
     assert costs["resnet18"]["floor"] < 1.02
     assert costs["resnet18"]["over_logits"]["median"] < 1.15
-    assert 0 < costs["resnet18"]["added"]["median"] < 0.3 * costs["resnet18"]["seconds"]["plain"]
+    for cost in costs.values():
+        assert cost["added"]["low"] <= cost["added"]["median"] <= cost["added"]["high"]
+    # ResNet-18's few per cent can drown in the noise of eleven rounds; a second pass through a hidden layer does not.
+    assert abs(costs["resnet18"]["added"]["median"]) < 0.3 * costs["resnet18"]["seconds"]["plain"]
+    nonlinear = costs["mobilenetv3_small_100"]
+    assert 0 < nonlinear["added"]["median"] < 1.2 * nonlinear["seconds"]["plain"]
     assert 1 < costs["resnet18"]["least"]["median"] < 1.3
     assert costs["mobilenetv3_small_100"]["least"] is None  # its head is no single product
     assert out.with_suffix(".png").stat().st_size > 10_000

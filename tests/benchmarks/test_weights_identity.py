@@ -11,7 +11,7 @@ import torch
 from huggingface_hub.errors import EntryNotFoundError, HTTPError
 from PIL import Image
 
-from benchmarks.checkpoints import find
+from benchmarks.checkpoints import hub as hubs
 from benchmarks.checkpoints.find import Checkpoint
 from benchmarks.reporting.summary import read_folder
 from benchmarks.sweep import main
@@ -27,10 +27,10 @@ def hub(monkeypatch: pytest.MonkeyPatch, answer: Callable[[str], str], cached: d
     def lookup(repo: str, name: str, **_: Any) -> str | None:
         return (cached or {}).get(name)
 
-    monkeypatch.setattr(find, "_hub_answers", lambda: True)
-    monkeypatch.setattr(find, "unreachable_hub", lambda: None)
-    monkeypatch.setattr(find, "get_hf_file_metadata", lambda url, **_: Metadata(url))
-    monkeypatch.setattr(find, "try_to_load_from_cache", lookup)
+    monkeypatch.setattr(hubs, "_hub_answers", lambda: True)
+    monkeypatch.setattr(hubs, "unreachable_hub", lambda: None)
+    monkeypatch.setattr(hubs, "get_hf_file_metadata", lambda url, **_: Metadata(url))
+    monkeypatch.setattr(hubs, "try_to_load_from_cache", lookup)
 
 
 class ReadTimeout(HTTPError):
