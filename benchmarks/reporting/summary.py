@@ -16,22 +16,9 @@ from ..records.files import Record, read_records, to_stderr, write_table
 from .expected import check, read_expected
 
 COLUMNS = (
-    *("model", "data", "task", "img_size", "n", "columns", "score_classes", "metric", "protocol"),
-    *(
-        "scores",
-        "lam",
-        "temperature",
-        "baseline",
-        "value",
-        "gain",
-        "ci_low",
-        "ci_high",
-        "p_value",
-        "p_holm",
-        "verdict",
-        "test",
-    ),
-    *("requested", "grid", "kind", "macs", "extra_macs", "baseline_check", "status", "reason"),
+    *("model", "data", "task", "img_size", "n", "columns", "metric", "protocol", "scores", "lam"),
+    *("temperature", "baseline", "value", "gain", "ci_low", "ci_high", "p_value", "p_holm", "verdict", "test"),
+    *("requested", "grid", "score_classes", "kind", "macs", "extra_macs", "baseline_check", "status", "reason"),
 )
 ALPHA = 0.05
 VERDICTS = ("better", "worse", "no evidence")
