@@ -17,9 +17,10 @@ from ..records.identity import Identity, Part, answers, differences, names_apart
 from .expected import check, read_expected
 
 COLUMNS = (
-    *("model", "data", "task", "img_size", "n", "columns", "score_classes", "metric", "protocol", "scores", "lam"),
+    *("model", "data", "task", "img_size", "n", "columns", "metric", "protocol", "scores", "lam"),
     *("temperature", "baseline", "value", "gain", "ci_low", "ci_high", "p_value", "p_holm", "verdict", "test"),
-    *("requested", "grid", "kind", "macs", "extra_macs", "baseline_check", "not_counted", "status", "reason"),
+    *("requested", "grid", "score_classes", "kind", "macs", "extra_macs", "baseline_check"),
+    *("not_counted", "status", "reason"),
 )
 ALPHA = 0.05
 VERDICTS = ("better", "worse", "no evidence")
