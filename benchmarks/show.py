@@ -26,7 +26,8 @@ from .checkpoints import find
 from .checkpoints.find import CheckpointError, find_checkpoints
 from .data import sample
 from .data.classes import NotApplicableError, head_classes
-from .data.datasets import DataError, mosaic, open_image
+from .data.datasets import DataError, open_image
+from .data.presented import mosaic
 from .reporting.tables import origins
 
 TOP = 6

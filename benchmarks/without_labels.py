@@ -15,7 +15,7 @@ from timm_csra.config import LOG_SOFTMAX, SCORES
 from .argument_types import share
 from .arguments import asked_cells, asked_options
 from .checkpoints.find import find_checkpoints
-from .data.datasets import Unlabelled
+from .data.presented import Unlabelled
 from .data.sources import load_pictures
 from .engines.worker import Models
 from .reporting.tables import origins

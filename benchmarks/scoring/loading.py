@@ -13,7 +13,8 @@ import timm_csra
 from timm_csra import Explanation
 from timm_csra.hub import weights_sha256
 
-from ..data.datasets import DataError, ImageSet, Unlabelled
+from ..data.datasets import DataError, ImageSet
+from ..data.presented import Unlabelled
 from ..records.files import Record
 from .cells import Options
 

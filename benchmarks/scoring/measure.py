@@ -17,7 +17,8 @@ from timm_csra import UnsupportedModelError
 from timm_csra.evaluation.scoring import Scores, allows_test_time_pool, score
 
 from ..data.classes import Alignment, NotApplicableError, align
-from ..data.datasets import DataError, Mosaics, Photographs, Streamed, real_labels, tilings
+from ..data.datasets import DataError, real_labels, tilings
+from ..data.presented import Mosaics, Photographs, Streamed
 from ..records.files import Record, now
 from ..records.phases import Phases
 from .agreement import choose, kept_choice
