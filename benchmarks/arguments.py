@@ -20,6 +20,7 @@ from .data.classes import COMBINE, ClassNames, load_class_map
 from .data.datasets import ImageSet
 from .data.sources import load_image_set, load_pictures
 from .scoring.cells import AMP, SCORE_CLASSES, TASKS, Cell, Options
+from .sizes import check_sizes, own_size, sizes_of
 from .workers import usable_device
 
 EXAMPLES = """
@@ -32,8 +33,6 @@ examples:
       --class-map coco80-to-imagenet1k
 """
 
-TEST = "test"
-SIZE = re.compile(rf"{TEST}|(?=.*[1-9])(\d+|\d*\.?\d+x)")
 Task = tuple[str, int | None]  # a task, and the grid of a mosaic
 
 
@@ -296,7 +295,7 @@ def asked_cells(
 ) -> Iterator[Cell]:
     """What is measured on one checkpoint, sizes outermost: neighbours share the loaded model. The same pixels are
     measured once; with `crop_pct` those of one size are the same."""
-    sizes, own = _sizes(model, requests, missing, crop_pct), _own_size(model, missing)
+    sizes, own = sizes_of(model, requests, missing, crop_pct), own_size(model, missing)
     mosaics: dict[Any, tuple[str, ...]] = {}  # which are not cropped
     for (size, _), requested in sizes.items():
         mosaics[size] = (*mosaics.get(size, ()), *requested)
@@ -308,48 +307,3 @@ def asked_cells(
                     yield Cell(model, images, task, size, requested, grid, test_crop, own)
                 elif once:
                     yield Cell(model, images, task, size, once, grid, own=own)
-
-
-def _own_size(model: Checkpoint, missing: dict[Checkpoint, str]) -> tuple[int, int] | None:
-    """None where the checkpoint cannot be asked."""
-    if model in missing and model.source == "hf-hub":
-        return None
-    try:
-        return model.input_size()
-    except Exception:  # run_cell asks again and records the reason
-        return None
-
-
-def _sizes(
-    model: Checkpoint, requests: str, missing: dict[Checkpoint, str], crop_pct: float | None
-) -> dict[tuple[tuple[int, int] | str, float | None], tuple[str, ...]]:
-    """`1x,320,test` -> sizes in pixels and crops, see `size_of`, with their requests; the request itself where the
-    checkpoint cannot be asked."""
-    parts = list(dict.fromkeys(part.strip() for part in requests.split(",")))
-    if model in missing and model.source == "hf-hub":
-        return {(part, None): (part,) for part in parts}
-    sizes: dict[tuple[tuple[int, int] | str, float | None], tuple[str, ...]] = {}
-    for part in parts:
-        try:
-            size, test_crop = size_of(model, part)
-        except Exception:  # run_cell asks again and records the reason
-            return {(part, None): (part,) for part in parts}
-        pixels = size, None if crop_pct else test_crop
-        sizes[pixels] = (*sizes.get(pixels, ()), part)
-    return sizes
-
-
-def size_of(model: Checkpoint, request: str) -> tuple[tuple[int, int], float | None]:
-    """`320`, `2x` or `test` in pixels, `(H, W)`, and for the last the crop_pct that goes with it, see `test_input`."""
-    if request == TEST:
-        return model.test_input()
-    if not request.endswith("x"):
-        return (int(request), int(request)), None
-    height, width = (round(float(request[:-1]) * side) for side in model.input_size())
-    return (height, width), None
-
-
-def check_sizes(requests: str) -> None:
-    """ValueError where `requests` is no list of sizes."""
-    if any(not SIZE.fullmatch(part.strip()) for part in requests.split(",")):
-        raise ValueError(f"--img-size: found {requests!r}; expected pixels, multiples or test, such as 224 or 1x,2x.")
