@@ -13,7 +13,8 @@ import timm_csra
 from timm_csra import Explanation
 from timm_csra.hub import weights_sha256
 
-from ..data.datasets import DataError, ImageSet, Unlabelled
+from ..data.datasets import DataError, ImageSet
+from ..data.presented import Unlabelled
 from ..records.files import Record
 from .cells import Options
 
@@ -66,11 +67,15 @@ def unlabelled(
         raise DataError(describe_bad_images(loader.dataset, bad))
 
 
-def readable(batches: Iterable[Any], loader: Any, bad: list[int]) -> Iterator[tuple[Tensor, Tensor]]:
-    """The images that could be read; the indices of the others go to `bad`."""
+def readable(
+    batches: Iterable[Any], loader: Any, bad: list[int], read: list[int] | None = None
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """The images that could be read, their indices going to `read`; the indices of the others go to `bad`."""
     for images, targets, index in batches:
         good = index >= 0
         bad += (-1 - index[~good]).tolist()
+        if read is not None:
+            read += index[good].tolist()
         if good.all():
             yield images, targets
         elif good.any():

@@ -4,19 +4,22 @@ import re
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
 import torch
 from timm.data import create_loader, resolve_input_data_config
+from torch import Tensor
 
 from timm_csra import UnsupportedModelError
-from timm_csra.evaluation.scoring import allows_test_time_pool, score
+from timm_csra.evaluation.scoring import Scores, allows_test_time_pool, score
 
 from ..data.classes import Alignment, NotApplicableError, align
-from ..data.datasets import DataError, Mosaics, Photographs, Streamed, real_labels, tilings
-from ..records.files import Record
+from ..data.datasets import DataError, real_labels, tilings
+from ..data.presented import Mosaics, Photographs, Streamed
+from ..records.files import Record, now
 from ..records.phases import Phases
 from .agreement import choose, kept_choice
 from .cells import AMP, Cell, Options, show_size
@@ -49,15 +52,16 @@ def run_cell(
         except NotApplicableError as reason:
             record |= {"status": "not_applicable", "reason": str(reason)}
         except Exception as error:
-            if _out_of_memory(error) and options.batch_size > 1:
+            if isinstance(error, _BatchTooLargeError) and options.batch_size > 1:
                 print(f"out of memory at batch size {options.batch_size}: half of it is tried", file=sys.stderr)
                 options = replace(options, batch_size=options.batch_size // 2)
                 record |= {"batch_size": options.batch_size}
                 continue  # outside of `except` the traceback, and what it holds, is gone
+            told = error.__cause__ or error if isinstance(error, _BatchTooLargeError) else error
             traceback.print_exc()
             record |= {
                 "status": "failed",
-                "reason": f"{type(error).__name__}: {error}",
+                "reason": f"{type(told).__name__}: {told}",
                 "traceback": traceback.format_exc(),
             }
         return _complete(cell, options, record, time.perf_counter() - started)
@@ -72,12 +76,29 @@ def _complete(cell: Cell, options: Options, record: Record, seconds: float) -> R
     key = cell.key(options)
     nothing: Record = {"n": len(cell.data), "columns": None, "kind": None, "results": []}
     about: Record = {
-        "requested": cell.requested,
+        "requested": list(cell.requested),
+        "own_size": show_size(cell.own) if cell.own else None,
+        "where": cell.data.where,
+        "finished": now(),
         "score_classes": options.score_classes,
         "seconds": seconds,
         "environment": environment(options),
     }
     return {**key, **nothing, **record, "key": key, **about}
+
+
+class _BatchTooLargeError(Exception):
+    """Memory has run out in a forward pass, which needs less with fewer images at a time."""
+
+
+@contextmanager
+def _forward_passes() -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        if _out_of_memory(error):
+            raise _BatchTooLargeError(str(error)) from error
+        raise
 
 
 def _out_of_memory(error: Exception) -> bool:
@@ -137,22 +158,37 @@ def score_cell(
         raise UnsupportedModelError(explanation.unsupported)
     bad: list[int] = []
     if options.time_plain:
-        with phases("plain"):
+        with phases("plain"), _forward_passes():
             plain_seconds(model, loader, options)  # starts the loader's workers, and warms everything up
             plain = [plain_seconds(model, loader, options)]
+    keys: list[int] = []
+    passed = False
+
+    def batches() -> Iterator[tuple[Tensor, Tensor]]:
+        nonlocal passed
+        yield from readable(phases.waiting(track(loader)), loader, bad, keys)
+        passed = True
+
     with phases("model"):
-        scores, targets = score(
-            model,
-            readable(phases.waiting(track(loader)), loader, bad),
-            cell.scored_settings(options),
-            columns=alignment.columns,
-            device=options.device,
-            amp_dtype=AMP[options.amp],
-            test_time_pool=allows_test_time_pool(explanation),
-        )
+        try:
+            scores, targets = score(
+                model,
+                batches(),
+                cell.scored_settings(options),
+                columns=alignment.columns,
+                device=options.device,
+                amp_dtype=AMP[options.amp],
+                test_time_pool=allows_test_time_pool(explanation),
+            )
+        except Exception as error:
+            if not passed and _out_of_memory(error):  # else it is what comes after them that needs the memory
+                raise _BatchTooLargeError(str(error)) from error
+            raise
+    if cell.data.stream:
+        scores, targets = _in_order(scores, targets, keys)
     cost = None
     if options.time_plain:
-        with phases("plain"):
+        with phases("plain"), _forward_passes():
             plain.append(plain_seconds(model, loader, options))
         seconds = phases.seconds["wait"] + phases.seconds["model"]
         cost = {"plain_seconds": plain, "score_seconds": seconds, "ratio": seconds / (sum(plain) / 2)}
@@ -166,9 +202,9 @@ def score_cell(
             )
         print(f"{missing} images of the stream could not be read", file=sys.stderr)
     if options.rivals and cell.grid is None and cell.data.stream is None:
-        with phases("crops"):
+        with phases("crops"), _forward_passes():
             scores.pooled.update(five_crops(model, loaded.size, loader.dataset, preprocessing, alignment, options))
-    with phases("agreement"):
+    with phases("agreement"), _forward_passes():
         agreement = choose(cell.data.calibration, loaded, options, track)
     facts: Record = {
         "n": len(targets),
@@ -190,6 +226,14 @@ def score_cell(
         "agreement": agreement,
     }
     return Scored(scores, targets, facts)
+
+
+def _in_order(scores: Scores, targets: Tensor, keys: list[int]) -> tuple[Scores, Tensor]:
+    """Sort images `(n,)` by keys, and equal ones by their targets."""
+    order = torch.tensor(sorted(range(len(keys)), key=lambda image: (keys[image], int(targets[image]))))
+    attention = {term: logits[order] for term, logits in scores.attention.items()}
+    pooled = {name: logits[order] for name, logits in scores.pooled.items()}
+    return replace(scores, base=scores.base[order], attention=attention, pooled=pooled), targets[order]
 
 
 def load_images(cell: Cell, loaded: Loaded, options: Options) -> tuple[Any, Record, Alignment]:
