@@ -341,7 +341,7 @@ def test_attributes_that_change_after_the_first_forward_count(values: tuple[Any,
     timm_csra.wrap(model, lam=0.3)
     model(x)
     for value in values:
-        model.calibration = value
+        model.calibration = value.clone() if isinstance(value, Tensor) else value  # which is one of inference mode
         maps = timm_csra.score_maps(model, x)
         plain = timm_csra.unwrap(copy.deepcopy(model))(x)
         torch.testing.assert_close(model(x), plain + 0.3 * maps.amax((2, 3)))

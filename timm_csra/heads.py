@@ -81,7 +81,7 @@ _GLOBAL_HOOKS = [
 _examined: WeakKeyDictionary[nn.Module, _Examined] = WeakKeyDictionary()
 
 
-_DECIDING = (bool, int, float, str, type(None), Tensor)
+_DECIDING = frozenset((bool, int, float, str, type(None), Tensor))
 
 
 def is_recorded() -> bool:
@@ -132,8 +132,8 @@ def _state(model: nn.Module, head: Head, modules: tuple[nn.Module, ...]) -> tupl
 
 def _attributes(module: nn.Module) -> list[Any]:
     """What a `forward` may decide by: a temperature that is None at first, how to pool."""
-    values = (value for name, value in vars(module).items() if name != "training" and name[0] != "_")
-    return [(type(v), v._version, id(v)) if isinstance(v, Tensor) else v for v in values if isinstance(v, _DECIDING)]
+    values = [v for name, v in vars(module).items() if type(v) in _DECIDING and name != "training"]
+    return [(id(v), None if v.is_inference() else v._version) if type(v) is Tensor else v for v in values]
 
 
 def _is_watched(module: nn.Module) -> bool:
