@@ -29,11 +29,13 @@ class Scored:
         scores: of the scored classes, in the data's images.
         targets: see `timm_csra.evaluation.metrics`.
         facts: fields of the record that do not depend on the settings.
+        images_run: how many images were run for it; 0 where another task's pass, or what was kept, has served it.
     """
 
     scores: Scores
     targets: Tensor
     facts: Record
+    images_run: int = 0
 
 
 def scores_file(cell: Cell, options: Options) -> Path | None:

@@ -100,7 +100,7 @@ def _measure(
         scored = score_cell(cell, loaded, options, track, phases)
         if file is not None:
             write_scores(file, scored)
-    return results(cell, scored, options, phases) | {"phases": phases.seconds}
+    return results(cell, scored, options, phases) | {"phases": phases.seconds, "images_run": scored.images_run}
 
 
 def _loaded(cell: Cell, load: Callable[[], Loaded]) -> Loaded:
@@ -149,7 +149,6 @@ def score_cell(
         agreement = choose(cell.data.calibration, loaded, options, track)
     facts: Record = {
         "n": len(targets),
-        "images_run": 0 if again else len(targets) + len(passed.bad),
         "columns": alignment.count,
         "classes_left_out": list(alignment.left_out),
         "classes_from": alignment.classes_from,
@@ -167,7 +166,7 @@ def score_cell(
         "cost": passed.cost,
         "agreement": agreement,
     }
-    return Scored(scores, targets, facts)
+    return Scored(scores, targets, facts, 0 if again else len(targets) + len(passed.bad))
 
 
 def load_images(cell: Cell, loaded: Loaded, options: Options) -> tuple[Any, Record, Alignment]:

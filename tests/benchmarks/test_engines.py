@@ -91,7 +91,7 @@ def run(out: Path, cells: list[Cell], engine: Any, compute: Any = None, retry_fa
 
 def stable(record: dict) -> dict:
     """What does not depend on when and where."""
-    varying = ("seconds", "phases", "environment", "cost")
+    varying = ("seconds", "finished", "phases", "environment", "cost", "images_run")
     return json.loads(json.dumps({name: value for name, value in record.items() if name not in varying}))
 
 

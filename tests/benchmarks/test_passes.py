@@ -130,6 +130,7 @@ def test_kept_scores_of_a_shared_pass_answer_again(photos: Path, checkpoint: str
     _, records, _ = sweep(*arguments, "--rescore")
     again = [record for record in records if record["key"]["kept_scores"]]
     assert len(again) == len(first) == 2
+    assert [record["images_run"] for record in (*first, *again)] == [12, 0, 0, 0]
     for one, other in zip(first, again, strict=True):
         for a, b in zip(one["results"], other["results"], strict=True):
             assert (a["metric"], a["protocol"], a["n"]) == (b["metric"], b["protocol"], b["n"])
