@@ -179,6 +179,11 @@ def test_what_does_not_fit_is_refused() -> None:
         ValueError, match=r"test_resnet: found a model in training mode, expected eval: call model.eval\(\)"
     ):
         timm_csra.tune(model, loader(model))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    model.eval().layer3.train()
+    with pytest.raises(ValueError, match="test_resnet: found `layer3` in training mode, expected eval"):
+        timm_csra.tune(model, loader(model))
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     model.eval()
     with pytest.raises(ValueError, match="metric: found 'mAP' for targets that are class indices"):
         timm_csra.tune(model, loader(model), metric="mAP")
@@ -195,8 +200,9 @@ def test_what_does_not_fit_is_refused() -> None:
 
 
 def test_a_classifier_that_num_classes_does_not_know() -> None:
-    model = timm.create_model("test_resnet").eval()
+    model = timm.create_model("test_resnet")
     model.fc = torch.nn.Linear(model.num_features, 20)
+    model.eval()
     images, labels = torch.randn(40, 3, 64, 64), torch.arange(40) % 20
     told = copy.deepcopy(model)
     told.num_classes = 20
@@ -319,6 +325,44 @@ def test_a_loader_that_gives_something_else() -> None:
             timm_csra.tune(model, [batch])  # type: ignore[list-item]
     with pytest.raises(ValueError, match=r"found targets \(12, 4\) for 12 images.*; the same in all batches"):
         timm_csra.tune(model, [(images, LABELS), (images, ONE_HOT)])
+
+
+def test_images_that_no_transform_has_prepared() -> None:
+    model = timm.create_model("test_resnet", num_classes=4).eval()
+    for images, found in (
+        (torch.zeros(12, 3, 64, 64, dtype=torch.uint8), r"\(12, 3, 64, 64\) of torch.uint8"),
+        (torch.zeros(12, 3, 64, 64, dtype=torch.int64), r"\(12, 3, 64, 64\) of torch.int64"),
+        (torch.zeros(12, 64, 64), r"\(12, 64, 64\) of torch.float32"),
+        (torch.zeros(()), r"\(\) of torch.float32"),
+    ):
+        with pytest.raises(TypeError, match=rf"test_resnet: found images {found}; expected floats \(N, C, H, W\), as "):
+            timm_csra.tune(model, [(images, LABELS)])
+
+
+@pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("images", [torch.float64, torch.float32, torch.bfloat16])
+def test_images_are_cast_to_the_weights(weights: torch.dtype, images: torch.dtype) -> None:
+    model = timm.create_model("test_resnet", num_classes=4).eval().to(weights)
+    x = torch.randn(12, 3, 64, 64, generator=torch.Generator().manual_seed(0)).to(images)
+    expected = timm_csra.tune(model, [(x.to(weights), LABELS)], folds=3)
+    assert timm_csra.tune(model, [(x, LABELS)], folds=3) == expected
+
+
+def test_empty_batches_are_passed_over() -> None:
+    model = timm.create_model("test_resnet", num_classes=4).eval()
+    images = torch.randn(12, 3, 64, 64)
+    empty = (images[:0], LABELS[:0])
+    expected = timm_csra.tune(model, [(images, LABELS)], folds=3)
+    assert timm_csra.tune(model, [empty, (images, LABELS), empty], folds=3) == expected
+    for batches in ([], [empty, empty]):
+        with pytest.raises(ValueError, match="test_resnet: no image to score. Expected at least one; a generator can"):
+            timm_csra.tune(model, batches)
+    for wrong, found in (
+        ((images[:0], LABELS), r"\(12,\) for 0 images"),
+        ((images[:1], LABELS[0]), r"\(\) for 1 images"),
+    ):
+        with pytest.raises(ValueError, match=f"test_resnet: found targets {found}"):
+            timm_csra.tune(model, [(images, LABELS), wrong])
 
 
 def test_a_metric_of_ones_own_takes_any_targets() -> None:

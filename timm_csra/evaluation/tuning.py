@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..config import SCORES
 from ..errors import describe
+from ..inputs import as_weights
 from ..patching import wrap
 from .metrics import MULTI_LABEL, SINGLE_LABEL, Evaluation, Logits, Metric, Weights, evaluate
 from .scoring import ALL, PLAIN, Scores, Setting, score, settings_grid
@@ -121,9 +122,9 @@ def tune(
 
     Args:
         model: a timm classifier in eval mode, plain or wrapped (its own settings are not used, nothing is changed).
-        loader: gives `(images (N, C, H, W), targets)`; targets are class indices `(N,)`, or `(N, K)` with 1 for each
-            class in the picture, over the head's K classes, 0 for the others and -1 for what is not to be judged; for a
-            metric of one's own, whatever it takes. A few hundred images are few.
+        loader: gives `(images (N, C, H, W), targets)`. Images are floats of any precision. Targets are class indices
+            `(N,)`, or `(N, K)` with 1 for each class in the picture, over the head's K classes, 0 for the others and -1
+            for what is not to be judged; for a metric of one's own, whatever it takes. A few hundred images are few.
         metric: `top1` or `top5`; with several labels `mAP`, `lrap`, `r_precision`, `CF1_top3` or `OF1_top3`; or a
             function of logits `(n, K)` and targets, higher being better. None for `top1` or `mAP`.
         lams: to try; None for 0.02 to 2.
@@ -137,7 +138,7 @@ def tune(
 
     Raises:
         UnsupportedModelError: the model cannot be wrapped.
-        TypeError: a loader that gives something else than two tensors.
+        TypeError: a loader that gives something else than two tensors, or images of whole numbers.
         ValueError: nothing to try, too few images for the folds, targets that do not fit the model, a metric that does
             not fit the targets, a model in training mode.
 
@@ -148,8 +149,6 @@ def tune(
         >>> tune(model, loader, folds=3).lam
         0.0
     """
-    if model.training:
-        raise ValueError(f"{describe(model)}: found a model in training mode, expected eval: call model.eval() first.")
     settings = settings_grid(
         LAMS if lams is None else lams,
         TEMPERATURES if temperatures is None else temperatures,
@@ -163,17 +162,24 @@ def tune(
 def _checked(
     model: nn.Module, loader: Iterable[tuple[Tensor, Tensor]], any_targets: bool
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """The batches of somebody else's loader. The first that does not fit is refused, before more of it is run."""
+    """The batches of somebody else's loader that are not empty, images `as_weights`. The first that does not fit is
+    refused, before more of it is run."""
     classes, shape = 0, None
     for batch in loader:
         parts = batch if isinstance(batch, (tuple, list)) else [batch]
         if len(parts) != 2 or not all(isinstance(part, Tensor) for part in parts):
             found = ", ".join(type(part).__name__ for part in parts)
             raise TypeError(f"{describe(model)}: the loader gave {found}; expected two tensors: (images, targets).")
-        images, targets = parts
+        images, targets = as_weights(model, parts[0]), parts[1]
+        if not len(images) and targets.shape[:1] == (0,):
+            continue
         classes = classes or _width(model, images)
         shape = targets.shape[1:] if shape is None else shape
-        if len(targets) != len(images) or targets.shape[1:] != shape or not (any_targets or _fit(targets, classes)):
+        if (
+            targets.shape[:1] != images.shape[:1]
+            or targets.shape[1:] != shape
+            or not (any_targets or _fit(targets, classes))
+        ):
             values = ", ".join(f"{value:g}" for value in targets.unique()[:4].tolist())
             raise ValueError(
                 f"{describe(model)}: found targets {tuple(targets.shape)} for {len(images)} images, with values "
@@ -187,7 +193,7 @@ def _checked(
 def _width(model: nn.Module, images: Tensor) -> int:
     """How many classes the head gives: `num_classes` knows nothing of a classifier that was put in its place."""
     with torch.inference_mode():
-        logits = cast(Tensor, model(images[:1].to(next(model.parameters()).device)))
+        logits = cast(Tensor, model(images[:1]))
     return logits.shape[1]
 
 
