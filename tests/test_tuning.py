@@ -3,6 +3,7 @@
 import copy
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import pytest
@@ -325,6 +326,60 @@ def test_a_loader_that_gives_something_else() -> None:
             timm_csra.tune(model, [batch])  # type: ignore[list-item]
     with pytest.raises(ValueError, match=r"found targets \(12, 4\) for 12 images.*; the same in all batches"):
         timm_csra.tune(model, [(images, LABELS), (images, ONE_HOT)])
+
+
+def test_a_single_value_is_tried_alone() -> None:
+    model = timm.create_model("test_resnet", num_classes=4).eval()
+    batches = loader(model)
+    single = timm_csra.tune(model, batches, lams=0.3, temperatures=math.inf, scores="log_softmax", folds=3)
+    several = timm_csra.tune(model, batches, lams=[0.3], temperatures=[math.inf], scores=["log_softmax"], folds=3)
+    assert single == several
+    assert single.settings.keys() == {Setting(0.3, (math.inf,), "log_softmax")}
+
+
+@pytest.mark.parametrize(
+    ("wrong", "text"),
+    [
+        (
+            {"metric": 5},
+            r"metric must be the name of one, such as 'top1', or a function of logits and targets, got 5 \(int",
+        ),
+        ({"folds": "3"}, r"folds must be a whole number, at least 3, got '3' \(str\)"),
+        ({"folds": 3.5}, r"folds must be a whole number, at least 3, got 3.5 \(float\)"),
+        ({"folds": True}, r"folds must be a whole number, at least 3, got True \(bool\)"),
+        ({"lams": "0.1"}, r"lam must be a real number, got '0.1' \(str\)"),
+        ({"temperatures": "1"}, "temperature must be a positive number, .* got '1'"),
+        ({"scores": 1}, r"scores must be 'logits' or 'log_softmax', got 1 \(int\)"),
+    ],
+    ids=str,
+)
+def test_settings_of_a_wrong_type(wrong: dict[str, Any], text: str) -> None:
+    """Before an image is asked for."""
+    model = timm.create_model("test_resnet", num_classes=4).eval()
+    batches = iter([pytest.fail])
+    with pytest.raises(TypeError, match=text):
+        timm_csra.tune(model, batches, **wrong)  # type: ignore[arg-type]
+    assert next(batches) is pytest.fail
+    scores, targets = synthetic(0)
+    if wrong.keys() & {"metric", "folds"}:
+        with pytest.raises(TypeError, match=text):
+            choose(scores, targets, SETTINGS, **wrong)
+
+
+def test_whole_numbers_of_numpy_are_folds() -> None:
+    scores, targets = synthetic(0)
+    assert choose(scores, targets, SETTINGS, folds=np.int64(4)) == choose(scores, targets, SETTINGS, folds=4)
+
+
+@pytest.mark.parametrize("largest", [0.1, 1.0])
+def test_a_larger_lam_may_do_better_where_all_folds_choose_the_largest(largest: float) -> None:
+    settings = settings_grid([largest, 0.02], [1.0])
+    result = choose(*synthetic(0, 500, signal=2.0), settings)
+    assert all(setting.lam == largest for setting in result.nested.settings)
+    assert f"all folds choose lam {largest:g}, the largest tried: a larger one may do better" in str(result)
+    wider = choose(*synthetic(0, 500, signal=2.0), settings_grid([largest, 0.02, 1000.0], [1.0]))
+    assert any(setting.lam < 1000 for setting in wider.nested.settings)
+    assert "the largest tried" not in str(wider)
 
 
 def test_images_that_no_transform_has_prepared() -> None:
