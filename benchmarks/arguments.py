@@ -296,6 +296,7 @@ def asked_cells(
     """What is measured on one checkpoint, sizes outermost: neighbours share the loaded model. The same pixels are
     measured once; with `crop_pct` those of one size are the same."""
     sizes, own = sizes_of(model, requests, missing, crop_pct), own_size(model, missing)
+    tasks = sorted(tasks, key=lambda task: task[0] != "real")  # its pass, of all classes, serves the task single too
     mosaics: dict[Any, tuple[str, ...]] = {}  # which are not cropped
     for (size, _), requested in sizes.items():
         mosaics[size] = (*mosaics.get(size, ()), *requested)

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from timm.data import create_loader, resolve_input_data_config
@@ -18,6 +18,9 @@ from ..data.presented import Unlabelled
 from ..records.files import Record
 from .cells import Options
 
+if TYPE_CHECKING:
+    from .passes import Pass
+
 
 @dataclass(frozen=True)
 class Loaded:
@@ -25,11 +28,13 @@ class Loaded:
 
     Attributes:
         choices: what `choose` in `agreement.py` found, by the pictures and their preparation.
+        passes: the last pass, by its pixels, see `the_pass`.
     """
 
     model: nn.Module
     size: tuple[int, int]
     choices: dict[tuple[object, ...], Record] = field(default_factory=dict, compare=False)
+    passes: dict[str, "Pass"] = field(default_factory=dict, compare=False)
 
     @cached_property
     def explanation(self) -> Explanation:

@@ -19,7 +19,7 @@ from benchmarks.checkpoints.find import Checkpoint
 from benchmarks.data.datasets import DataError, ImageSet, open_image
 from benchmarks.data.files import EXTENSIONS
 from benchmarks.data.sources import load_image_set, load_pictures
-from benchmarks.scoring import measure
+from benchmarks.scoring import measure, passes
 from benchmarks.scoring.cells import Cell, Options
 from benchmarks.scoring.loading import Loaded
 from timm_csra.demo import open_picture
@@ -196,35 +196,35 @@ class Memory:
 def test_memory_that_runs_out_in_the_metrics_costs_no_other_pass(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    short, passes, score = Memory(tmp_path / "photos"), [], measure.score
+    short, counted, score = Memory(tmp_path / "photos"), [], passes.score
 
     def fails(*_: Any) -> None:
         raise MemoryError("no memory for the bootstrap")
 
-    monkeypatch.setattr(measure, "score", lambda *args, **more: passes.append(1) or score(*args, **more))
+    monkeypatch.setattr(passes, "score", lambda *args, **more: counted.append(1) or score(*args, **more))
 
     monkeypatch.setattr(measure, "results", fails)
     record = short.run()
     assert (record["status"], record["batch_size"]) == ("failed", 8)
     assert record["reason"] == "MemoryError: no memory for the bootstrap"
-    assert len(passes) == 1
+    assert len(counted) == 1
 
 
 def test_neither_does_what_is_done_with_the_scores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    short, score = Memory(tmp_path / "photos"), measure.score
+    short, score = Memory(tmp_path / "photos"), passes.score
 
     def fails(model: Any, batches: Iterator[Any], *more: Any, **others: Any) -> Any:
         score(model, batches, *more, **others)
         raise torch.OutOfMemoryError("of all scores in one")
 
-    monkeypatch.setattr(measure, "score", fails)
+    monkeypatch.setattr(passes, "score", fails)
     assert short.run()["batch_size"] == 8
 
 
 def test_memory_that_runs_out_in_a_forward_pass_halves_the_batch(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    short, score = Memory(tmp_path / "photos"), measure.score
+    short, score = Memory(tmp_path / "photos"), passes.score
 
     def fails(model: Any, batches: Iterator[Any], *more: Any, **others: Any) -> Any:
         def looked() -> Iterator[Any]:
@@ -235,6 +235,6 @@ def test_memory_that_runs_out_in_a_forward_pass_halves_the_batch(
 
         return score(model, looked(), *more, **others)
 
-    monkeypatch.setattr(measure, "score", fails)
+    monkeypatch.setattr(passes, "score", fails)
     record = short.run()
     assert (record["status"], record["batch_size"]) == ("ok", 2)
