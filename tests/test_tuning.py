@@ -377,7 +377,7 @@ def test_a_larger_lam_may_do_better_where_all_folds_choose_the_largest(largest: 
     result = choose(*synthetic(0, 500, signal=2.0), settings)
     assert all(setting.lam == largest for setting in result.nested.settings)
     assert f"all folds choose lam {largest:g}, the largest tried: a larger one may do better" in str(result)
-    wider = choose(*synthetic(0, 500, signal=2.0), settings_grid([largest, 0.02, 1000.0], [1.0]))
+    wider = choose(*synthetic(0, 500, signal=2.0), settings_grid([0.02, 1.0, 1000.0], [1.0]))
     assert any(setting.lam < 1000 for setting in wider.nested.settings)
     assert "the largest tried" not in str(wider)
 
