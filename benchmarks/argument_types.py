@@ -1,10 +1,12 @@
-"""Numbers on the command line, for argparse's `type`: what was found and what is expected, before anything is run."""
+"""Numbers on the command line, for argparse's `type`, and what has to be one: what was found and what is expected,
+before anything is run."""
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 Number = TypeVar("Number", int, float)
+Asked = TypeVar("Asked")
 
 
 def positive(text: str) -> int:
@@ -27,3 +29,10 @@ def _number(text: str, kind: type[Number], fits: Callable[[Number], bool], expec
     if number is None or not fits(number):
         raise argparse.ArgumentTypeError(f"found {text!r}; expected {expected}.")
     return number
+
+
+def only(found: Sequence[Asked], what: str) -> Asked:
+    """Give the one that was asked for; ValueError where there are several, or none."""
+    if len(found) != 1:
+        raise ValueError(f"found {len(found)} {what}; expected one.")
+    return found[0]

@@ -74,29 +74,29 @@ def main(arguments: list[str] | None = None) -> int:
         print(COLUMNS("checkpoint", "data", "task", "size", "metric", "n", "plain", *NAMES, "difference"))
         for cell in cells:
             progress = partial(track, description=cell.checkpoint.name, console=log, transient=True)
-            n, found = compare(cell, memory.get(cell), options, progress)
-            for gains, difference in found:
-                where = (cell.data.name, cell.task_name, "/".join(cell.requested), gains[0].metric, str(n))
-                values = (f"{gains[0].baseline:.2f}", *map(_show_gain, gains), _show(difference))
+            for gains, difference in compare(cell, memory.get(cell), options, progress):
+                plain = gains[0]
+                where = (cell.data.name, cell.task_name, "/".join(cell.requested), plain.metric, str(plain.n))
+                values = (f"{plain.baseline:.2f}", *map(_show_gain, gains), _show(difference))
                 print(COLUMNS(cell.checkpoint.id.rsplit("/", 1)[-1], *where, *values), flush=True)
                 pooled.setdefault(where, []).append(difference)
     except (CheckpointError, DataError, NotApplicableError, ValueError) as error:
         log.print(f"benchmarks.log_mean_exp: {error}", markup=False, highlight=False, soft_wrap=True)
         return 2
     print(NOTE)
-    for (*what, images), differences in pooled.items():
-        print(*what, f"(n = {images}), {len(differences)} checkpoints:", _show(np.mean(differences, axis=0)))
+    for (*what, n), differences in pooled.items():
+        print(*what, f"(n = {n}), {len(differences)} checkpoints:", _show(np.mean(differences, axis=0)))
     return 0
 
 
 def compare(
     cell: Cell, loaded: Loaded, options: Options, progress: Any = iter
-) -> tuple[int, list[tuple[list[Comparison], NDArray[np.float64]]]]:
+) -> list[tuple[list[Comparison], NDArray[np.float64]]]:
     """Cross-fit both terms on one cell.
 
     Returns:
-        The number of images; for each metric the gains over the plain model, in the order of `KINDS`, and the second
-        gain less the first: of the images, then of resamples, drawn within each half, `(1 + RESAMPLES,)`.
+        For each metric the gains over the plain model, in the order of `KINDS`, and the second gain less the first: of
+        the images, then of resamples, drawn within each half, `(1 + RESAMPLES,)`.
     """
     loader, _, alignment = load_images(cell, loaded, options)
     bad: list[int] = []
@@ -126,7 +126,7 @@ def compare(
         gains = [crossfit(table, options.seed) for table in tables]
         both = [[found[s][metric].weighted(w) for s, w in zip(gain.settings, samples, strict=True)] for gain in gains]
         results.append((gains, np.subtract(*np.mean(both[::-1], axis=1))))
-    return len(targets), results
+    return results
 
 
 def score_both(

@@ -14,6 +14,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import torch
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from PIL import Image
 from timm.data import create_transform, resolve_input_data_config, str_to_pil_interp
 
@@ -21,6 +22,7 @@ import timm_csra
 from timm_csra.config import LOG_SOFTMAX, LOGITS, SCORES
 from timm_csra.evaluation.scoring import DEFAULT, DEFAULT_LOG_SOFTMAX, PLAIN, Setting, score
 
+from .argument_types import only
 from .arguments import add_names, asked_names
 from .checkpoints import find
 from .checkpoints.find import CheckpointError, find_checkpoints
@@ -48,7 +50,8 @@ def main(arguments: list[str] | None = None) -> int:
 def _show(args: argparse.Namespace) -> None:
     lams = {LOGITS: args.lam, LOG_SOFTMAX: args.lam_log_softmax}
     wrapped = [Setting(timm_csra.CSRAConfig(lam).lam, PLAIN.temperature, scores) for scores, lam in lams.items()]
-    checkpoint = find_checkpoints(args.model)[0]
+    out = _file(args.out)
+    checkpoint = only(find_checkpoints(args.model), "checkpoints")
     check_sizes(args.img_size)
     size, _ = size_of(checkpoint, args.img_size)
     model = checkpoint.create(size)
@@ -70,13 +73,24 @@ def _show(args: argparse.Namespace) -> None:
         for heading, setting in (("plain", PLAIN), *((setting.scores, setting) for setting in wrapped))
     }
     title = f"{checkpoint.id}, lam = {lams[LOGITS]:g} and {lams[LOG_SOFTMAX]:g}; maps of {args.scores}"
-    _draw(picture, names, order, args.scores, maps, title, args.out)
+    _draw(picture, names, order, args.scores, maps, title, out)
     for heading, classes in order.items():
         print(f"{heading:11} {', '.join(names[index] for index in classes)}")
     origin = {"classes_from": head and head.classes_from, "weights_from": checkpoint.weights_from}
     for line in origins([{"model": checkpoint.name, **origin}]):
         print(line)
-    print(f"written to {args.out}")
+    print(f"written to {out}")
+
+
+def _file(out: Path) -> Path:
+    """The picture to write, PNG where no format is named. ValueError where no picture can be written there."""
+    file = out if out.suffix or out.is_dir() else out.with_name(f"{out.name}.png")
+    if file.is_dir():
+        raise ValueError(f"--out {file}: is a folder; expected a file to write, such as {out / 'effect.jpg'}.")
+    formats = sorted(f".{name}" for name in Figure().canvas.get_supported_filetypes())
+    if file.suffix.lower() not in formats:
+        raise ValueError(f"--out {file}: found {file.suffix}; expected one of {', '.join(formats)}.")
+    return file
 
 
 def _path(image: str) -> Path:
@@ -115,9 +129,13 @@ def _draw(
         axis.set_title(f"{names[index]} ({maps[index].max():.1f})", fontsize=9)
     for axis in axes.flat:
         axis.set_axis_off()
-    out.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(out, dpi=100)
-    plt.close(figure)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(out, dpi=100)
+    except OSError as error:
+        raise ValueError(f"--out {out}: cannot be written: {error}") from error
+    finally:
+        plt.close(figure)
 
 
 def _rank(axis: Axes, names: list[str], order: dict[str, list[int]], title: str) -> None:
@@ -157,7 +175,13 @@ def _parser() -> argparse.ArgumentParser:
         help="pixels, a multiple of the checkpoint's own size, or test: the size at which timm validates it (default: "
         "%(default)s)",
     )
-    parser.add_argument("--out", type=Path, default=Path("results/effect.jpg"), help="default: %(default)s")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("results/effect.jpg"),
+        metavar="FILE",
+        help="a picture; PNG where its name has no ending (default: %(default)s)",
+    )
     return parser
 
 

@@ -21,7 +21,7 @@ import timm_csra
 from timm_csra.config import SCORES
 from timm_csra.evaluation.tuning import LAMS, TEMPERATURES, choose
 
-from .argument_types import natural, positive
+from .argument_types import natural, only, positive
 from .arguments import add_images, add_labels, asked_cells, asked_options, asked_what
 from .checkpoints import find
 from .checkpoints.find import CheckpointError
@@ -57,9 +57,7 @@ def main(arguments: list[str] | None = None) -> int:
         options = asked_options(args, Path())
         models, data, tasks = asked_what(args)
         cells = [cell for model in models for cell in asked_cells(model, args.img_size, data, tasks, {}, args.crop_pct)]
-        if len(cells) != 1:
-            raise ValueError(f"found {len(cells)} combinations of checkpoint, data and task; expected one.")
-        (cell,) = cells
+        cell = only(cells, "combinations of checkpoint, data and task")
         loaded = Models(options.device).get(cell)
         found = score_cell(
             cell,

@@ -12,7 +12,7 @@ import timm_csra
 from timm_csra.agreement import LAMS
 from timm_csra.config import LOG_SOFTMAX, SCORES
 
-from .argument_types import share
+from .argument_types import only, share
 from .arguments import asked_cells, asked_options
 from .checkpoints.find import find_checkpoints
 from .data.presented import Unlabelled
@@ -109,6 +109,4 @@ def _cell(args: argparse.Namespace) -> Cell:
         for model in models
         for cell in asked_cells(model, args.img_size, [data], [("single", None)], {}, args.crop_pct)
     ]
-    if len(cells) != 1:
-        raise ValueError(f"found {len(cells)} combinations of checkpoint and size; expected one.")
-    return cells[0]
+    return only(cells, "combinations of checkpoint and size")

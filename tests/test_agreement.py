@@ -273,6 +273,7 @@ REFUSED: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"pictures": PICTURES.unbind()}, TypeError, r"Pooled: the loader gave a tensor \(2, 1, 2\); expected images \(N, C, H, W\), or \(images, anything\). A DataLoader makes"),
     ({"pictures": [{"image": PICTURES}]}, TypeError, "Pooled: the loader gave a dict; expected images"),
     ({"pictures": [("label", PICTURES)]}, TypeError, "Pooled: the loader gave a str first in a tuple; expected images"),
+    ({"pictures": [PICTURES.byte()]}, TypeError, r"Pooled: found images \(2, 2, 1, 2\) of torch.uint8; expected floats \(N, C, H, W\), as the model's transform gives them"),
     ({"pictures": [()]}, TypeError, "Pooled: the loader gave a tuple; expected images"),
     ({"pictures": PICTURES * math.nan}, ValueError, r"Pooled: found NaN or \+inf among the logits at lam=0, expected finite ones, or -inf .* Look at the images"),
     ({"pictures": PICTURES + math.inf}, ValueError, r"found NaN or \+inf among the logits at lam=0"),

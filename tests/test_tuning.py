@@ -3,6 +3,7 @@
 import copy
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import pytest
@@ -179,6 +180,11 @@ def test_what_does_not_fit_is_refused() -> None:
         ValueError, match=r"test_resnet: found a model in training mode, expected eval: call model.eval\(\)"
     ):
         timm_csra.tune(model, loader(model))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    model.eval().layer3.train()
+    with pytest.raises(ValueError, match="test_resnet: found `layer3` in training mode, expected eval"):
+        timm_csra.tune(model, loader(model))
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     model.eval()
     with pytest.raises(ValueError, match="metric: found 'mAP' for targets that are class indices"):
         timm_csra.tune(model, loader(model), metric="mAP")
@@ -195,8 +201,9 @@ def test_what_does_not_fit_is_refused() -> None:
 
 
 def test_a_classifier_that_num_classes_does_not_know() -> None:
-    model = timm.create_model("test_resnet").eval()
+    model = timm.create_model("test_resnet")
     model.fc = torch.nn.Linear(model.num_features, 20)
+    model.eval()
     images, labels = torch.randn(40, 3, 64, 64), torch.arange(40) % 20
     told = copy.deepcopy(model)
     told.num_classes = 20
@@ -319,6 +326,98 @@ def test_a_loader_that_gives_something_else() -> None:
             timm_csra.tune(model, [batch])  # type: ignore[list-item]
     with pytest.raises(ValueError, match=r"found targets \(12, 4\) for 12 images.*; the same in all batches"):
         timm_csra.tune(model, [(images, LABELS), (images, ONE_HOT)])
+
+
+def test_a_single_value_is_tried_alone() -> None:
+    model = timm.create_model("test_resnet", num_classes=4).eval()
+    batches = loader(model)
+    single = timm_csra.tune(model, batches, lams=0.3, temperatures=math.inf, scores="log_softmax", folds=3)
+    several = timm_csra.tune(model, batches, lams=[0.3], temperatures=[math.inf], scores=["log_softmax"], folds=3)
+    assert single == several
+    assert single.settings.keys() == {Setting(0.3, (math.inf,), "log_softmax")}
+
+
+@pytest.mark.parametrize(
+    ("wrong", "text"),
+    [
+        (
+            {"metric": 5},
+            r"metric must be the name of one, such as 'top1', or a function of logits and targets, got 5 \(int",
+        ),
+        ({"folds": "3"}, r"folds must be a whole number, at least 3, got '3' \(str\)"),
+        ({"folds": 3.5}, r"folds must be a whole number, at least 3, got 3.5 \(float\)"),
+        ({"folds": True}, r"folds must be a whole number, at least 3, got True \(bool\)"),
+        ({"lams": "0.1"}, r"lam must be a real number, got '0.1' \(str\)"),
+        ({"temperatures": "1"}, "temperature must be a positive number, .* got '1'"),
+        ({"scores": 1}, r"scores must be 'logits' or 'log_softmax', got 1 \(int\)"),
+    ],
+    ids=str,
+)
+def test_settings_of_a_wrong_type(wrong: dict[str, Any], text: str) -> None:
+    """Before an image is asked for."""
+    model = timm.create_model("test_resnet", num_classes=4).eval()
+    batches = iter([pytest.fail])
+    with pytest.raises(TypeError, match=text):
+        timm_csra.tune(model, batches, **wrong)  # type: ignore[arg-type]
+    assert next(batches) is pytest.fail
+    scores, targets = synthetic(0)
+    if wrong.keys() & {"metric", "folds"}:
+        with pytest.raises(TypeError, match=text):
+            choose(scores, targets, SETTINGS, **wrong)
+
+
+def test_whole_numbers_of_numpy_are_folds() -> None:
+    scores, targets = synthetic(0)
+    assert choose(scores, targets, SETTINGS, folds=np.int64(4)) == choose(scores, targets, SETTINGS, folds=4)
+
+
+@pytest.mark.parametrize("largest", [0.1, 1.0])
+def test_a_larger_lam_may_do_better_where_all_folds_choose_the_largest(largest: float) -> None:
+    settings = settings_grid([largest, 0.02], [1.0])
+    result = choose(*synthetic(0, 500, signal=2.0), settings)
+    assert all(setting.lam == largest for setting in result.nested.settings)
+    assert f"all folds choose lam {largest:g}, the largest tried: a larger one may do better" in str(result)
+    wider = choose(*synthetic(0, 500, signal=2.0), settings_grid([0.02, 1.0, 1000.0], [1.0]))
+    assert any(setting.lam < 1000 for setting in wider.nested.settings)
+    assert "the largest tried" not in str(wider)
+
+
+def test_images_that_no_transform_has_prepared() -> None:
+    model = timm.create_model("test_resnet", num_classes=4).eval()
+    for images, found in (
+        (torch.zeros(12, 3, 64, 64, dtype=torch.uint8), r"\(12, 3, 64, 64\) of torch.uint8"),
+        (torch.zeros(12, 3, 64, 64, dtype=torch.int64), r"\(12, 3, 64, 64\) of torch.int64"),
+        (torch.zeros(12, 64, 64), r"\(12, 64, 64\) of torch.float32"),
+        (torch.zeros(()), r"\(\) of torch.float32"),
+    ):
+        with pytest.raises(TypeError, match=rf"test_resnet: found images {found}; expected floats \(N, C, H, W\), as "):
+            timm_csra.tune(model, [(images, LABELS)])
+
+
+@pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("images", [torch.float64, torch.float32, torch.bfloat16])
+def test_images_are_cast_to_the_weights(weights: torch.dtype, images: torch.dtype) -> None:
+    model = timm.create_model("test_resnet", num_classes=4).eval().to(weights)
+    x = torch.randn(12, 3, 64, 64, generator=torch.Generator().manual_seed(0)).to(images)
+    expected = timm_csra.tune(model, [(x.to(weights), LABELS)], folds=3)
+    assert timm_csra.tune(model, [(x, LABELS)], folds=3) == expected
+
+
+def test_empty_batches_are_passed_over() -> None:
+    model = timm.create_model("test_resnet", num_classes=4).eval()
+    images = torch.randn(12, 3, 64, 64)
+    empty = (images[:0], LABELS[:0])
+    expected = timm_csra.tune(model, [(images, LABELS)], folds=3)
+    assert timm_csra.tune(model, [empty, (images, LABELS), empty], folds=3) == expected
+    for batches in ([], [empty, empty]):
+        with pytest.raises(ValueError, match="test_resnet: no image to score. Expected at least one; a generator can"):
+            timm_csra.tune(model, batches)
+    for wrong, found in (
+        ((images[:0], LABELS), r"\(12,\) for 0 images"),
+        ((images[:1], LABELS[0]), r"\(\) for 1 images"),
+    ):
+        with pytest.raises(ValueError, match=f"test_resnet: found targets {found}"):
+            timm_csra.tune(model, [(images, LABELS), wrong])
 
 
 def test_a_metric_of_ones_own_takes_any_targets() -> None:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from .attention import add_attention
 from .config import CSRAConfig, validate_lam
 from .errors import UnsupportedModelError, describe
+from .inputs import as_weights, check_eval
 from .layouts import overrides, spatial_features
 from .locations import location_attention
 from .patching import check_supported, plain_head, unwrap, wrap
@@ -92,8 +93,9 @@ def choose_lam(
     Args:
         model: a timm classifier in eval mode, plain or wrapped (its own settings are not used, nothing is changed), on
             any device.
-        loader: gives batches of images `(N, C, H, W)`, or tuples that begin with them. Pictures of one object each,
-            such as the model was trained on, prepared as for the model; a few hundred, of all kinds.
+        loader: gives batches of images `(N, C, H, W)`, floats of any precision, or tuples that begin with them.
+            Pictures of one object each, such as the model was trained on, prepared as for the model; a few hundred, of
+            all kinds.
         agreement: the share of pictures that have to keep their top class, above 0 and at most 1.
         lams: to try, in any order; None for 0.05 to 8.
         temperature: the paper's T, or a tuple whose terms are averaged.
@@ -107,7 +109,7 @@ def choose_lam(
 
     Raises:
         UnsupportedModelError: the model cannot be wrapped, or its `forward` does not end with its `forward_head`.
-        TypeError: a setting of a wrong type, or a loader that gives something else than images.
+        TypeError: a setting of a wrong type, or a loader that gives something else than images of floats.
         ValueError: a setting out of range, duplicate lams, a model in training mode, no picture, or logits that are
             NaN or +inf (-inf is a class that has been masked).
 
@@ -121,7 +123,7 @@ def choose_lam(
         (200, [0.1, 1000000.0])
     """
     check_supported(model)
-    _check_eval(model)
+    check_eval(model)
     tried, required = _validate_lams(LAMS if lams is None else lams), _validate_agreement(agreement)
     config = CSRAConfig(tried[-1], temperature, scores)
     parts = [_agrees(model, images, tried, config) for batch in loader if len(images := _images(model, batch))]
@@ -171,15 +173,6 @@ def _validate_agreement(agreement: Any) -> float:
     return float(agreement)
 
 
-def _check_eval(model: nn.Module) -> None:
-    for name, module in model.named_modules():
-        if module.training:
-            where = f"`{name}`" if name else "a model"
-            raise ValueError(
-                f"{describe(model)}: found {where} in training mode, expected eval: call model.eval() first."
-            )
-
-
 def _images(model: nn.Module, batch: Any) -> Tensor:
     images = batch[0] if isinstance(batch, (tuple, list)) and batch else batch
     if not isinstance(images, Tensor) or images.ndim != 4:
@@ -195,10 +188,7 @@ def _images(model: nn.Module, batch: Any) -> Tensor:
 @torch.inference_mode()
 def _agrees(model: nn.Module, images: Tensor, lams: tuple[float, ...], config: CSRAConfig) -> NDArray[np.bool_]:
     """Which pictures keep their top class at each lam: `(N, lams)`."""
-    weight = next(model.parameters())
-    floats = images.is_floating_point() and weight.is_floating_point()
-    images = images.to(weight.device, weight.dtype if floats else images.dtype, non_blocking=True)
-    logits, attention = _logits_and_attention(model, images, config)
+    logits, attention = _logits_and_attention(model, as_weights(model, images), config)
     _check_finite(model, logits, 0)
     top = _top(logits)
     kept = []

@@ -24,6 +24,9 @@ data:
 """
 
 
+NO_CLASS = ""  # what readers of folders and archives call the class of a picture that is in none
+
+
 def load_image_set(
     spec: str | Path, limit: int | None = None, split: str | None = None, data_dir: str | None = None, seed: int = 0
 ) -> ImageSet:
@@ -32,7 +35,15 @@ def load_image_set(
     Raises:
         DataError: nothing that can be read; the text names the file, what was found and what was expected.
     """
-    return _read(str(spec), split, data_dir).sample(limit, seed)
+    images = _read(str(spec), split, data_dir)
+    if NO_CLASS in images.classes:
+        nameless = (images.classes.index(NO_CLASS),)
+        loose = [path.name for path, labels in zip(images.paths, images.labels, strict=True) if labels == nameless]
+        raise DataError(
+            f"{spec}: found {len(loose)} of {len(images)} pictures in no class folder, such as {loose[0]}; expected a "
+            "folder for each class, or labels.csv; benchmarks.tune --without-labels needs neither."
+        )
+    return images.sample(limit, seed)
 
 
 def load_pictures(

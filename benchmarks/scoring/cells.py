@@ -76,7 +76,9 @@ class Cell:
     @property
     def images(self) -> int:
         """How many the model will see."""
-        return len(self.data) // (self.grid**2 if self.grid else 1)
+        if not self.grid:
+            return len(self.data)
+        return len(self.data) // self.grid**2 if self.data.tilings is None else len(self.data.tilings)
 
     def scored_settings(self, options: Options) -> list[Setting]:
         """Settings whose terms the pass has to score: what lam is chosen without labels, it needs this one's terms."""

@@ -1,5 +1,7 @@
 """How images become tensors: by timm and the checkpoint, and by nothing else."""
 
+import itertools
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -60,3 +62,11 @@ def test_mosaics_are_not_cropped_again(data: ImageSet, model: torch.nn.Module, o
         mean, std = np.array([[[0.1]], [[0.2]], [[0.3]]]), np.array(model.pretrained_cfg["std"])[:, None, None]
         expected.append(torch.from_numpy((pixels - mean) / std).float())
     torch.testing.assert_close(load(data, model, "mosaic", **options), torch.stack(expected))
+
+
+def test_images_are_counted_as_they_are_loaded(data: ImageSet, model: torch.nn.Module) -> None:
+    every = itertools.combinations(range(6), 4)
+    for tiled, count in ((data, 2), (replace(data, tilings=tuple(every)), 15)):
+        cell = Cell(Checkpoint("timm", "test_resnet"), tiled, "mosaic", (96, 96), grid=2)
+        assert cell.images == len(load(tiled, model, "mosaic")) == count
+        assert replace(cell, task="single", grid=None).images == len(load(tiled, model, "single")) == 8

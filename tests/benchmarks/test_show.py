@@ -65,6 +65,34 @@ def test_few_classes_and_what_is_refused(tmp_path: Path, capsys: pytest.CaptureF
         ([str(photo), "--lam", "-1"], "lam must be finite and at least 0, got -1.0"),
         ([str(photo), "--lam-log-softmax", "-2"], "lam must be finite and at least 0, got -2.0"),
         ([str(photo), "--model", "resnet5o"], "resnet5o: matches no pretrained timm model"),
+        (
+            [str(photo), "--model", f"local-dir:{tmp_path / 'fine'},local-dir:{tmp_path / 'unpooled'}"],
+            "found 2 checkpoints; expected one.",
+        ),
     ):
         assert main([*arguments, *out]) == 2
         assert text in capsys.readouterr().err
+
+
+def test_the_file_that_is_named_is_the_one_that_is_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name, file in (("plain", "plain.png"), ("with.dots.jpg", "with.dots.jpg")):
+        assert main(["sample:coffee", "--out", str(tmp_path / "new" / name)]) == 0
+        assert capsys.readouterr().out.splitlines()[-1] == f"written to {tmp_path / 'new' / file}"
+        with Image.open(tmp_path / "new" / file) as picture:
+            assert picture.width > 800
+    assert {path.name for path in (tmp_path / "new").iterdir()} == {"plain.png", "with.dots.jpg"}
+
+
+def test_no_picture_can_be_written_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "folder.png").mkdir()
+    for out, text in (
+        (tmp_path, f"--out {tmp_path}: is a folder; expected a file to write, such as {tmp_path / 'effect.jpg'}."),
+        (tmp_path / "folder", f"--out {tmp_path / 'folder.png'}: is a folder; expected a file"),
+        (tmp_path / "file" / "effect.jpg", f"--out {tmp_path / 'file' / 'effect.jpg'}: cannot be written: "),
+        (tmp_path / "effect.txt", f"--out {tmp_path / 'effect.txt'}: found .txt; expected one of ."),
+    ):
+        before = sorted(tmp_path.parent.rglob("*"))
+        assert main(["sample:coffee", "--out", str(out)]) == 2
+        assert text in capsys.readouterr().err
+        assert sorted(tmp_path.parent.rglob("*")) == before

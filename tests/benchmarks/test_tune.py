@@ -1,6 +1,7 @@
 """`python -m benchmarks.tune`, from photographs on disk to a saved checkpoint."""
 
 import math
+import shutil
 from pathlib import Path
 
 import pytest
@@ -40,6 +41,23 @@ def test_what_does_not_fit_is_told(tmp_path: Path, photos: Path, capsys: pytest.
     assert "found 4 combinations of checkpoint, data and task; expected one" in capsys.readouterr().err
     assert main(["--models", model, *arguments, "--task", "multilabel"]) == 2
     assert "needs several labels for each image" in capsys.readouterr().err
+
+
+def test_pictures_in_no_class_folder_have_no_label(
+    tmp_path: Path, photos: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Neither all of them, nor one that lies beside the class folders; of the archive as of the folder."""
+    model, (first, *others) = save(tmp_path / "model"), sorted(photos.rglob("*.png"))
+    for loose in ([first], others):
+        for photo in loose:
+            photo.rename(photos / f"loose-{photo.parent.name}-{photo.name}")
+        archive = shutil.make_archive(str(tmp_path / "archive"), "zip", photos)
+        for data in (str(photos), archive):
+            assert main(["--models", model, "--data", data, "--workers", "0"]) == 2
+            said = capsys.readouterr().err
+            count = 1 if loose == [first] else len(others) + 1
+            assert f"{data}: found {count} of {len(others) + 1} pictures in no class folder, such as loose-" in said
+            assert "expected a folder for each class, or labels.csv; benchmarks.tune --without-labels needs" in said
 
 
 @pytest.mark.filterwarnings("ignore:.*the largest tried")

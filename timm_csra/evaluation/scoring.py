@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ..attention import add_attention
 from ..config import LOG_SOFTMAX, LOGITS, CSRAConfig
 from ..errors import describe
+from ..inputs import check_eval
 from ..inspection import Explanation
 from ..layouts import Head, layout_of, spatial_features
 from ..locations import location_attention
@@ -111,11 +112,13 @@ def score(
         The scores and the targets of all images, in order, on the CPU.
 
     Raises:
-        ValueError: no image at all, logits that are not finite (but for -inf of classes that the plain logits mask),
-            or a `forward` that gives other logits than the head on the features (checked on a few images).
+        ValueError: a model in training mode, no image at all, logits that are not finite (but for -inf of classes that
+            the plain logits mask), or a `forward` that gives other logits than the head on the features (checked on a
+            few images).
         UnsupportedModelError: the model's locations cannot be scored.
     """
     check_supported(model)
+    check_eval(model)
     asked = sorted({term for setting in settings for term in setting.terms})
     autocast = torch.autocast(torch.device(device).type, amp_dtype) if amp_dtype else nullcontext()
     head = plain_head(model)
@@ -140,7 +143,9 @@ def score(
         kept.append(list(logits))
         targets.append(target.cpu())
     if not kept:
-        raise ValueError(f"{describe(model)}: no image to score.")
+        raise ValueError(
+            f"{describe(model)}: no image to score. Expected at least one; a generator can be used only once."
+        )
     plain, *rest = (torch.cat(parts) for parts in zip(*kept, strict=True))
     pooled = {"test_time_pool": rest.pop()} if test_time_pool else {}
     return Scores(plain, dict(zip(asked, rest, strict=True)), base.dtype, pooled), torch.cat(targets)

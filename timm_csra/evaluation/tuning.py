@@ -2,9 +2,10 @@
 what the choice gains on images that had no part in it."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeVar, cast
+from numbers import Integral
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -12,8 +13,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ..config import SCORES
-from ..errors import describe
 from ..patching import wrap
+from .batches import checked
 from .metrics import MULTI_LABEL, SINGLE_LABEL, Evaluation, Logits, Metric, Weights, evaluate
 from .scoring import ALL, PLAIN, Scores, Setting, score, settings_grid
 from .statistics import Comparison, Table, folds_of, on_parts
@@ -85,9 +86,15 @@ class TuneResult:
             f"    {setting.scores:<11} lam {setting.lam:<5g} T {_heads(setting):<8} {mean:+.2f} +- {error:.2f}"
             for setting, (mean, error) in ranked
         )
+        largest = max(setting.lam for setting in self.settings)
+        edge = (
+            f"  all folds choose lam {largest:g}, the largest tried: a larger one may do better\n"
+            if all(setting.lam == largest for setting in nested.settings)
+            else ""
+        )
         return (
             f"{verdict}\n  on held-out images  {gain} (n = {nested.n}, {len(nested.settings)} folds)\n"
-            f"  settings of the folds  {', '.join(map(_named, nested.settings))}\n"
+            f"  settings of the folds  {', '.join(map(_named, nested.settings))}\n{edge}"
             f"  best of {len(self.settings)} settings by cross-validation, gain and standard error over folds\n{rows}"
         )
 
@@ -105,9 +112,9 @@ def tune(
     loader: Iterable[tuple[Tensor, Tensor]],
     *,
     metric: str | OwnMetric | None = None,
-    lams: Iterable[float] | None = None,
-    temperatures: Iterable[float | tuple[float, ...]] | None = None,
-    scores: Iterable[str] | None = None,
+    lams: float | Iterable[float] | None = None,
+    temperatures: float | Iterable[float | tuple[float, ...]] | None = None,
+    scores: str | Iterable[str] | None = None,
     folds: int = 5,
     seed: int = 0,
 ) -> TuneResult:
@@ -121,13 +128,14 @@ def tune(
 
     Args:
         model: a timm classifier in eval mode, plain or wrapped (its own settings are not used, nothing is changed).
-        loader: gives `(images (N, C, H, W), targets)`; targets are class indices `(N,)`, or `(N, K)` with 1 for each
-            class in the picture, over the head's K classes, 0 for the others and -1 for what is not to be judged; for a
-            metric of one's own, whatever it takes. A few hundred images are few.
+        loader: gives `(images (N, C, H, W), targets)`. Images are floats of any precision. Targets are class indices
+            `(N,)`, or `(N, K)` with 1 for each class in the picture, over the head's K classes, 0 for the others and -1
+            for what is not to be judged; for a metric of one's own, whatever it takes. A few hundred images are few.
         metric: `top1` or `top5`; with several labels `mAP`, `lrap`, `r_precision`, `CF1_top3` or `OF1_top3`; or a
             function of logits `(n, K)` and targets, higher being better. None for `top1` or `mAP`.
-        lams: to try; None for 0.02 to 2.
-        temperatures: to try with each, a tuple for several heads; None for 1, 5 and infinity.
+        lams: to try, several or one; None for 0.02 to 2.
+        temperatures: to try with each, several or one; one of them may be a tuple, for several heads. None for 1, 5 and
+            infinity.
         scores: to try with each, "logits", "log_softmax"; None for both.
         folds: at least 3.
         seed: of the folds and of the bootstrap.
@@ -137,7 +145,8 @@ def tune(
 
     Raises:
         UnsupportedModelError: the model cannot be wrapped.
-        TypeError: a loader that gives something else than two tensors.
+        TypeError: a setting of a wrong type, a loader that gives something else than two tensors, or images of whole
+            numbers.
         ValueError: nothing to try, too few images for the folds, targets that do not fit the model, a metric that does
             not fit the targets, a model in training mode.
 
@@ -148,52 +157,30 @@ def tune(
         >>> tune(model, loader, folds=3).lam
         0.0
     """
-    if model.training:
-        raise ValueError(f"{describe(model)}: found a model in training mode, expected eval: call model.eval() first.")
+    _check_types(metric, folds)
     settings = settings_grid(
-        LAMS if lams is None else lams,
-        TEMPERATURES if temperatures is None else temperatures,
-        SCORES if scores is None else scores,
+        LAMS if lams is None else _several(lams),
+        TEMPERATURES if temperatures is None else _several(temperatures),
+        SCORES if scores is None else _several(scores),
     )
     device = next(model.parameters()).device
-    found, targets = score(model, _checked(model, loader, callable(metric)), settings, device=device)
+    found, targets = score(model, checked(model, loader, callable(metric)), settings, device=device)
     return choose(found, targets, settings, metric=metric, folds=folds, seed=seed)
 
 
-def _checked(
-    model: nn.Module, loader: Iterable[tuple[Tensor, Tensor]], any_targets: bool
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """The batches of somebody else's loader. The first that does not fit is refused, before more of it is run."""
-    classes, shape = 0, None
-    for batch in loader:
-        parts = batch if isinstance(batch, (tuple, list)) else [batch]
-        if len(parts) != 2 or not all(isinstance(part, Tensor) for part in parts):
-            found = ", ".join(type(part).__name__ for part in parts)
-            raise TypeError(f"{describe(model)}: the loader gave {found}; expected two tensors: (images, targets).")
-        images, targets = parts
-        classes = classes or _width(model, images)
-        shape = targets.shape[1:] if shape is None else shape
-        if len(targets) != len(images) or targets.shape[1:] != shape or not (any_targets or _fit(targets, classes)):
-            values = ", ".join(f"{value:g}" for value in targets.unique()[:4].tolist())
-            raise ValueError(
-                f"{describe(model)}: found targets {tuple(targets.shape)} for {len(images)} images, with values "
-                f"{values}; expected for each image a class index (N,) from 0 to {classes - 1}, or (N, {classes}) with "
-                "1 for each class in the picture, 0 for the others, -1 for what is not to be judged; the same in all "
-                "batches."
-            )
-        yield images, targets if any_targets or targets.ndim > 1 else targets.long()
+def _several(values: Any) -> Iterable[Any]:
+    """What is to be tried; a single value, a name included, is the only one."""
+    return values if isinstance(values, Iterable) and not isinstance(values, str) else (values,)
 
 
-def _width(model: nn.Module, images: Tensor) -> int:
-    """How many classes the head gives: `num_classes` knows nothing of a classifier that was put in its place."""
-    with torch.inference_mode():
-        logits = cast(Tensor, model(images[:1].to(next(model.parameters()).device)))
-    return logits.shape[1]
-
-
-def _fit(targets: Tensor, classes: int) -> bool:
-    allowed = torch.arange(classes) if targets.ndim == 1 else torch.tensor([-1, 0, 1])
-    return targets.shape[1:] in ((), (classes,)) and bool(torch.isin(targets.cpu().double(), allowed.double()).all())
+def _check_types(metric: Any, folds: Any) -> None:
+    if not (metric is None or isinstance(metric, str) or callable(metric)):
+        raise TypeError(
+            "metric must be the name of one, such as 'top1', or a function of logits and targets, "
+            f"got {metric!r} ({type(metric).__name__})."
+        )
+    if isinstance(folds, bool) or not isinstance(folds, Integral):
+        raise TypeError(f"folds must be a whole number, at least 3, got {folds!r} ({type(folds).__name__}).")
 
 
 def choose(
@@ -207,6 +194,7 @@ def choose(
     combine: Callable[[Tensor], Tensor] = lambda logits: logits,
 ) -> TuneResult:
     """`tune` on scores that are there already; `combine` makes logits of classes of those of the head."""
+    _check_types(metric, folds)
     if folds < 3 or len(targets) < 2 * folds:
         raise ValueError(f"found {len(targets)} images for {folds} folds; expected at least 3 folds of 2 images.")
     if not set(settings) - {PLAIN}:
