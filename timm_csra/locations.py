@@ -25,8 +25,8 @@ from .errors import UnsupportedModelError, describe
 from .heads import is_recorded, on_whole_map, parts_of
 from .layouts import Head, Layout, elements, layout_of
 
-# Scores of a batch that are made at a time. On a CPU 32 MB in float32: a product with few rows takes longer, because the
-# weights of 21,841 classes are read again for each. Elsewhere what keeps the device busy.
+# Scores of a batch that are made at a time. On a CPU 32 MB in float32: products with fewer rows take longer, because
+# each reads the weights of 21,841 classes again. Elsewhere what keeps the device busy.
 SCORES, SCORES_OF_ACCELERATORS = 2**23, 2**24
 
 Term = tuple[str, float]  # kind of scores, see CSRAConfig, and temperature
