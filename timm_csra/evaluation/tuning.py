@@ -224,8 +224,8 @@ def choose(
         if not found:
             classes = logits(slice(0, 1)).shape[1]
             raise ValueError(
-                f"metric: found {name}, which says nothing of these targets with {classes} classes: it would count every "
-                "class as predicted, or all that mAP counts have positives enough; take another."
+                f"metric: found {name}, which says nothing of these targets with {classes} classes: it would count "
+                "every class as predicted, or mAP has positives enough; take another."
             )
         return found[name]
 
