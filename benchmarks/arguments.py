@@ -3,36 +3,49 @@
 import argparse
 import re
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from timm_csra.config import LOGITS, SCORES
 from timm_csra.evaluation.scoring import settings_grid
 from timm_csra.evaluation.statistics import FIXED
+from timm_csra.trained import read_class_names
 
 from .argument_types import natural, positive, share
 from .checkpoints import find
 from .checkpoints.find import Checkpoint, find_checkpoints
 from .data import sample, sources
 from .data.calibration import with_calibration
-from .data.classes import COMBINE, load_class_map
+from .data.classes import COMBINE, ClassNames, load_class_map
 from .data.datasets import ImageSet
 from .data.sources import load_image_set, load_pictures
-from .scoring.cells import AMP, TASKS, Cell, Options
+from .scoring.cells import AMP, SCORE_CLASSES, TASKS, Cell, Options
+from .workers import usable_device
 
 EXAMPLES = """
 examples:
   python -m benchmarks.sweep --sample
   python -m benchmarks.sweep --models 'resnet50*' --data imagenet/val --task single,mosaic --img-size 1x,2x
+  python -m benchmarks.sweep --models file:resnet50@output/train/model_best.pth.tar --data photos/val
   python -m benchmarks.sweep --models local-dir:my-checkpoint --data photos --task multilabel --device cuda --amp bf16
   python -m benchmarks.sweep --models all --data coco/annotations/instances_val2017.json --task multilabel \\
       --class-map coco80-to-imagenet1k
 """
 
+TEST = "test"
+SIZE = re.compile(rf"{TEST}|(?=.*[1-9])(\d+|\d*\.?\d+x)")
 Task = tuple[str, int | None]  # a task, and the grid of a mosaic
+
+
+def add_names(group: Any) -> None:
+    group.add_argument(
+        "--class-names",
+        type=Path,
+        metavar="FILE",
+        help="names of the head's classes, one a line in its order, for checkpoints that do not bring them (default: "
+        "label_names of the checkpoint, else ImageNet's where their number says so, else folders called 0 to K-1, else "
+        "K folders in their natural order, as timm's train script has them)",
+    )
 
 
 def add_labels(group: Any) -> None:
@@ -40,11 +53,19 @@ def add_labels(group: Any) -> None:
     group.add_argument("--split", help="of torch/, hfds/ (default: validation) and VOC (default: test)")
     group.add_argument("--data-dir", metavar="DIR", help="where torch/ and hfds/ keep their files")
     group.add_argument("--limit", type=positive, metavar="N", help="only the first N rows of the data")
+    add_names(group)
     group.add_argument(
         "--class-map",
         metavar="MAP",
         help="for multilabel: which synsets of the head stand for each class of the data, coco80-to-imagenet1k or a "
         "JSON file of its form",
+    )
+    group.add_argument(
+        "--score-classes",
+        choices=SCORE_CLASSES,
+        default=SCORE_CLASSES[0],
+        help="over which classes of the head metrics are: those that the data declares, or all of them; the same "
+        "pictures give two figures (default: %(default)s)",
     )
     group.add_argument(
         "--class-scores",
@@ -68,7 +89,10 @@ def add_images(parser: argparse.ArgumentParser) -> None:
     """Options about what a model gets to see of an image."""
     images = parser.add_argument_group("images", "from the checkpoint, unless given")
     images.add_argument(
-        "--img-size", default="1x", help="pixels or multiples, e.g. 224 or 1x,2x (default: %(default)s)"
+        "--img-size",
+        default="1x",
+        help="pixels, multiples of a checkpoint's own size, or test: the size (and crop_pct) at which timm validates "
+        "it and publishes its figures, its own size where it has none; e.g. 224 or 1x,2x,test (default: %(default)s)",
     )
     images.add_argument("--crop-mode", choices=("center", "squash", "border"))
     images.add_argument("--crop-pct", type=share, metavar="SHARE")
@@ -193,11 +217,12 @@ def asked_options(args: argparse.Namespace, out: Path) -> Options:
     if unknown := [name for name in scores if name not in SCORES]:
         raise ValueError(f"--scores: found {', '.join(map(repr, unknown))}; expected some of {','.join(SCORES)}.")
     also = [setting for setting in args.also if setting.scores in (LOGITS, *scores)]  # the paper's always
-    if any(not re.fullmatch(r"(?=.*[1-9])(\d+|\d*\.?\d+x)", part.strip()) for part in args.img_size.split(",")):
-        raise ValueError(f"--img-size: found {args.img_size!r}; expected pixels or multiples such as 224 or 1x,2x.")
+    check_sizes(args.img_size)
     if any(not re.fullmatch(r"[1-9]\d*", part) for part in args.grid.split(",")):
         raise ValueError(f"--grid: found {args.grid!r}; expected whole numbers such as 2 or 2,3.")
-    device = _device(args.device if not args.devices or args.devices == "all" else args.devices.split(",")[0])
+    if args.class_map and args.score_classes == "head":
+        raise ValueError("--score-classes head and --class-map: expected one of them; a map says what is scored.")
+    device = usable_device(args.device if not args.devices or args.devices == "all" else args.devices.split(",")[0])
     return Options(
         settings=tuple(settings_grid(lams, temperatures, scores, also)),
         crop_mode=args.crop_mode,
@@ -210,6 +235,8 @@ def asked_options(args: argparse.Namespace, out: Path) -> Options:
         activation=args.activation,
         average_precision=args.average_precision,
         class_map=load_class_map(args.class_map, args.class_scores) if args.class_map else None,
+        score_classes=args.score_classes,
+        class_names=asked_names(args.class_names),
         skip_bad_images=args.skip_bad_images,
         kept_scores=str(out / "scores") if args.keep_scores or args.rescore else None,
         rescore=args.rescore,
@@ -218,40 +245,8 @@ def asked_options(args: argparse.Namespace, out: Path) -> Options:
     )
 
 
-def asked_workers(args: argparse.Namespace, options: Options) -> list[Options]:
-    """The options of each worker of the local engine: they differ in the device.
-
-    Raises:
-        ValueError: what does not go together, or a device that is not there.
-    """
-    if args.engine == "ray":
-        given = {"--devices": args.devices, "--jobs": args.jobs, "--prefetch": args.prefetch}
-        given |= {"--free-cache": args.free_cache, "--keep-scores": args.keep_scores, "--rescore": args.rescore}
-        if wrong := [name for name, value in given.items() if value]:
-            raise ValueError(f"{', '.join(wrong)}: of this machine alone; leave it out with --engine ray.")
-        return []
-    if args.address:
-        raise ValueError("--address: is of --engine ray; add that, or leave it out.")
-    if args.devices and args.jobs:
-        raise ValueError("--devices and --jobs: expected one of them; --jobs divides the CPU.")
-    if args.jobs:
-        if options.device != "cpu":
-            raise ValueError(
-                f"--jobs: divides the CPU, found --device {options.device}; use --devices or --device cpu."
-            )
-        return [options] * args.jobs
-    if args.devices == "all":
-        count = torch.accelerator.device_count()
-        if not count:
-            raise ValueError("--devices all: found no accelerator; use --jobs N for several workers on the CPU.")
-        kind = torch.accelerator.current_accelerator()
-        return [replace(options, device=f"{kind.type if kind else 'cuda'}:{index}") for index in range(count)]
-    if args.devices:
-        devices = [_device(name.strip()) for name in args.devices.split(",")]
-        if len({torch.device(device).type for device in devices}) > 1:
-            raise ValueError(f"--devices: found {args.devices}; expected devices of one kind, whose figures agree.")
-        return [replace(options, device=device) for device in devices]
-    return [options]
+def asked_names(file: Path | None) -> ClassNames | None:
+    return ClassNames(file.name, read_class_names(file)) if file else None
 
 
 def _numbers(option: str, text: str, separator: str) -> list[float]:
@@ -259,17 +254,6 @@ def _numbers(option: str, text: str, separator: str) -> list[float]:
         return [float(part) for part in text.split(separator)]
     except ValueError:
         raise ValueError(f"{option}: found {text!r}; expected numbers separated by {separator!r}.") from None
-
-
-def _device(name: str) -> str:
-    if name != "auto":
-        try:
-            torch.empty(0, device=name)
-        except (RuntimeError, AssertionError) as error:  # torch says it in many ways
-            raise ValueError(f"--device {name}: cannot be used here: {str(error).splitlines()[0]}") from error
-        return name
-    accelerator = torch.accelerator.current_accelerator(check_available=True)
-    return accelerator.type if accelerator else "cpu"
 
 
 def asked_what(args: argparse.Namespace) -> tuple[list[Checkpoint], list[ImageSet], list[Task]]:
@@ -296,27 +280,54 @@ def asked_calibration(args: argparse.Namespace, data: list[ImageSet]) -> list[Im
 
 
 def asked_cells(
-    model: Checkpoint, requests: str, data: list[ImageSet], tasks: list[Task], missing: dict[Checkpoint, str]
+    model: Checkpoint,
+    requests: str,
+    data: list[ImageSet],
+    tasks: list[Task],
+    missing: dict[Checkpoint, str],
+    crop_pct: float | None = None,
 ) -> Iterator[Cell]:
-    """What is measured on one checkpoint, sizes outermost: neighbours share the loaded model."""
-    for size, requested in _sizes(model, requests, missing).items():
+    """What is measured on one checkpoint, sizes outermost: neighbours share the loaded model. The same pixels are
+    measured once; with `crop_pct` those of one size are the same."""
+    sizes = _sizes(model, requests, missing, crop_pct)
+    for (size, test_crop), requested in sizes.items():
         for images in data:
             for task, grid in tasks:
-                yield Cell(model, images, task, size, requested, grid)
+                if task != "mosaic" or test_crop is None:
+                    yield Cell(model, images, task, size, requested, grid, test_crop)
+                elif (size, None) not in sizes:  # a mosaic is not cropped
+                    yield Cell(model, images, task, size, requested, grid)
 
 
-def _sizes(model: Checkpoint, requests: str, missing: dict[Checkpoint, str]) -> dict[tuple[int, int] | str, str]:
-    """`1x,320` -> sizes in pixels with their requests; the request itself where the checkpoint cannot be asked."""
+def _sizes(
+    model: Checkpoint, requests: str, missing: dict[Checkpoint, str], crop_pct: float | None
+) -> dict[tuple[tuple[int, int] | str, float | None], str]:
+    """`1x,320,test` -> sizes in pixels and crops, see `size_of`, with their requests; the request itself where the
+    checkpoint cannot be asked."""
     parts = [part.strip() for part in requests.split(",")]
     if model in missing and model.source == "hf-hub":
-        return {part: part for part in parts}
-    try:
-        height, width = model.input_size()
-    except Exception:  # run_cell asks again and records the reason
-        return {part: part for part in parts}
-    sizes: dict[tuple[int, int] | str, str] = {}
+        return {(part, None): part for part in parts}
+    sizes: dict[tuple[tuple[int, int] | str, float | None], str] = {}
     for part in parts:
-        factor = float(part[:-1]) if part.endswith("x") else None
-        size = (round(factor * height), round(factor * width)) if factor else (int(part), int(part))
-        sizes.setdefault(size, part)
+        try:
+            size, test_crop = size_of(model, part)
+        except Exception:  # run_cell asks again and records the reason
+            return {(part, None): part for part in parts}
+        sizes.setdefault((size, None if crop_pct else test_crop), part)
     return sizes
+
+
+def size_of(model: Checkpoint, request: str) -> tuple[tuple[int, int], float | None]:
+    """`320`, `2x` or `test` in pixels, `(H, W)`, and for the last the crop_pct that goes with it, see `test_input`."""
+    if request == TEST:
+        return model.test_input()
+    if not request.endswith("x"):
+        return (int(request), int(request)), None
+    height, width = (round(float(request[:-1]) * side) for side in model.input_size())
+    return (height, width), None
+
+
+def check_sizes(requests: str) -> None:
+    """ValueError where `requests` is no list of sizes."""
+    if any(not SIZE.fullmatch(part.strip()) for part in requests.split(",")):
+        raise ValueError(f"--img-size: found {requests!r}; expected pixels, multiples or test, such as 224 or 1x,2x.")

@@ -21,12 +21,13 @@ import timm_csra
 from timm_csra.config import LOG_SOFTMAX, LOGITS, SCORES
 from timm_csra.evaluation.scoring import DEFAULT, DEFAULT_LOG_SOFTMAX, PLAIN, Setting, score
 
-from .argument_types import positive
+from .arguments import add_names, asked_names, check_sizes, size_of
 from .checkpoints import find
 from .checkpoints.find import CheckpointError, find_checkpoints
 from .data import sample
-from .data.classes import head_classes
+from .data.classes import NotApplicableError, head_classes
 from .data.datasets import DataError, mosaic, open_image
+from .reporting.tables import origins
 
 TOP = 6
 
@@ -36,7 +37,7 @@ def main(arguments: list[str] | None = None) -> int:
     args = _parser().parse_args(arguments)
     try:
         _show(args)
-    except (CheckpointError, DataError, ValueError) as error:
+    except (CheckpointError, DataError, NotApplicableError, ValueError) as error:
         print(f"benchmarks.show: {error}", file=sys.stderr)
         return 2
     return 0
@@ -46,7 +47,8 @@ def _show(args: argparse.Namespace) -> None:
     lams = {LOGITS: args.lam, LOG_SOFTMAX: args.lam_log_softmax}
     wrapped = [Setting(timm_csra.CSRAConfig(lam).lam, PLAIN.temperature, scores) for scores, lam in lams.items()]
     checkpoint = find_checkpoints(args.model)[0]
-    size = (args.img_size, args.img_size) if args.img_size else checkpoint.input_size()
+    check_sizes(args.img_size)
+    size, _ = size_of(checkpoint, args.img_size)
     model = checkpoint.create(size)
     requested = {"input_size": (3, *size), "crop_mode": "squash", "crop_pct": 1.0}
     config = resolve_input_data_config(model, args=requested)
@@ -58,7 +60,8 @@ def _show(args: argparse.Namespace) -> None:
     scores, _ = score(model, [(x, torch.zeros(1))], [PLAIN, *wrapped])
     with torch.inference_mode():
         maps = timm_csra.score_maps(model, x, scores=args.scores)[0]
-    names = [_readable(names) for names in head_classes(model, len(maps)) or [{str(i)} for i in range(len(maps))]]
+    head = head_classes(model, len(maps), asked_names(args.class_names))
+    names = [_readable(names) for names in head.names] if head else [str(index) for index in range(len(maps))]
     top = min(TOP, len(names))
     order = {
         heading: scores.logits(setting)[0].topk(top).indices.tolist()
@@ -68,6 +71,9 @@ def _show(args: argparse.Namespace) -> None:
     _draw(picture, names, order, args.scores, maps, title, args.out)
     for heading, classes in order.items():
         print(f"{heading:11} {', '.join(names[index] for index in classes)}")
+    origin = {"classes_from": head and head.classes_from, "weights_from": checkpoint.weights_from}
+    for line in origins([{"model": checkpoint.name, **origin}]):
+        print(line)
     print(f"written to {args.out}")
 
 
@@ -136,12 +142,19 @@ def _parser() -> argparse.ArgumentParser:
         help="any picture that Pillow reads, squashed to the input size; or sample:NAME, such as sample:coffee",
     )
     parser.add_argument("--model", default="pypi:tf_efficientnet_lite0", metavar="SPEC", help=find.HELP)
+    add_names(parser)
     parser.add_argument("--lam", type=float, default=DEFAULT.lam, help="of logits (default: %(default)s)")
     parser.add_argument("--lam-log-softmax", type=float, default=DEFAULT_LOG_SOFTMAX.lam, help="default: %(default)s")
     parser.add_argument(
         "--scores", choices=SCORES, default=LOGITS, help="whose classes and maps are drawn (default: %(default)s)"
     )
-    parser.add_argument("--img-size", type=positive, help="pixels (default: the checkpoint's own)")
+    parser.add_argument(
+        "--img-size",
+        default="1x",
+        metavar="SIZE",
+        help="pixels, a multiple of the checkpoint's own size, or test: the size at which timm validates it (default: "
+        "%(default)s)",
+    )
     parser.add_argument("--out", type=Path, default=Path("results/effect.jpg"), help="default: %(default)s")
     return parser
 

@@ -16,10 +16,11 @@ from huggingface_hub.errors import HfHubHTTPError, HTTPError
 from rich.console import Console
 from rich.prompt import Confirm
 
-from .arguments import asked_calibration, asked_cells, asked_options, asked_what, asked_workers, parser
+from .arguments import asked_calibration, asked_cells, asked_options, asked_what, parser
 from .checkpoints import find
 from .checkpoints.downloads import Downloads
-from .checkpoints.find import Checkpoint, CheckpointError, unreachable_hub
+from .checkpoints.find import Checkpoint, CheckpointError
+from .checkpoints.hub import unreachable_hub
 from .data import sample
 from .data.calibration import without_measured
 from .data.datasets import DataError, ImageSet
@@ -34,10 +35,14 @@ from .reporting.push import choose, push
 from .reporting.summary import Row, headline, kept, write_summary
 from .reporting.tables import print_headline, print_plan, print_prose, print_records
 from .scoring.cells import Cell, Options, show_size
+from .workers import asked_workers
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run a sweep. Returns 0; 1 where a cell failed; 2 where nothing could be started; 130 after Ctrl-C."""
+    """Run a sweep.
+
+    Returns 0; 1 where a cell failed or none has a result; 2 where nothing could be started; 130 after Ctrl-C.
+    """
     args = parser(__doc__ or "").parse_args(arguments)
     out = args.out or Path("results") / ("sample" if args.sample else "")
     screen, log = _console(), Console(stderr=True)
@@ -58,12 +63,12 @@ def main(arguments: list[str] | None = None) -> int:
 
     # A larger image is a rival at its own cost; its records hold the plain model's figures beside the wrapped one's.
     sizes = f"{args.img_size},2x" if args.rivals else args.img_size
-    cells = [cell for model in models for cell in asked_cells(model, sizes, data, tasks, missing)]
+    cells = [cell for model in models for cell in asked_cells(model, sizes, data, tasks, missing, args.crop_pct)]
     run = Run(options, out, missing, args.retry_failed, log)
     if args.calibration_data and not args.rescore and any(run.state(cell) == "to do" for cell in cells):
         with log.status("Looking for calibration pictures among those measured"):
             data = without_measured(data)
-        cells = [cell for model in models for cell in asked_cells(model, sizes, data, tasks, missing)]
+        cells = [cell for model in models for cell in asked_cells(model, sizes, data, tasks, missing, args.crop_pct)]
     ask = args.models == "all" and options.device == "cpu" and not args.yes
     if args.dry_run or ask:
         states = [run.state(cell) for cell in cells]
@@ -115,7 +120,8 @@ def main(arguments: list[str] | None = None) -> int:
         return 130
     if args.push_best and not _pushed(cells, records, rows, args, log, screen):
         return 1
-    return 1 if any(record["status"] == "failed" for record in in_order) else 0
+    outcomes = {record["status"] for record in in_order}
+    return 1 if "failed" in outcomes or "ok" not in outcomes else 0
 
 
 def _refused(log: Console, why: object) -> int:

@@ -29,11 +29,13 @@ from .data import sources
 from .data.classes import COMBINE, NotApplicableError, combined
 from .data.datasets import DataError
 from .engines.worker import Models
+from .reporting.tables import origins, task
 from .scoring.measure import score_cell
 from .without_labels import UNLABELLED_LAMS, add_without_labels, choose_without_labels, refuse_what_does_not_apply
 
 EPILOG = """
 examples:
+  python -m benchmarks.tune --models file:resnet50@output/train/model_best.pth.tar --data photos/val
   python -m benchmarks.tune --models local-dir:my-checkpoint --data my-photos --task multilabel --metric lrap
   python -m benchmarks.tune --models 'pypi:tf_efficientnet_lite0' --data imagenet/val --save tuned-checkpoint
   python -m benchmarks.tune --models resnet50 --data single-objects --without-labels
@@ -54,7 +56,7 @@ def main(arguments: list[str] | None = None) -> int:
         args.scores = args.scores or DEFAULT_SCORES
         options = asked_options(args, Path())
         models, data, tasks = asked_what(args)
-        cells = [cell for model in models for cell in asked_cells(model, args.img_size, data, tasks, {})]
+        cells = [cell for model in models for cell in asked_cells(model, args.img_size, data, tasks, {}, args.crop_pct)]
         if len(cells) != 1:
             raise ValueError(f"found {len(cells)} combinations of checkpoint, data and task; expected one.")
         (cell,) = cells
@@ -79,10 +81,11 @@ def main(arguments: list[str] | None = None) -> int:
     except (CheckpointError, DataError, NotApplicableError, ValueError) as error:
         log.print(f"benchmarks.tune: {error}", markup=False, highlight=False, soft_wrap=True)
         return 2
-    screen.print(
-        f"{cell.checkpoint.name} on {cell.data.name}, {cell.task_name}, {loaded.size[0]} x {loaded.size[1]} pixels"
-    )
+    about = task({"task": cell.task, "grid": cell.grid, "score_classes": options.score_classes})
+    screen.print(f"{cell.checkpoint.name} on {cell.data.name}, {about}, {loaded.size[0]} x {loaded.size[1]} pixels")
     screen.print(str(result), markup=False)
+    for line in origins([found.facts | {"model": cell.checkpoint.name}]):
+        screen.print(line, style="dim", markup=False)
     if args.save:
         timm_csra.save_pretrained(result.apply(loaded.model), args.save)
         screen.print(f"saved with lam={result.lam:g}, scores={result.scores!r} to {args.save}", markup=False)

@@ -18,6 +18,7 @@ from .checkpoints.find import find_checkpoints
 from .data.datasets import Unlabelled
 from .data.sources import load_pictures
 from .engines.worker import Models
+from .reporting.tables import origins
 from .scoring.cells import Cell
 from .scoring.loading import describe_bad_images, unlabelled
 from .scoring.rivals import autocast
@@ -25,7 +26,7 @@ from .scoring.rivals import autocast
 UNLABELLED_LAMS = ",".join(f"{lam:g}" for lam in LAMS)
 
 # Options of the choice with labels, and of that without, by their names in the parsed arguments.
-WITH_LABELS = ("task", "metric", "folds", "class_map", "class_scores", "grid", "seed")
+WITH_LABELS = ("task", "metric", "folds", "class_map", "class_scores", "class_names", "score_classes", "grid", "seed")
 WITHOUT_LABELS = ("agreement",)
 
 
@@ -79,7 +80,7 @@ def choose_without_labels(args: argparse.Namespace, screen: Console, log: Consol
     with warnings.catch_warnings(record=True) as told, autocast(options):
         result = timm_csra.choose_lam(
             loaded.model,
-            unlabelled(cell.data, loaded, options, bad, shown),
+            unlabelled(cell.data, loaded, cell.prepared(options), bad, shown),
             lams=lams,
             temperature=temperature,
             scores=args.scores,
@@ -90,6 +91,8 @@ def choose_without_labels(args: argparse.Namespace, screen: Console, log: Consol
         log.print(f"left out: {told_of}", markup=False, highlight=False, soft_wrap=True)
     screen.print(f"{cell.checkpoint.name} on {cell.data.name}, {loaded.size[0]} x {loaded.size[1]} pixels")
     screen.print(str(result), markup=False)
+    for line in origins([{"model": cell.checkpoint.name, "weights_from": cell.checkpoint.weights_from}]):
+        screen.print(line, style="dim", markup=False)
     for warning in told:
         log.print(f"benchmarks.tune: {warning.message}", markup=False, highlight=False, soft_wrap=True)
     if args.save:
@@ -101,7 +104,11 @@ def choose_without_labels(args: argparse.Namespace, screen: Console, log: Consol
 def _cell(args: argparse.Namespace) -> Cell:
     models = find_checkpoints(args.models)
     data = load_pictures(args.data[0], args.limit, args.split, args.data_dir)
-    cells = [cell for model in models for cell in asked_cells(model, args.img_size, [data], [("single", None)], {})]
+    cells = [
+        cell
+        for model in models
+        for cell in asked_cells(model, args.img_size, [data], [("single", None)], {}, args.crop_pct)
+    ]
     if len(cells) != 1:
         raise ValueError(f"found {len(cells)} combinations of checkpoint and size; expected one.")
     return cells[0]

@@ -101,6 +101,46 @@ def test_without_network_the_wheels_are_named(monkeypatch: pytest.MonkeyPatch, t
         demo.load("resnet18.a1_in1k")
 
 
+@pytest.fixture
+def trained(tmp_path: Path) -> str:
+    torch.manual_seed(0)
+    torch.save({"state_dict": timm.create_model("test_resnet", num_classes=3).state_dict()}, tmp_path / "best.pth.tar")
+    return f"file:test_resnet@{tmp_path / 'best.pth.tar'}"
+
+
+def test_a_trained_file_is_shown_where_it_is_offered(photo: str, trained: str, tmp_path: Path) -> None:
+    seen = demo.look(trained, photo, {trained: ("cat", "dog", "bird")})
+    assert seen.names == ("cat", "dog", "bird")
+    assert demo.look(trained, photo, {trained: ()}).names == ("0", "1", "2")
+    for offered in (None, {}, {"resnet18": ()}):
+        with pytest.raises(gr.Error, match="Files are only read where the page was started with them"):
+            demo.look(trained, photo, offered)
+    gone = f"file:test_resnet@{tmp_path / 'gone.pth'}"
+    with pytest.raises(gr.Error, match="gone.pth not found; expected a checkpoint of timm's train script"):
+        demo.look(gone, photo, {gone: ()})
+
+
+def test_the_command_line_offers_files(
+    trained: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    served: list[gr.Blocks] = []
+    monkeypatch.setattr(gr.Blocks, "launch", lambda page, **_: served.append(page))
+    names = tmp_path / "names.txt"
+    names.write_text("cat\ndog\nbird\n")
+    demo.main(["--model", trained, "--class-names", str(names)])
+    assert f"{trained}: state_dict of best.pth.tar, 3 classes" in capsys.readouterr().out
+    (dropdown,) = (block for block in served[0].blocks.values() if getattr(block, "elem_id", "") == "model")
+    assert dropdown.value == trained
+    names.write_text("cat\ndog\n")
+    for arguments, text in (
+        (["--model", trained, "--class-names", str(names)], "names.txt: found 2 names, expected one for each of 3"),
+        (["--model", "file:gone.pth"], "expected ARCH@PATH"),
+    ):
+        with pytest.raises(SystemExit):
+            demo.main(arguments)
+        assert text in capsys.readouterr().err
+
+
 # In the browser
 
 

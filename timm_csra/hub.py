@@ -4,7 +4,6 @@
 plain timm and transformers load the same files, and see the plain model.
 """
 
-import argparse
 import hashlib
 import json
 import logging
@@ -30,6 +29,7 @@ from .config import CSRAConfig
 from .errors import describe
 from .misfits import REPARAMETERISED, Misfits, Shape
 from .patching import check_supported, is_wrapped, wrap
+from .trained import read_weights_only
 from .version import __version__
 
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
@@ -350,14 +350,9 @@ def _refuse_code(name: str, folder: Path) -> None:
     """Pickles of plain timm repositories may hold tensors and nothing that runs: older versions of timm run it."""
     for file in sorted(file for file in folder.iterdir() if file.suffix in PICKLES):
         try:
-            with torch.serialization.safe_globals([argparse.Namespace]):  # timm's training checkpoints hold one
-                torch.load(file, map_location="meta", weights_only=True)
-        except Exception as error:  # whatever an arbitrary file makes of the unpickler
-            reason = str(error).splitlines()[0]
-            raise ValueError(
-                f"{name}: {file.name} cannot be read with weights_only=True: {reason} More than that could "
-                f"run code, and is refused. Ask its author for {WEIGHTS}."
-            ) from error
+            read_weights_only(file, "meta")
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
 
 
 def _check_weights(name: str, file: Path, config: dict[str, Any], saving: bool = False) -> None:

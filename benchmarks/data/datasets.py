@@ -72,6 +72,7 @@ class ImageSet:
         store: where the photographs are, None for files.
         stream: of images with one label each, which have no list: paths and labels are empty.
         calibration: by what lam is chosen, without labels, for the protocol `agreement` on this data.
+        order: what puts `classes` into an order that a training on such data takes too; None where nothing does.
     """
 
     name: str
@@ -84,6 +85,7 @@ class ImageSet:
     store: Store | None = None
     stream: Source | None = None
     calibration: "Calibration | None" = None
+    order: str | None = None
 
     def __len__(self) -> int:
         return len(self.paths) if self.stream is None else self.stream.count
@@ -167,7 +169,8 @@ def real_labels(data: ImageSet) -> ImageSet:
                 f"no ReaL label for {path.name}: expected names such as ILSVRC2012_val_00000293.JPEG"
             )
         labels.append(tuple(_real_labels()[int(number) - 1]))
-    return replace(data, labels=tuple(labels), classes=tuple(ImageNetInfo().label_names()), multilabel=True)
+    classes = tuple(ImageNetInfo().label_names())
+    return replace(data, labels=tuple(labels), classes=classes, multilabel=True, order=None)
 
 
 def tilings(data: ImageSet, grid: int, seed: int) -> tuple[tuple[int, ...], ...]:

@@ -16,16 +16,21 @@ from timm.data.readers.img_extensions import is_img_extension
 from timm.data.readers.reader_image_in_tar import ReaderImageInTar
 from timm.utils import natural_key
 
+from timm_csra.trained import read_class_names
+
 from .datasets import DataError, ImageSet, Source
 
 PREFIXES = ("torch/", "hfds/")
 STREAMS = ("hfids/", "wds/", "tfds/")
+NATURAL_ORDER = "the natural order of the folders, as timm's train script has them"
+OWN_ORDER = "the indices of the dataset, as timm's train script has them"
 
 HELP = """
 data:
-  FOLDER            an ImageFolder (one folder per class, named by synset, label, or index of the head), or a folder
-                    with images/, labels.csv (columns `file`, and `label` with one index or `labels` with several
-                    separated by spaces) and classes.txt (`index name`)
+  FOLDER            an ImageFolder (one folder per class, named by synset, label, or index of the head; or one for each
+                    class of the head, in the natural order that timm's train script takes), or a folder with images/,
+                    labels.csv (columns `file`, and `label` with one index or `labels` with several separated by
+                    spaces) and classes.txt (`index name`)
   FILE.tar, .zip    an ImageFolder in an archive
   instances_X.json  COCO annotations; the images are looked for in X/, ../X/ and images/ beside and above the file
   VOCdevkit/VOC2007 a Pascal VOC year; --split is a file of ImageSets/Main (default: test)
@@ -118,7 +123,7 @@ def _read_archive(path: Path) -> ImageSet:
         classes = tuple(sorted({name.parent.name for name in images}, key=natural_key))
         labels = tuple((classes.index(name.parent.name),) for name in images)
         store = _Zip(path, tuple(map(str, images)))
-        return ImageSet(path.stem, tuple(map(Path, store.members)), labels, classes, store=store)
+        return ImageSet(path.stem, tuple(map(Path, store.members)), labels, classes, store=store, order=NATURAL_ORDER)
     try:
         # The index of the archive is not written beside it.
         reader = ReaderImageInTar(str(path), cache_tarinfo=False, cache_tarfiles=False)
@@ -126,7 +131,8 @@ def _read_archive(path: Path) -> ImageSet:
         raise DataError(f"{path}: cannot be read as a tar file of images: {error}") from error
     classes = tuple(reader.class_idx_to_name[index] for index in range(len(reader.class_idx_to_name)))
     names = tuple(Path(reader.filename(index)) for index in range(len(reader)))
-    return ImageSet(path.stem, names, tuple((int(t),) for t in reader.targets), classes, store=_Reader(reader))
+    labels = tuple((int(target),) for target in reader.targets)
+    return ImageSet(path.stem, names, labels, classes, store=_Reader(reader), order=NATURAL_ORDER)
 
 
 def _read_stream(spec: str, split: str | None, data_dir: str | None) -> ImageSet:
@@ -136,7 +142,7 @@ def _read_stream(spec: str, split: str | None, data_dir: str | None) -> ImageSet
     by_index = {index: name for name, index in names.items()}
     classes = tuple(str(by_index.get(index, index)) for index in range(len(by_index)))
     source = Source(partial(_create, spec, split, data_dir), len(dataset))
-    return ImageSet(f"{spec}:{split or 'validation'}", (), (), classes, stream=source)
+    return ImageSet(f"{spec}:{split or 'validation'}", (), (), classes, stream=source, order=OWN_ORDER)
 
 
 def _create(spec: str, split: str | None, data_dir: str | None) -> Any:
@@ -170,7 +176,7 @@ def _read_timm(spec: str, split: str | None, data_dir: str | None) -> ImageSet:
     classes = tuple(str(by_index.get(index, index)) for index in range(max(highest + 1, len(by_index))))
     stems = tuple(Path(f"{split or 'validation'}/{index}") for index in range(len(labels)))
     store = _Reader(reader if reader is not None else dataset)
-    return ImageSet(spec, stems, labels, classes, multilabel=several, store=store)
+    return ImageSet(spec, stems, labels, classes, multilabel=several, store=store, order=OWN_ORDER)
 
 
 def _read_coco(path: Path) -> ImageSet:
@@ -247,11 +253,15 @@ def _read_image_folder(root: Path) -> ImageSet:
         raise DataError(f"{root}: neither labels.csv nor an ImageFolder was found: {error}") from error
     paths, labels = zip(*reader.samples, strict=True)
     classes = tuple(sorted(reader.class_to_idx, key=reader.class_to_idx.get))
-    return ImageSet(root.resolve().name, tuple(map(Path, paths)), tuple((label,) for label in labels), classes)
+    every = tuple((label,) for label in labels)
+    return ImageSet(root.resolve().name, tuple(map(Path, paths)), every, classes, order=NATURAL_ORDER)
 
 
 def _read_csv(root: Path) -> ImageSet:
-    classes = _read_classes(root / "classes.txt")
+    try:
+        classes = read_class_names(root / "classes.txt")
+    except ValueError as error:
+        raise DataError(str(error)) from error
     table = root / "labels.csv"
     with table.open(newline="", encoding="utf-8") as file:
         reader = csv.DictReader(file)
@@ -278,17 +288,11 @@ def _read_csv(root: Path) -> ImageSet:
             raise DataError(f"{where}: no such file: {path}")
         paths.append(path)
         labels.append(found)
-    return ImageSet(root.resolve().name, tuple(paths), tuple(labels), classes, multilabel=column == "labels")
-
-
-def _read_classes(path: Path) -> tuple[str, ...]:
-    if not path.is_file():
-        raise DataError(f"{path}: no such file; expected one line for each class, `index name`, as labels.csv uses it.")
-    lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    numbered = [line.partition(" ") for line in lines]
-    if all(number.isdigit() for number, _, _ in numbered):
-        for expected, (number, _, _) in enumerate(numbered):
-            if int(number) != expected:
-                raise DataError(f"{path}, line {expected + 1}: found index {number}; expected {expected}.")
-        return tuple(name for _, _, name in numbered)
-    return tuple(lines)
+    return ImageSet(
+        root.resolve().name,
+        tuple(paths),
+        tuple(labels),
+        classes,
+        multilabel=column == "labels",
+        order="the order of classes.txt",
+    )

@@ -78,6 +78,8 @@ def memory_of(cell: Cell, options: Options) -> float:
     (as they come, joined, and in the metrics)."""
     terms = {term for setting in cell.scored_settings(options) for term in setting.terms}
     classes = max(len(cell.data.classes), 1)
+    if options.score_classes == "head" and not isinstance(cell.size, str):
+        classes = cell.checkpoint.num_classes()
     return 2 * 2**30 + 3 * 4.0 * cell.images * classes * (1 + len(terms))
 
 

@@ -108,6 +108,7 @@ def _as_today(record: Record) -> Record:
         for before in RENAMED.keys() & row.keys():
             row[RENAMED[before]] = row.pop(before)
     record.setdefault("reason", None)
+    record.setdefault("score_classes", "data")
     return record
 
 

@@ -16,7 +16,18 @@ GAINS = {  # columns of protocols without any choice on the data
     for name, of in ((f"gain_{protocol}", "gain"), (f"{protocol}_low", "ci_low"), (f"{protocol}_high", "ci_high"))
 }
 RESULT_COLUMNS = (
-    *("data", "task", "metric", "n", "baseline", *GAINS, "agreement_lam", "gain_crossfit", "baseline_check"),
+    *(
+        "data",
+        "task",
+        "score_classes",
+        "metric",
+        "n",
+        "baseline",
+        *GAINS,
+        "agreement_lam",
+        "gain_crossfit",
+        "baseline_check",
+    ),
 )
 
 
@@ -40,6 +51,7 @@ def timm_rows(records: Iterable[Record]) -> list[Row]:
                     "interpolation": preprocessing.get("interpolation"),
                     "data": record["data"],
                     "task": group_name(record).split(" · ")[1],
+                    "score_classes": record["score_classes"],
                     "metric": metric,
                     "n": found["fixed"]["n"],
                     "baseline_check": record.get("baseline_check"),

@@ -67,7 +67,8 @@ def check(record: Record, expected: Expected) -> str:
     }
     for name, (found, published) in pairs.items():
         if found != published:
-            return f"not compared: {name} {found}, published for {published}"
+            hint = "" if name == "interpolation" else " (see --img-size test)"
+            return f"not compared: {name} {found}, published for {published}{hint}"
     tops = (r["baseline"] for r in record["results"] if (r["metric"], r["protocol"]) == ("top1", "fixed"))
     baseline = next(tops, None)
     if baseline is None:

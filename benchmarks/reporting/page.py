@@ -15,13 +15,14 @@ from timm_csra.evaluation.statistics import AGREEMENT, CONFIDENCE, VERSUS
 
 from ..records.files import Record, write_text
 from .summary import FIRST_METRIC, OVER_PLAIN, VERDICTS, Row, headline
-from .tables import agreement_notes, left_out, short
+from .tables import agreement_notes, left_out, short, task
 
 PAGE = Path(__file__).with_name("page.html")
 FIELDS = (  # of a row of the page
     *("model", "group", "metric", "protocol", "img_size", "n", "baseline", "gain", "ci_low", "ci_high"),
     *("p_holm", "verdict", "scores", "lam", "kind", "macs"),
 )
+FROM_FILES = ("classes of the head", "weights of files")  # said where there is something to say
 NOT_TESTED = "not tested"
 FLAGGED = "flagged"
 NAMED = (("scores", ""), ("lam", ""), ("kind", ""))  # and what stands for none
@@ -32,8 +33,7 @@ COLOURS = {
 
 def group_name(row: Record) -> str:
     """What belongs together: data, task with the grid of a mosaic, and the size in the words of the request."""
-    grid = f" {row['grid']}x{row['grid']}" if row.get("grid") else ""
-    return f"{row['data']} · {row['task']}{grid} · {row.get('requested', '1x')}"
+    return f"{row['data']} · {task(row)} · {row.get('requested', '1x')}"
 
 
 def page_data(records: Sequence[Record], rows: Sequence[Row]) -> Record:
@@ -112,10 +112,14 @@ def _measured(records: Sequence[Record]) -> list[list[str]]:
             **{name: environment.get(name) for name in ("device", "platform", "python", "commit")},
             "autocast": key.get("amp"),
             "seed": key.get("seed"),
+            "classes of the head": record.get("classes_from"),
+            "weights of files": record.get("weights_from"),
             "settings (lam, T, scores)": f"{len(key.get('settings', ()))}",
             **environment.get("packages", {}),
         }
         for name, value in said.items():
+            if value is None and name in FROM_FILES:
+                continue
             counts.setdefault(name, Counter())[str(value)] += 1
     return [
         [name, next(iter(values)) if len(values) == 1 else ", ".join(f"{v} ({n} cells)" for v, n in values.items())]

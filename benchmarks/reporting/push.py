@@ -8,6 +8,7 @@ import timm_csra
 from ..checkpoints.find import Checkpoint
 from ..records.files import Record
 from .summary import FIRST_METRIC, Row
+from .tables import task
 
 
 @dataclass(frozen=True)
@@ -28,13 +29,14 @@ class Choice:
     records: tuple[Record, ...]
 
     def repository(self, prefix: str) -> str:
-        name = self.checkpoint.id.rstrip("/").rsplit("/")[-1].partition("@")[0]
+        whole = self.checkpoint.id.partition("@")[0] if self.checkpoint.source == "file" else self.checkpoint.id
+        name = whole.rstrip("/").rsplit("/")[-1].partition("@")[0]
         return f"{prefix}-{name}"
 
     def __str__(self) -> str:
         row, heads = self.row, "+".join(f"{head:g}" for head in self.temperature)
         gain = f"{row['metric']} {row['gain']:+.2f} [{row['ci_low']:+.2f}, {row['ci_high']:+.2f}]"
-        where = f"{row['data']}, {row['task']} (Holm p = {row['p_holm']:.2g})"
+        where = f"{row['data']}, {task(row)} (Holm p = {row['p_holm']:.2g})"
         return f"{self.checkpoint.name}: {gain} on {where}, {self.scores}, lam {self.lam:g}, T {heads}"
 
 

@@ -18,7 +18,7 @@ from .expected import check, read_expected
 COLUMNS = (
     *("model", "data", "task", "img_size", "n", "columns", "metric", "protocol", "scores", "lam"),
     *("temperature", "baseline", "value", "gain", "ci_low", "ci_high", "p_value", "p_holm", "verdict", "test"),
-    *("requested", "grid", "kind", "macs", "extra_macs", "baseline_check", "status", "reason"),
+    *("requested", "grid", "score_classes", "kind", "macs", "extra_macs", "baseline_check", "status", "reason"),
 )
 ALPHA = 0.05
 VERDICTS = ("better", "worse", "no evidence")
@@ -85,7 +85,8 @@ def rows_of(records: Iterable[Record]) -> list[Row]:
 
 def _family(record: Record, result: Record) -> tuple[Any, ...]:
     key = record.get("key", {})
-    alike = {name: value for name, value in key.items() if name not in ("model", "weights", "img_size", "versions")}
+    different = ("model", "weights", "img_size", "test_crop_pct", "versions")
+    alike = {name: value for name, value in key.items() if name not in different}
     return (repr(sorted(alike.items())), record.get("requested"), result.get("metric"), result.get("protocol"))
 
 
@@ -95,10 +96,16 @@ def headline(rows: Iterable[Row]) -> dict[tuple[str, ...], Counter[str]]:
     counts: dict[tuple[str, ...], Counter[str]] = {}
     for row in rows:
         if row.get("verdict"):
-            name = tuple(str(row.get(key)) for key in ("data", "task", "grid", "requested", "metric", "protocol"))
+            what = (row.get("data"), f"{row.get('task')}{over(row)}", *map(row.get, ("grid", "requested")))
+            name = tuple(map(str, (*what, row.get("metric"), row.get("protocol"))))
             flagged = row.get("baseline_check") == "flagged"
             counts.setdefault(name, Counter())["flagged" if flagged else row["verdict"]] += 1
     return counts
+
+
+def over(row: Mapping[str, Any]) -> str:
+    """What is said of a task beside its name: whether metrics are over all classes of the head."""
+    return " (all classes)" if row.get("score_classes") == "head" else ""
 
 
 def versus(counts: Mapping[tuple[str, ...], Mapping[str, int]]) -> list[str]:

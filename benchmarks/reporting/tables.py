@@ -13,7 +13,7 @@ from timm_csra.agreement import FEW
 from timm_csra.evaluation.statistics import AGREEMENT, FIXED, VERSUS
 
 from ..records.files import Record
-from .summary import FIRST_METRIC, OVER_PLAIN, VERDICTS, versus
+from .summary import FIRST_METRIC, OVER_PLAIN, VERDICTS, over, versus
 
 LEGEND = (
     "Percent, and points of gain over lam=0 with 95 % paired bootstrap intervals over the n images that count for the "
@@ -55,7 +55,7 @@ def print_records(records: Iterable[Record], console: Console) -> None:
         print_notes(finished, console)
     for record in records:
         if record["status"] != "ok":
-            where = f"{record['model']} on {record['data']}, {record['task']}, {record['img_size']} px"
+            where = f"{record['model']} on {record['data']}, {task(record)}, {record['img_size']} px"
             print_failure(record["status"], f"{where}: {record['reason']}", console)
 
 
@@ -68,6 +68,8 @@ def print_notes(finished: Sequence[Record], console: Console) -> None:
     """What has to be said of the figures of finished cells beside them."""
     if any(record.get("agreement") for record in finished):
         print_prose(LEGEND_OF_AGREEMENT, console)
+    for line in origins(finished):
+        print_prose(line, console)
     for line in (*agreement_notes(finished), *left_out(finished)):
         console.print(line, style="yellow", markup=False, highlight=False, soft_wrap=True)
 
@@ -158,7 +160,9 @@ def _cells(record: Record, metric: str, found: dict[str, Any]) -> dict[str, Any]
 
 
 def task(row: Mapping[str, Any]) -> str:
-    return f"{row['task']} {row['grid']}x{row['grid']}" if row.get("grid") else str(row["task"])
+    """With the grid of a mosaic, and over which classes it is where these are not the data's."""
+    grid = f" {row['grid']}x{row['grid']}" if row.get("grid") else ""
+    return f"{row['task']}{grid}{over(row)}"
 
 
 def _broken(name: str, width: int) -> str:
@@ -169,6 +173,24 @@ def _broken(name: str, width: int) -> str:
             lines.append("")
         lines[-1] += part
     return "\n".join(lines)
+
+
+def origins(records: Sequence[Record]) -> list[str]:
+    """Who says which class each output of a head is, and which weights of a file were taken."""
+    lines = []
+    for field, what in (("classes_from", "Classes of the head by"), ("weights_from", "Weights:")):
+        found: dict[str, dict[str, None]] = {}
+        for record in records:
+            if record.get(field):
+                found.setdefault(record[field], {})[short(record["model"])] = None
+        for source, models in found.items():
+            who = f" ({_some(list(models))})" if len(found) > 1 else ""
+            lines.append(f"{what} {source}{who}.")
+    return lines
+
+
+def _some(names: Sequence[str], most: int = 3) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def left_out(records: Iterable[Record]) -> list[str]:
@@ -199,7 +221,9 @@ def print_headline(counts: Mapping[tuple[str, ...], Mapping[str, int]], console:
     the first metric of each task."""
     every = len(counts)
     if every > MANY:
-        counts = {name: verdicts for name, verdicts in counts.items() if name[4] == FIRST_METRIC.get(name[1])}
+        counts = {
+            name: verdicts for name, verdicts in counts.items() if name[4] == FIRST_METRIC.get(name[1].split(" ")[0])
+        }
     table = Table(box=None, pad_edge=False, header_style="bold")
     for name in ("data", "task", "size", "metric", "protocol"):
         table.add_column(name, overflow="fold")
@@ -230,7 +254,9 @@ def print_plan(cells: Iterable[tuple[str, ...]], console: Console) -> None:
 
 
 def short(model: str) -> str:
-    return model.rstrip("/").rsplit("/", 1)[-1] if model.startswith("local-dir:") else model.removeprefix("pypi:")
+    if model.startswith("local-dir:"):
+        return model.rstrip("/").rsplit("/", 1)[-1]
+    return model.removeprefix("pypi:").removeprefix("file:")
 
 
 def known(count: int | None) -> str:

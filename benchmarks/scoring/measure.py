@@ -71,7 +71,12 @@ def failure(cell: Cell, options: Options, reason: str, seconds: float = 0.0) -> 
 def _complete(cell: Cell, options: Options, record: Record, seconds: float) -> Record:
     key = cell.key(options)
     nothing: Record = {"n": len(cell.data), "columns": None, "kind": None, "results": []}
-    about: Record = {"requested": cell.requested, "seconds": seconds, "environment": environment(options)}
+    about: Record = {
+        "requested": cell.requested,
+        "score_classes": options.score_classes,
+        "seconds": seconds,
+        "environment": environment(options),
+    }
     return {**key, **nothing, **record, "key": key, **about}
 
 
@@ -103,7 +108,7 @@ def _measure(
 def _loaded(cell: Cell, load: Callable[[], Loaded]) -> Loaded:
     try:
         return load()
-    except RuntimeError as error:
+    except (RuntimeError, ValueError) as error:
         if "size mismatch" in str(error) and cell.size != cell.checkpoint.input_size():
             lines = [line.strip() for line in str(error).splitlines() if "size mismatch" in line]
             raise NotApplicableError(
@@ -120,7 +125,7 @@ def score_cell(
     phases: Phases | None = None,
 ) -> Scored:
     """Run every image of a cell once, for all settings. `phases` is told where the time goes."""
-    phases = phases or Phases()
+    phases, options = phases or Phases(), cell.prepared(options)
     model, explanation = loaded.model, loaded.explanation
     if not model.num_classes:
         raise NotApplicableError("the checkpoint has no classifier (num_classes=0)")
@@ -169,6 +174,8 @@ def score_cell(
         "n": len(targets),
         "columns": alignment.count,
         "classes_left_out": list(alignment.left_out),
+        "classes_from": alignment.classes_from,
+        "weights_from": cell.checkpoint.weights_from,
         "groups": alignment.groups,
         "kind": explanation.kind,
         "param_count": round(sum(weight.numel() for weight in model.parameters()) / 1e6, 2),
@@ -187,7 +194,7 @@ def score_cell(
 
 def load_images(cell: Cell, loaded: Loaded, options: Options) -> tuple[Any, Record, Alignment]:
     """Give loader, preprocessing and alignment; how an image becomes a tensor is timm's and the checkpoint's affair."""
-    data, model, size = cell.data, loaded.model, loaded.size
+    data, model, size, options = cell.data, loaded.model, loaded.size, cell.prepared(options)
     # Of the logits: a classifier may have been replaced. Where they are unknown, `score_cell` says why.
     count = loaded.explanation.num_classes or int(model.num_classes)  # type: ignore[arg-type]
     if cell.task != "single" and data.stream:
@@ -201,13 +208,19 @@ def load_images(cell: Cell, loaded: Loaded, options: Options) -> tuple[Any, Reco
         )
     if cell.task == "mosaic" and data.multilabel and data.tilings is None:
         raise NotApplicableError("mosaics are built from images with exactly one label each")
+    if (order := cell.checkpoint.training_order) and options.class_names is None:
+        raise NotApplicableError(
+            f"the checkpoint was trained with --class-map {order}: give that to --class-names, one name a line in the "
+            "order of the head"
+        )
     if cell.task == "real":
         data = real_labels(data)
     labels = [range(len(data.classes))] if data.stream else data.labels
     if data.stream and not data.classes:  # labels without names are the head's own
         data = replace(data, classes=tuple(map(str, range(count))))
     class_map = options.class_map if cell.task == "multilabel" else None
-    alignment = align(data.classes, labels, model, class_map, count)
+    whole = options.score_classes == "head"
+    alignment = align(data.classes, labels, model, class_map, count, options.class_names, data.order, whole)
     requested = {"input_size": (3, *size), "crop_mode": options.crop_mode, "crop_pct": options.crop_pct}
     if cell.task == "mosaic":
         requested |= {"crop_mode": "squash", "crop_pct": 1.0}  # the mosaic has the right size already

@@ -5,8 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.arguments import asked_options, asked_workers, parser
+from benchmarks.arguments import asked_options, parser
 from benchmarks.show import main as show
+from benchmarks.workers import asked_workers
 
 
 def workers(*arguments: str) -> list[str]:

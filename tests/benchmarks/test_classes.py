@@ -8,7 +8,7 @@ import pytest
 import torch
 from timm.data import ImageNetInfo
 
-from benchmarks.data.classes import NotApplicableError, align, combined, load_class_map
+from benchmarks.data.classes import ClassNames, NotApplicableError, align, combined, load_class_map
 
 
 def head(names: list[str] | None, count: int | None = None, descriptions: dict | None = None) -> object:
@@ -49,6 +49,39 @@ def test_the_width_of_the_logits_counts_where_num_classes_is_stale() -> None:
         align(["tench"], [[0]], IMAGENET, count=20)  # type: ignore[arg-type]
 
 
+def test_given_names_come_before_those_of_the_checkpoint() -> None:
+    given = ClassNames("names.txt", ("n02123045 tabby", "dog", "cat"))
+    alignment = align(["cat", "dog"], [[0], [1]], head(["cat", "dog", "bird"]), given=given)  # type: ignore[arg-type]
+    assert (alignment.columns, alignment.positions, alignment.classes_from) == ((1, 2), {0: 1, 1: 0}, "names.txt")
+    assert align(["n02123045"], [[0]], head(None, 3), given=given).columns == (0,)  # type: ignore[arg-type]
+    with pytest.raises(NotApplicableError, match="names.txt has 3 names, and the head 4 classes"):
+        align(["cat"], [[0]], head(None, 4), given=given)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("classes", "order", "positions"),
+    [
+        (["a", "b", "c"], "folders", {0: 0, 1: 1, 2: 2}),
+        (["2", "0", "1"], None, {0: 2, 1: 0, 2: 1}),
+        (["2", "0", "1"], "classes.txt", {0: 2, 1: 0, 2: 1}),  # numbers say more than their order
+        (["1", "2", "3"], "folders", {0: 0, 1: 1, 2: 2}),  # counted from one
+        (["00", "01", "02"], "folders", {0: 0, 1: 1, 2: 2}),
+    ],
+)
+def test_classes_by_position(classes: list[str], order: str | None, positions: dict) -> None:
+    alignment = align(classes, [range(3)], head(None, 3), order=order)  # type: ignore[arg-type]
+    assert {index: alignment.columns[place] for index, place in alignment.positions.items()} == positions
+
+
+@pytest.mark.parametrize(
+    ("classes", "order"),
+    [(["a", "b", "c"], None), (["a", "b"], "folders"), (["0", "1"], "folders"), (["1", "2"], "folders"), ([], "x")],
+)
+def test_positions_are_not_guessed(classes: list[str], order: str | None) -> None:
+    with pytest.raises(NotApplicableError, match=r"the head's 3 classes are unknown, and the data has \d classes"):
+        align(classes, [range(len(classes))], head(None, 3), order=order)  # type: ignore[arg-type]
+
+
 def test_every_label_meets_the_column_of_its_class() -> None:
     alignment = align(["cat", "dog"], [[0], [1]], head(["dog", "bird", "cat"]))  # type: ignore[arg-type]
     assert {index: alignment.columns[place] for index, place in alignment.positions.items()} == {0: 2, 1: 0}
@@ -60,7 +93,11 @@ def test_every_label_meets_the_column_of_its_class() -> None:
         (["n01440764 tench", "zebra fish"], IMAGENET, "1 classes of the data are not among the head's: zebra fish"),
         (["crane"], IMAGENET, "1 classes of the data are not among the head's: crane"),  # two classes have that name
         (["n02012849 crane"], head(["n03126707"], descriptions={"n03126707": "crane"}), "head's: n02012849 crane"),
-        (["a"], head(None, 37), "the names of the head's 37 classes are unknown: expected label_names in config.json"),
+        (
+            ["a"],
+            head(None, 37),
+            "the names of the head's 37 classes are unknown, and the data has 1 classes .a.: expected --class-names FILE",
+        ),
         (["a"], head(["a", "b"], 3), "the names of the head's 3 classes are unknown"),
     ],
 )
@@ -128,5 +165,7 @@ def test_class_maps_that_cannot_be_used(tmp_path: Path) -> None:
     class_map = load_class_map(str(tmp_path / "map.json"))
     with pytest.raises(NotApplicableError, match="the class map map does not have the data's dog"):
         align(["cat", "dog"], [], IMAGENET, class_map)  # type: ignore[arg-type]
+    with pytest.raises(NotApplicableError, match="3 classes are unknown, and the class map map needs them: expected"):
+        align(["cat", "wolf"], [], head(None, 3), class_map, order="folders")  # type: ignore[arg-type]
     with pytest.raises(NotApplicableError, match="no class of the class map map is among the head's"):
         align(["cat", "wolf"], [], head(["a", "b"]), class_map)  # type: ignore[arg-type]

@@ -20,9 +20,10 @@ def test_the_picture_of_the_readme(tmp_path: Path, capsys: pytest.CaptureFixture
     with Image.open(tmp_path / "new" / "effect.png") as picture:
         assert picture.width > 800
         assert len(picture.convert("RGB").getcolors(maxcolors=10**7)) > 10_000
-    plain, logits, log_softmax, _ = capsys.readouterr().out.splitlines()
+    plain, logits, log_softmax, classes, _ = capsys.readouterr().out.splitlines()
     assert plain.startswith("plain       tiger cat, tabby")
     assert logits.startswith("logits      tabby")
+    assert classes == "Classes of the head by imagenet-1k, by the number of classes."
     model = find.find_checkpoints("pypi:tf_efficientnet_lite0")[0].create((224, 224))
     tiles = [open_image(sample.path_of(photo)) for photo in sample.PHOTOGRAPHS[:4]]
     config = timm.data.resolve_model_data_config(model, args={"crop_mode": "squash", "crop_pct": 1.0})

@@ -87,7 +87,7 @@ def test_baselines_against_published_ones(tmp_path: Path) -> None:
     assert found == {
         ("one", 0): "agrees",
         ("one", 1): "flagged",
-        ("two", 0): "not compared: img_size 224, published for 288",
+        ("two", 0): "not compared: img_size 224, published for 288 (see --img-size test)",
         ("three", 0): "not compared: no published figure",
         ("one", 2): "not compared: 500 images of task single, not all 50000 of the validation set",
     }

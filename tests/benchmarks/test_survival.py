@@ -284,7 +284,7 @@ def test_all_models_on_a_cpu_are_asked_for(
 ) -> None:
     monkeypatch.setattr("timm.list_models", lambda *_, **__: ["test_resnet.r160_in1k"])
     monkeypatch.setattr("benchmarks.sweep._not_to_be_had", lambda _: {})
-    monkeypatch.setattr("benchmarks.checkpoints.find.unreachable_hub", lambda: "no network here")
+    monkeypatch.setattr("benchmarks.checkpoints.hub.unreachable_hub", lambda: "no network here")
     arguments = ["--models", "all", "--data", str(photos), "--out", str(tmp_path / "out"), "--device", "cpu"]
     assert main(arguments) == 2
     told = " ".join(capsys.readouterr().err.split())

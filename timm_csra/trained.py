@@ -1,0 +1,199 @@
+"""What a training run leaves behind: a checkpoint of timm's train script, or weights alone, as a plain timm model.
+
+No code in such a file is run. The number of classes is that of the classifier's weights; size and preprocessing are
+those of the training where the file has its arguments, else the architecture's.
+"""
+
+import argparse
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from safetensors.torch import load_file
+from timm.data import resolve_data_config
+from timm.models import PretrainedCfg, clean_state_dict, is_model, split_model_name_tag
+from torch import Tensor, nn
+
+FORM = "ARCH@PATH, such as resnet50@output/train/model_best.pth.tar"
+WEIGHTS = ("state_dict_ema", "model_ema", "state_dict", "model")  # the first that is there, as timm takes them
+PREPROCESSING = ("input_size", "interpolation", "mean", "std", "crop_pct", "crop_mode")
+# What a `pretrained_cfg` says of the published weights, and that is not so of others.
+OF_THE_PUBLISHED = (
+    *("url", "hf_hub_id", "hf_hub_filename", "source", "license", "label_offset", "label_names", "label_descriptions"),
+    *("test_input_size", "test_crop_pct"),
+)
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A file of weights, and how the model that it belongs to is made.
+
+    Attributes:
+        file: holds the weights.
+        name: of the architecture, with the tag of the checkpoint that preprocessing comes from, if any.
+        weights: which entry of the file they are; "" where the file is weights alone.
+        num_classes: of the classifier.
+        arguments: of `timm.create_model`: the architecture, what the training changed about it, and the overlay of
+            its `pretrained_cfg` with the file and the preprocessing of the training.
+        class_map: the training's own order of classes (`--class-map`), "" for the natural order of the folders.
+    """
+
+    file: Path
+    name: str
+    weights: str
+    num_classes: int
+    arguments: dict[str, Any]
+    class_map: str
+
+    @property
+    def weights_from(self) -> str:
+        """Which weights are taken, in words."""
+        average = ", an exponential moving average" if self.weights.endswith("ema") else ""
+        return f"{self.weights} of {self.file.name}{average}" if self.weights else f"{self.file.name}"
+
+    def create(self, **arguments: Any) -> nn.Module:
+        """The model with these weights, in eval mode. `arguments` of `timm.create_model` replace those that it has.
+
+        Raises:
+            ValueError: the weights do not fit the architecture.
+        """
+        try:
+            with torch.serialization.safe_globals([argparse.Namespace]):  # timm 1.0.22 does not allow it by itself
+                return timm.create_model(**{**self.arguments, **arguments}, pretrained=True).eval()
+        except (RuntimeError, KeyError) as error:  # keys and shapes, and what is made of them for another size
+            reason = " ".join(line.strip() for line in str(error).splitlines()[:4])
+            raise ValueError(
+                f"{self.file}: the weights do not fit {self.name} with {self.num_classes} classes: {reason}"
+            ) from error
+
+
+def read_trained(spec: str) -> Trained:
+    """What is in a file, named with its architecture as `ARCH@PATH`. Weights are looked at, not kept.
+
+    Raises:
+        ValueError: no such file or architecture, a file that needs full unpickling, or weights of something else.
+    """
+    architecture, at, path = spec.partition("@")
+    file = Path(path)
+    if not at or not _is_known(architecture):
+        raise ValueError(
+            f"file:{spec}: found {architecture!r}, expected {FORM}, with ARCH as timm.create_model has it."
+        )
+    if not file.is_file():
+        raise ValueError(f"file:{spec}: {file} not found; expected a checkpoint of timm's train script, or weights.")
+    content = read_weights_only(file)
+    weights = next((key for key in WEIGHTS if content.get(key) is not None), "")
+    state = clean_state_dict(content[weights] if weights else content)
+    if not state or not all(isinstance(tensor, Tensor) for tensor in state.values()):
+        raise ValueError(
+            f"{file}: found no weights; expected one of {', '.join(WEIGHTS)}, or a state dict and nothing else."
+        )
+    training = content.get("args")
+    given = dict(vars(training)) if isinstance(training, argparse.Namespace) else dict(training or {})
+    name = _name(architecture, str(given.get("model") or ""), file)
+    config = (timm.get_pretrained_cfg(name) or PretrainedCfg()).to_dict()
+    arguments = _arguments(given)
+    size = arguments.pop("img_size", None)  # goes into the overlay, since another may be asked for
+    classes = _classes(file, state, config.get("classifier"))
+    overlay: dict[str, Any] = dict.fromkeys(OF_THE_PUBLISHED)
+    overlay |= {"file": str(file), "custom_load": False, "num_classes": classes}
+    if given:
+        if given.get("input_size") is None and given.get("img_size") is None:
+            given["img_size"] = size
+        resolved = resolve_data_config(given, pretrained_cfg=config)
+        overlay |= {key: resolved[key] for key in PREPROCESSING}
+    arguments |= {"model_name": name, "num_classes": classes, "pretrained_cfg_overlay": overlay}
+    return Trained(file, name, weights, classes, arguments, str(given.get("class_map") or ""))
+
+
+def _is_known(name: str) -> bool:
+    """Whether timm has the architecture, and the tag if there is one."""
+    try:
+        return is_model(name) and bool(timm.get_pretrained_cfg(name) or not split_model_name_tag(name)[1])
+    except RuntimeError:  # timm's, of a tag that it does not have
+        return False
+
+
+def _name(architecture: str, recorded: str, file: Path) -> str:
+    """With the tag of the training, where none is asked for: preprocessing came from there."""
+    if not is_model(recorded):  # of the Hub or a folder, or not recorded
+        return architecture
+    if split_model_name_tag(recorded)[0] != split_model_name_tag(architecture)[0]:
+        raise ValueError(f"{file}: holds a {recorded}, found {architecture}@; expected {recorded}@{file}.")
+    return recorded if not split_model_name_tag(architecture)[1] else architecture
+
+
+def _arguments(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Of `timm.create_model`, as timm's train script passes them on; what only matters in training is left out."""
+    input_size = given.get("input_size")
+    arguments = {
+        "in_chans": given.get("in_chans") or (input_size[0] if input_size else None),
+        "global_pool": given.get("gp"),
+        "bn_eps": given.get("bn_eps"),
+        **(given.get("model_kwargs") or {}),
+    }
+    of_the_file = ("pretrained", "checkpoint", "num_classes", "cache_dir")
+    return {key: v for key, v in arguments.items() if v is not None and not key.startswith(of_the_file)}
+
+
+def _classes(file: Path, state: Mapping[str, Tensor], classifier: Any) -> int:
+    """How many there are, from the weights of the classifier, of which there may be several."""
+    names = [classifier] if isinstance(classifier, str) else list(classifier or ())
+    weight = next((state[key] for name in names if (key := f"{name}.weight") in state), None)
+    if weight is None:
+        wanted = " or ".join(f"{name}.weight" for name in names) or "a classifier, of which the architecture has none"
+        raise ValueError(
+            f"{file}: found {len(state)} weights, the first {', '.join(list(state)[:3])}; expected {wanted} among them."
+        )
+    return int(weight.shape[0])
+
+
+def read_weights_only(file: Path, map_location: str = "cpu") -> dict[str, Any]:
+    """The content of a file of weights, with nothing in it run. Tensors are read when they are used.
+
+    Raises:
+        ValueError: it is damaged, or needs full unpickling.
+    """
+    try:
+        if file.suffix == ".safetensors":
+            return dict(load_file(file, device=map_location))
+        with torch.serialization.safe_globals([argparse.Namespace]):  # timm's training checkpoints hold one
+            content = torch.load(
+                file, map_location=map_location, weights_only=True, mmap=zipfile.is_zipfile(file) or None
+            )
+    except Exception as error:  # whatever an arbitrary file makes of the unpickler
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise ValueError(
+            f"{file}: cannot be read with weights_only=True: {reason} More than that could run code, and is refused. "
+            "Where you trust it, load it yourself and save its state dict alone, with safetensors; else ask its author."
+        ) from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{file}: found a {type(content).__name__}, expected a state dict or a training checkpoint.")
+    return content
+
+
+def read_class_names(file: Path) -> tuple[str, ...]:
+    """Names of classes, one a line; or `index name` with the indices in order.
+
+    Raises:
+        ValueError: no such file, no text, or indices in another order.
+    """
+    if not file.is_file():
+        raise ValueError(f"{file}: no such file; expected one line for each class, its name or `index name`.")
+    try:
+        lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{file}: found no text in UTF-8 ({error.reason}); expected one line for each class."
+        ) from error
+    numbered = [line.partition(" ") for line in lines]
+    if not all(number.isdigit() and name for number, _, name in numbered):
+        return tuple(lines)
+    for expected, (number, _, _) in enumerate(numbered):
+        if int(number) != expected:
+            raise ValueError(f"{file}, line {expected + 1}: found index {number}; expected {expected}.")
+    return tuple(name for _, _, name in numbered)
