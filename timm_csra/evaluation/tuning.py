@@ -231,7 +231,7 @@ def choose(
 
     parts = folds_of(targets.numpy() if targets.ndim == 1 else len(targets), seed, folds)
     table = Table.of(name, {setting: evaluation(setting) for setting in settings}, parts)
-    nested = chosen(table, "nested", partial(_on_other_folds, table.settings), seed)
+    nested = nested_gain(table, seed)
     values = np.stack([table.values[setting] for setting in table.settings])
     (number,) = _one_standard_error(table.settings, values[..., None])
     gain, error = (found[:, 0] for found in _gains(table.settings, values[..., None]))
@@ -239,6 +239,12 @@ def choose(
         setting: (float(gain[i]), float(error[i])) for i, setting in enumerate(table.settings) if setting != PLAIN
     }
     return TuneResult(name, len(targets), nested, table.settings[number], summary)
+
+
+def nested_gain(table: Table, seed: int) -> Comparison:
+    """What choosing by cross-validation gains on images that had no part in it: on each fold, the setting that the others
+    choose. `table` is of `folds_of`."""
+    return chosen(table, "nested", partial(_on_other_folds, table.settings), seed)
 
 
 def _metric(metric: str | OwnMetric | None, targets: Tensor) -> tuple[str, Metric]:
