@@ -242,7 +242,7 @@ def choose(
 
 
 def nested_gain(table: Table, seed: int) -> Comparison:
-    """What choosing by cross-validation gains on images that had no part in it: on each fold, the setting that the others
+    """What choosing by cross-validation gains: on each fold, which had no part in it, the setting that the others
     choose. `table` is of `folds_of`."""
     return chosen(table, "nested", partial(_on_other_folds, table.settings), seed)
 
