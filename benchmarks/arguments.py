@@ -20,6 +20,7 @@ from .data.classes import COMBINE, ClassNames, load_class_map
 from .data.datasets import ImageSet
 from .data.sources import load_image_set, load_pictures
 from .scoring.cells import AMP, SCORE_CLASSES, TASKS, Cell, Options
+from .sizes import check_sizes, own_size, sizes_of
 from .workers import usable_device
 
 EXAMPLES = """
@@ -32,8 +33,6 @@ examples:
       --class-map coco80-to-imagenet1k
 """
 
-TEST = "test"
-SIZE = re.compile(rf"{TEST}|(?=.*[1-9])(\d+|\d*\.?\d+x)")
 Task = tuple[str, int | None]  # a task, and the grid of a mosaic
 
 
@@ -52,7 +51,12 @@ def add_labels(group: Any) -> None:
     """Options about what is in the data."""
     group.add_argument("--split", help="of torch/, hfds/ (default: validation) and VOC (default: test)")
     group.add_argument("--data-dir", metavar="DIR", help="where torch/ and hfds/ keep their files")
-    group.add_argument("--limit", type=positive, metavar="N", help="only the first N rows of the data")
+    group.add_argument(
+        "--limit",
+        type=positive,
+        metavar="N",
+        help="a sample of N images by --seed, the same for all checkpoints",
+    )
     add_names(group)
     group.add_argument(
         "--class-map",
@@ -206,7 +210,9 @@ def parser(description: str) -> argparse.ArgumentParser:
     how.add_argument("--workers", type=natural, default=2, help="processes that read images (default: %(default)s)")
     how.add_argument("--device", default="auto", metavar="auto|cpu|cuda[:i]|mps|xpu", help="default: %(default)s")
     how.add_argument("--amp", choices=tuple(AMP), default="none", help="default: %(default)s")
-    how.add_argument("--seed", type=int, default=0, help="of mosaics, halves and bootstrap (default: %(default)s)")
+    how.add_argument(
+        "--seed", type=int, default=0, help="of samples, mosaics, halves, bootstrap (default: %(default)s)"
+    )
     return parser
 
 
@@ -267,7 +273,7 @@ def asked_what(args: argparse.Namespace) -> tuple[list[Checkpoint], list[ImageSe
     tasks = (args.task or "single").split(",")
     if unknown := [task for task in tasks if task not in TASKS]:
         raise ValueError(f"--task: found {', '.join(unknown)}; expected some of {','.join(TASKS)}.")
-    data = [load_image_set(spec, args.limit, args.split, args.data_dir) for spec in args.data]
+    data = [load_image_set(spec, args.limit, args.split, args.data_dir, args.seed) for spec in args.data]
     grids = [int(part) for part in args.grid.split(",")]
     return find_checkpoints(args.models), data, [(t, g) for t in tasks for g in (grids if t == "mosaic" else [None])]
 
@@ -289,45 +295,16 @@ def asked_cells(
 ) -> Iterator[Cell]:
     """What is measured on one checkpoint, sizes outermost: neighbours share the loaded model. The same pixels are
     measured once; with `crop_pct` those of one size are the same."""
-    sizes = _sizes(model, requests, missing, crop_pct)
+    sizes, own = sizes_of(model, requests, missing, crop_pct), own_size(model, missing)
+    tasks = sorted(tasks, key=lambda task: task[0] != "real")  # its pass, of all classes, serves the task single too
+    mosaics: dict[Any, tuple[str, ...]] = {}  # which are not cropped
+    for (size, _), requested in sizes.items():
+        mosaics[size] = (*mosaics.get(size, ()), *requested)
     for (size, test_crop), requested in sizes.items():
+        once = mosaics.pop(size, None)
         for images in data:
             for task, grid in tasks:
-                if task != "mosaic" or test_crop is None:
-                    yield Cell(model, images, task, size, requested, grid, test_crop)
-                elif (size, None) not in sizes:  # a mosaic is not cropped
-                    yield Cell(model, images, task, size, requested, grid)
-
-
-def _sizes(
-    model: Checkpoint, requests: str, missing: dict[Checkpoint, str], crop_pct: float | None
-) -> dict[tuple[tuple[int, int] | str, float | None], str]:
-    """`1x,320,test` -> sizes in pixels and crops, see `size_of`, with their requests; the request itself where the
-    checkpoint cannot be asked."""
-    parts = [part.strip() for part in requests.split(",")]
-    if model in missing and model.source == "hf-hub":
-        return {(part, None): part for part in parts}
-    sizes: dict[tuple[tuple[int, int] | str, float | None], str] = {}
-    for part in parts:
-        try:
-            size, test_crop = size_of(model, part)
-        except Exception:  # run_cell asks again and records the reason
-            return {(part, None): part for part in parts}
-        sizes.setdefault((size, None if crop_pct else test_crop), part)
-    return sizes
-
-
-def size_of(model: Checkpoint, request: str) -> tuple[tuple[int, int], float | None]:
-    """`320`, `2x` or `test` in pixels, `(H, W)`, and for the last the crop_pct that goes with it, see `test_input`."""
-    if request == TEST:
-        return model.test_input()
-    if not request.endswith("x"):
-        return (int(request), int(request)), None
-    height, width = (round(float(request[:-1]) * side) for side in model.input_size())
-    return (height, width), None
-
-
-def check_sizes(requests: str) -> None:
-    """ValueError where `requests` is no list of sizes."""
-    if any(not SIZE.fullmatch(part.strip()) for part in requests.split(",")):
-        raise ValueError(f"--img-size: found {requests!r}; expected pixels, multiples or test, such as 224 or 1x,2x.")
+                if task != "mosaic":
+                    yield Cell(model, images, task, size, requested, grid, test_crop, own)
+                elif once:
+                    yield Cell(model, images, task, size, once, grid, own=own)

@@ -76,7 +76,7 @@ def main(arguments: list[str] | None = None) -> int:
             progress = partial(track, description=cell.checkpoint.name, console=log, transient=True)
             n, found = compare(cell, memory.get(cell), options, progress)
             for gains, difference in found:
-                where = (cell.data.name, cell.task_name, cell.requested, gains[0].metric, str(n))
+                where = (cell.data.name, cell.task_name, "/".join(cell.requested), gains[0].metric, str(n))
                 values = (f"{gains[0].baseline:.2f}", *map(_show_gain, gains), _show(difference))
                 print(COLUMNS(cell.checkpoint.id.rsplit("/", 1)[-1], *where, *values), flush=True)
                 pooled.setdefault(where, []).append(difference)
@@ -188,7 +188,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--batch-size", type=positive, help="default: 64, on a CPU 16")
     parser.add_argument("--workers", type=natural, default=2, help="processes that read images (default: %(default)s)")
     parser.add_argument("--device", default="auto", help="default: %(default)s")
-    parser.add_argument("--seed", type=int, default=0, help="of mosaics, halves, bootstrap (default: %(default)s)")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="of samples, mosaics, halves, bootstrap (default: %(default)s)"
+    )
     unused = ("sample", "devices", "keep_scores", "rescore", "rivals", "time_plain")
     parser.set_defaults(also=(), activation="softmax", average_precision="continuous", **dict.fromkeys(unused, False))
     parser.set_defaults(task="mosaic", scores=LOG_SOFTMAX, amp="none")

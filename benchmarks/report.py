@@ -30,7 +30,7 @@ def main(arguments: list[str] | None = None) -> int:
     except ValueError as error:
         warn(f"benchmarks.report: {error}")
         return 2
-    records = folder.records
+    records = folder.counted
     if not records:
         warn(
             f"benchmarks.report: no records in {args.run_dir / 'records'}; expected the --out folder of a sweep. Run "
@@ -38,7 +38,7 @@ def main(arguments: list[str] | None = None) -> int:
         )
         return 2
     out = args.out or args.run_dir / "report"
-    rows = [row for row in folder.rows if row.get("gain") is not None]
+    rows = [row for row in folder.rows if row.get("gain") is not None and not row["not_counted"]]
     data = page_data(records, rows)
     write_text(out / "index.html", page(data))
     write_text(out / "results.md", markdown(records, rows))
@@ -46,6 +46,8 @@ def main(arguments: list[str] | None = None) -> int:
     write_table(out / "results.csv", (*TIMM_COLUMNS, *columns), timm_rows(records))
     plots = [] if args.no_plots else write_plots(data, out)
     screen.print(f"{out / 'index.html'}: {len(records)} records", highlight=False, soft_wrap=True)
+    if replaced := len(folder.records) - len(records):
+        screen.print(f"{replaced} records left out, which later ones replace: summary.csv names them", soft_wrap=True)
     screen.print(f"{len(plots)} plots, results.md and results.csv beside it", highlight=False, soft_wrap=True)
     return 0
 

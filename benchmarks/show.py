@@ -21,13 +21,15 @@ import timm_csra
 from timm_csra.config import LOG_SOFTMAX, LOGITS, SCORES
 from timm_csra.evaluation.scoring import DEFAULT, DEFAULT_LOG_SOFTMAX, PLAIN, Setting, score
 
-from .arguments import add_names, asked_names, check_sizes, size_of
+from .arguments import add_names, asked_names
 from .checkpoints import find
 from .checkpoints.find import CheckpointError, find_checkpoints
 from .data import sample
 from .data.classes import NotApplicableError, head_classes
-from .data.datasets import DataError, mosaic, open_image
+from .data.datasets import DataError, open_image
+from .data.presented import mosaic
 from .reporting.tables import origins
+from .sizes import check_sizes, size_of
 
 TOP = 6
 

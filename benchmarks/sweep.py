@@ -7,6 +7,7 @@ arguments, a sweep does only what is missing or failed.
 
 import argparse
 import sys
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -28,6 +29,7 @@ from .engines.estimate import estimate
 from .engines.local import Engine, EngineError, LocalEngine, Progress
 from .engines.schedule import Run
 from .records.files import Record
+from .records.identity import Place, names_apart
 from .records.phases import where_the_time_went
 from .reporting.expected import keep_expected
 from .reporting.overview import print_overview, too_many
@@ -53,13 +55,19 @@ def main(arguments: list[str] | None = None) -> int:
         data = asked_calibration(args, data)
         missing = {} if args.rescore else _not_to_be_had(models)
         with ThreadPoolExecutor(16) as pool:  # the Hub is asked for the hashes of many checkpoints at once
-            list(pool.map(lambda model: model.fingerprint, models))
+            hashes = list(pool.map(lambda model: model.fingerprint, models))
     except (CheckpointError, DataError, ValueError, TypeError) as error:
         return _refused(log, error)
     if missing and len(missing) == len(models):
         return _refused(log, _offline(missing))
     if missing:
         log.print(f"{_offline(missing)} Their cells are recorded as failed.", markup=False, highlight=False)
+    for model, weights in zip(models, hashes, strict=True):
+        if weights is None and model not in missing:
+            missing[model] = (
+                f"no hash of its weights could be had ({model.why_unknown}), and without one its records cannot be "
+                "told from those of other weights. Run again when the Hub gives it."
+            )
 
     # A larger image is a rival at its own cost; its records hold the plain model's figures beside the wrapped one's.
     sizes = f"{args.img_size},2x" if args.rivals else args.img_size
@@ -74,7 +82,8 @@ def main(arguments: list[str] | None = None) -> int:
         states = [run.state(cell) for cell in cells]
         to_do = [cell for cell, state in zip(cells, states, strict=True) if state == "to do"]
         if args.dry_run:
-            print_plan([(*_describe(cell), state) for cell, state in zip(cells, states, strict=True)], screen)
+            names = names_apart((cell.data.name, cell.data.where) for cell in cells)
+            print_plan([(*_describe(cell, names), state) for cell, state in zip(cells, states, strict=True)], screen)
         (screen if args.dry_run else log).print(str(estimate(to_do, options)), highlight=False, soft_wrap=True)
         if args.dry_run or (to_do and not _confirmed(log, "No accelerator was found", "Run all of this on the CPU?")):
             return 0 if args.dry_run else 2
@@ -101,10 +110,16 @@ def main(arguments: list[str] | None = None) -> int:
     in_order = [records[id(cell)] for cell in cells if id(cell) in records]
     warn = partial(log.print, style="yellow", markup=False, highlight=False, soft_wrap=True)
     try:
-        summary, rows = write_summary(out, warn)
+        summary, folder = write_summary(out, warn)
     except ValueError as error:  # published figures that somebody has changed meanwhile
         return _refused(log, error)
-    mine = kept(rows, in_order)
+    if present := [
+        (cell, records[id(cell)]) for cell in cells if id(cell) in records and folder.replaced(records[id(cell)])
+    ]:
+        for cell, record in present:
+            run.confirm(cell, record)
+        summary, folder = write_summary(out, warn)
+    mine, in_order = kept(folder.rows, in_order), folder.named(in_order)
     if too_many(in_order):
         print_headline(headline(mine), screen)
         print_overview(in_order, mine, out, screen)
@@ -118,7 +133,7 @@ def main(arguments: list[str] | None = None) -> int:
     screen.print(f"{len(records)} records in {out / 'records'}, summary in {summary}", highlight=False, soft_wrap=True)
     if interrupted:
         return 130
-    if args.push_best and not _pushed(cells, records, rows, args, log, screen):
+    if args.push_best and not _pushed(cells, in_order, folder.rows, args, log, screen):
         return 1
     outcomes = {record["status"] for record in in_order}
     return 1 if "failed" in outcomes or "ok" not in outcomes else 0
@@ -144,9 +159,10 @@ def _engine(
     return RayEngine(options, args.address, args.cpus_per_cell, data)
 
 
-def _describe(cell: Cell) -> tuple[str, str, str, str, str]:
+def _describe(cell: Cell, names: Mapping[Place, str]) -> tuple[str, str, str, str, str]:
     size = cell.size if isinstance(cell.size, str) else show_size(cell.size)
-    return cell.checkpoint.name, cell.data.name, cell.task_name, str(size), str(cell.images)
+    data = names[cell.data.name, cell.data.where]
+    return cell.checkpoint.name, data, cell.task_name, str(size), str(cell.images)
 
 
 def _confirmed(log: Console, what: str, question: str) -> bool:
@@ -158,7 +174,7 @@ def _confirmed(log: Console, what: str, question: str) -> bool:
 
 def _pushed(
     cells: list[Cell],
-    records: dict[int, Record],
+    records: list[Record],
     rows: list[Row],
     args: argparse.Namespace,
     log: Console,
@@ -166,8 +182,8 @@ def _pushed(
 ) -> bool:
     """Whether all that is to be pushed has been."""
     measured: dict[Checkpoint, list[Record]] = {}
-    for cell in cells:
-        measured.setdefault(cell.checkpoint, []).append(records[id(cell)])
+    for cell, record in zip(cells, records, strict=True):
+        measured.setdefault(cell.checkpoint, []).append(record)
     choices = choose(rows, measured)
     for choice in choices:
         screen.print(f"{choice} -> {choice.repository(args.push_best)}", highlight=False, markup=False, soft_wrap=True)
@@ -191,15 +207,13 @@ def _not_to_be_had(models: list[Checkpoint]) -> dict[Checkpoint, str]:
     """Checkpoints that are neither local nor cached, with the reason, where the Hub cannot be reached."""
     absent = [model for model in models if not model.is_cached()]
     reason = unreachable_hub() if absent else None
-    return dict.fromkeys(absent, reason) if reason else {}
+    return dict.fromkeys(absent, f"not cached, and the Hub cannot be reached: {reason}") if reason else {}
 
 
 def _offline(missing: dict[Checkpoint, str]) -> str:
     names = list(missing)
-    return (
-        f"{names[0].name}{f' and {len(names) - 1} more' if len(names) > 1 else ''} not cached, and the Hub cannot be "
-        f"reached ({missing[names[0]]}). Try --sample, --models {find.PYPI_EXAMPLE} or local-dir:PATH."
-    )
+    more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+    return f"{names[0].name}{more} {missing[names[0]]}. Try --sample, --models {find.PYPI_EXAMPLE} or local-dir:PATH."
 
 
 def _console() -> Console:

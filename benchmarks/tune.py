@@ -127,7 +127,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--workers", type=natural, default=2, help="processes that read images (default: %(default)s)")
     parser.add_argument("--device", default="auto", help="default: %(default)s")
     parser.add_argument("--amp", choices=("none", "bf16", "fp16"), default="none", help="default: %(default)s")
-    parser.add_argument("--seed", type=int, default=0, help="of folds and bootstrap (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of --limit, folds and bootstrap (default: %(default)s)")
     sweeps = ("sample", "devices", "keep_scores", "rescore", "rivals", "time_plain")
     parser.set_defaults(also=(), activation="softmax", average_precision="continuous", **dict.fromkeys(sweeps, False))
     return parser

@@ -15,7 +15,7 @@ from timm_csra.config import LOG_SOFTMAX, SCORES
 from .argument_types import share
 from .arguments import asked_cells, asked_options
 from .checkpoints.find import find_checkpoints
-from .data.datasets import Unlabelled
+from .data.presented import Unlabelled
 from .data.sources import load_pictures
 from .engines.worker import Models
 from .reporting.tables import origins
@@ -26,7 +26,7 @@ from .scoring.rivals import autocast
 UNLABELLED_LAMS = ",".join(f"{lam:g}" for lam in LAMS)
 
 # Options of the choice with labels, and of that without, by their names in the parsed arguments.
-WITH_LABELS = ("task", "metric", "folds", "class_map", "class_scores", "class_names", "score_classes", "grid", "seed")
+WITH_LABELS = ("task", "metric", "folds", "class_map", "class_scores", "class_names", "score_classes", "grid")
 WITHOUT_LABELS = ("agreement",)
 
 
@@ -103,7 +103,7 @@ def choose_without_labels(args: argparse.Namespace, screen: Console, log: Consol
 
 def _cell(args: argparse.Namespace) -> Cell:
     models = find_checkpoints(args.models)
-    data = load_pictures(args.data[0], args.limit, args.split, args.data_dir)
+    data = load_pictures(args.data[0], args.limit, args.split, args.data_dir, args.seed)
     cells = [
         cell
         for model in models

@@ -320,3 +320,62 @@ def test_scores_of_a_function_that_is_no_method() -> None:
         features = model.forward_features(x)
         scores = location_scores(model, lambda features: -model.forward_head(features), features)[0]
         torch.testing.assert_close(scores, -location_scores(model, model.forward_head, features)[0])
+
+
+class Later(Changed):
+    """Its head goes by an attribute that a user sets after the first forward pass."""
+
+    calibration: float | Tensor | None = None
+    mode = "mean"
+
+    @staticmethod
+    def change(self: Any, logits: Tensor, features: Tensor) -> Tensor:
+        return logits if self.calibration is None else logits / self.calibration
+
+
+@pytest.mark.parametrize("values", [(2.0, 0.5), (torch.tensor(2.0), torch.tensor(0.5)), (2, None)], ids=str)
+@torch.inference_mode()
+def test_attributes_that_change_after_the_first_forward_count(values: tuple[Any, Any]) -> None:
+    model = model_of()
+    model.__class__ = Later
+    timm_csra.wrap(model, lam=0.3)
+    model(x)
+    for value in values:
+        model.calibration = value.clone() if isinstance(value, Tensor) else value  # which is one of inference mode
+        maps = timm_csra.score_maps(model, x)
+        plain = timm_csra.unwrap(copy.deepcopy(model))(x)
+        torch.testing.assert_close(model(x), plain + 0.3 * maps.amax((2, 3)))
+
+
+class Pool(nn.Module):
+    mode = "mean"
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.sum((2, 3)) if self.mode == "sum" else x.mean((2, 3))
+
+
+@torch.inference_mode()
+def test_a_pooling_that_changes_after_the_first_forward_is_refused() -> None:
+    model = model_of()
+    model.global_pool = Pool()
+    timm_csra.wrap(model, lam=0.3)(x)
+    model.global_pool.mode = "sum"
+    with pytest.raises(UnsupportedModelError, match="gives a constant map of 2x2 locations other logits"):
+        model(x)
+
+
+class Scaled(ResNet):
+    def forward_head(self, x: Tensor, pre_logits: bool = False, scale: float = 1.0) -> Tensor:
+        return scale * super().forward_head(x, pre_logits)
+
+
+@torch.inference_mode()
+def test_arguments_of_a_head_that_the_locations_would_be_scored_without_are_refused() -> None:
+    model = model_of()
+    model.__class__ = Scaled
+    features = model.forward_features(x)
+    timm_csra.wrap(model, lam=0.0)
+    torch.testing.assert_close(model.forward_head(features, scale=2.0), 2 * model.forward_head(features))
+    model.csra.lam = 0.3
+    with pytest.raises(UnsupportedModelError, match="forward_head was called with scale; expected no arguments but"):
+        model.forward_head(features, scale=2.0)

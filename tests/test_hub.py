@@ -7,6 +7,7 @@ import pickle
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import huggingface_hub
 import pytest
@@ -413,6 +414,22 @@ def test_broken_files_are_named(tmp_path: Path) -> None:
     (tmp_path / "config.json").unlink()
     with pytest.raises(ValueError, match=r"found no config.json; expected a folder in timm's format"):
         timm_csra.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("found", [None, [1], "x"])
+def test_a_pretrained_cfg_that_is_no_object_is_named(found: object, tmp_path: Path) -> None:
+    timm_csra.save_pretrained(make(), tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"pretrained_cfg": found}))
+    with pytest.raises(ValueError, match=r"config.json has pretrained_cfg .*; expected an object"):
+        timm_csra.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("argument", [{"pretrained": False}, {"checkpoint_path": "/nope"}])
+def test_other_weights_than_those_of_the_folder_are_refused(argument: dict[str, Any], tmp_path: Path) -> None:
+    timm_csra.save_pretrained(make(), tmp_path)
+    with pytest.raises(TypeError, match=rf"found the argument {next(iter(argument))}; the weights are those of the"):
+        timm_csra.from_pretrained(tmp_path, **argument)
 
 
 class Exploit:

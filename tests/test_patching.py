@@ -1,9 +1,12 @@
 """wrap, unwrap and what they refuse; settings at run time; threads."""
 
+import copy
+import re
 import threading
 import types
 import warnings
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import timm
@@ -186,6 +189,32 @@ def test_a_forward_that_does_not_reach_the_head_is_told_once() -> None:
         assert torch.equal(model(x), plain)
         for works in (create("test_resnet"), create("test_vit2")):
             timm_csra.wrap(works)(torch.randn(1, 3, 160, 160))
+
+
+@pytest.mark.parametrize("compiled_first", [False, True])
+@torch.no_grad()
+def test_a_model_compiled_in_place_is_told_nothing(compiled_first: bool) -> None:
+    model = create("test_resnet")
+    expected = timm_csra.wrap(copy.deepcopy(model), lam=0.3)(x)
+    if compiled_first:
+        model.compile(backend="eager")
+    timm_csra.wrap(model, lam=0.3)
+    if not compiled_first:
+        model.compile(backend="eager")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        torch.testing.assert_close(model(x), expected)
+
+
+@pytest.mark.parametrize("size", ["224", 224.0, (224,), -5, (0, 0), True, (1, 2, 3, 4), None, 97])
+def test_explain_refuses_sizes_that_are_none(size: Any) -> None:
+    model = create("test_vit")
+    if size is None:
+        assert timm_csra.explain(model, size).input_size == (3, 160, 160)
+        return
+    text = r"cannot run on 3x97x97: " if size == 97 else rf"input_size: found {re.escape(repr(size))}; expected pixels"
+    with pytest.raises(ValueError, match=text):
+        timm_csra.explain(model, size)
 
 
 @pytest.mark.parametrize(

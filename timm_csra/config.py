@@ -10,7 +10,7 @@ def validate_lam(lam: Any) -> float:
     """Return `lam` as a float. TypeError if it is no real number, ValueError unless finite and >= 0."""
     if isinstance(lam, bool) or not isinstance(lam, Real):
         raise TypeError(f"lam must be a real number, got {lam!r} ({type(lam).__name__}).")
-    value = float(lam)
+    value = _as_float("lam", lam)
     if not math.isfinite(value) or value < 0:
         raise ValueError(f"lam must be finite and at least 0, got {lam!r}. lam=0 is the plain model; try lam=0.1.")
     return value
@@ -29,11 +29,18 @@ def validate_temperature(temperature: Any) -> tuple[float, ...]:
                 "temperature must be a positive number, math.inf, or a tuple of them, "
                 f"got {value!r} ({type(value).__name__})."
             )
-        if not float(value) > 0:  # also catches NaN
+        if not _as_float("temperature", value) > 0:  # also catches NaN
             raise ValueError(
                 f"temperature must be positive, got {value!r}. Use math.inf for the maximum over locations."
             )
     return tuple(float(value) for value in values)
+
+
+def _as_float(name: str, value: Real) -> float:
+    try:
+        return float(value)
+    except OverflowError:
+        raise ValueError(f"{name} must fit into a float, found a number above 1.8e308.") from None
 
 
 LOGITS, LOG_SOFTMAX = SCORES = ("logits", "log_softmax")

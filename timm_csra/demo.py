@@ -24,7 +24,7 @@ import gradio as gr
 import timm
 import torch
 from huggingface_hub.errors import HfHubHTTPError, HTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
-from PIL import Image, ImageOps
+from PIL import Image
 from timm.data import ImageNetInfo, create_transform, resolve_data_config
 from torch import Tensor, nn
 
@@ -32,6 +32,7 @@ from . import score_maps
 from .attention import add_attention, class_attention
 from .config import LOG_SOFTMAX, LOGITS, SCORES, CSRAConfig
 from .errors import UnsupportedModelError
+from .pictures import in_rgb
 from .trained import FORM, read_class_names, read_trained
 from .visualize import overlay
 
@@ -134,7 +135,7 @@ def open_picture(path: str) -> Image.Image:
                     f"The picture has {file.width} x {file.height} pixels; expected at most {PIXELS // 10**6} million. "
                     "Make it smaller first."
                 )
-            return ImageOps.exif_transpose(file).convert("RGB")
+            return in_rgb(file)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise gr.Error(f"This file cannot be read as a picture: {error}. Expected JPEG, PNG or WebP.") from error
 

@@ -81,6 +81,9 @@ _GLOBAL_HOOKS = [
 _examined: WeakKeyDictionary[nn.Module, _Examined] = WeakKeyDictionary()
 
 
+_DECIDING = frozenset((bool, int, float, str, type(None), Tensor))
+
+
 def is_recorded() -> bool:
     """Whether this call becomes a graph (torch.compile, torch.export, torch.jit.trace and both ONNX exporters)."""
     return torch.compiler.is_compiling() or torch.jit.is_tracing()
@@ -121,9 +124,16 @@ def _without_values(tensors: tuple[Tensor, ...]) -> bool:
 
 
 def _state(model: nn.Module, head: Head, modules: tuple[nn.Module, ...]) -> tuple[Any, ...]:
-    """The head's modules and functions, as far as they can be told apart without running them."""
-    own = (getattr(head, "__func__", head), type(model), *model.children())
-    return own + tuple(part for m in modules for part in (type(m), vars(m).get("forward"), *m.children()))
+    """The head's modules, functions and plain attributes, as far as they can be told apart without running them."""
+    own = (getattr(head, "__func__", head), type(model), *_attributes(model), *model.children())
+    parts = ((type(m), vars(m).get("forward"), *_attributes(m), *m.children()) for m in modules)
+    return own + tuple(part for of_module in parts for part in of_module)
+
+
+def _attributes(module: nn.Module) -> list[Any]:
+    """What a `forward` may decide by: a temperature that is None at first, how to pool."""
+    values = [v for name, v in vars(module).items() if type(v) in _DECIDING and name != "training"]
+    return [(id(v), None if v.is_inference() else v._version) if type(v) is Tensor else v for v in values]
 
 
 def _is_watched(module: nn.Module) -> bool:

@@ -93,6 +93,9 @@ def save_pretrained(
             (a new classifier of which `model.num_classes` does not know, an MLP in its place, a parametrization, a
             reparameterised model), or no classifier. Or `results` are no finished records, or of other weights.
 
+    A change that has no weights and that timm does not record, such as another activation put into the model, is not
+    saved: what is loaded is the architecture as `timm.create_model` builds it.
+
     Example:
         >>> import tempfile, timm_csra
         >>> model = timm_csra.create_model('test_resnet', pretrained=False).eval()
@@ -193,6 +196,11 @@ def from_pretrained(
     """
     source, location = _parse(name_or_path, revision)
     name = f"{source}:{location}"
+    if refused := [key for key in ("pretrained", "checkpoint_path") if key in kwargs]:
+        raise TypeError(
+            f"{name}: found the argument {refused[0]}; the weights are those of the folder or repository. For others "
+            "use timm_csra.create_model."
+        )
     if source == "local-dir":
         folder = Path(location)
         if not (folder / CONFIG).is_file():
@@ -311,6 +319,8 @@ def _read_config(file: Path, name: str) -> tuple[dict[str, Any], CSRAConfig | No
         stored = CSRAConfig.from_dict(config["csra"]) if "csra" in config else None
     except (TypeError, ValueError) as error:
         raise type(error)(f"{name}: {CONFIG}, csra: {error}") from error
+    if not isinstance(config.get("pretrained_cfg", {}), dict):
+        raise ValueError(f"{name}: {CONFIG} has pretrained_cfg {config['pretrained_cfg']!r}; expected an object.")
     architecture = config.get("architecture")
     if not isinstance(architecture, str):
         raise ValueError(f"{name}: {CONFIG} has no architecture; expected the name of a timm model.")

@@ -94,6 +94,9 @@ def explain(model: nn.Module, input_size: int | tuple[int, ...] | None = None) -
     Returns:
         An `Explanation`. A model that cannot be wrapped gives one whose `unsupported` says why; it raises nothing.
 
+    Raises:
+        ValueError: an `input_size` that is none, or that the model does not take.
+
     Example:
         >>> import timm
         >>> explain(timm.create_model('test_resnet')).kind
@@ -108,16 +111,21 @@ def explain(model: nn.Module, input_size: int | tuple[int, ...] | None = None) -
         return _explain(model, size)
     except UnsupportedModelError as error:
         return Explanation(describe(model), size, unsupported=str(error))
+    except (AssertionError, RuntimeError) as error:
+        if input_size is None:
+            raise
+        raise ValueError(f"{describe(model)}: cannot run on {'x'.join(map(str, size))}: {error}") from error
 
 
 def _input_size(model: nn.Module, requested: int | tuple[int, ...] | None) -> tuple[int, int, int]:
     channels, height, width = _own_input_size(model)
-    if isinstance(requested, int):
-        height = width = requested
-    elif requested is not None:
-        *channel, height, width = requested
-        channels = channel[0] if channel else channels
-    return channels, height, width
+    if requested is None:
+        return channels, height, width
+    sizes = tuple(requested) if isinstance(requested, (tuple, list)) else (requested, requested)
+    if len(sizes) not in (2, 3) or not all(type(size) is int and size > 0 for size in sizes):
+        raise ValueError(f"input_size: found {requested!r}; expected pixels such as 224, (H, W) or (C, H, W).")
+    *channel, height, width = sizes
+    return channel[0] if channel else channels, height, width
 
 
 def _own_input_size(model: Any) -> tuple[int, int, int]:

@@ -18,6 +18,7 @@ from .layouts import Head, layout_of, overrides, spatial_features
 from .locations import as_kind, location_attention, location_scores
 
 Model = TypeVar("Model", bound=nn.Module)
+_MASKS = ("patches", "patch_valid", "attn_mask")  # NaFlexViT's; which of its patches are no padding is minded
 
 
 class CSRAMixin:
@@ -33,7 +34,8 @@ class CSRAMixin:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         outputs, model = super().__call__(*args, **kwargs), cast(nn.Module, self)  # type: ignore[misc]
-        if not is_recorded() and self.csra.lam and model not in _reached:
+        compiled = model._compiled_call_impl is not None  # by model.compile(): its forward is recorded, not called
+        if not (compiled or is_recorded()) and self.csra.lam and model not in _reached:
             _reached.add(model)
             warnings.warn(
                 f"{describe(model)}: its forward did not call forward_head: wrapping changes "
@@ -51,6 +53,12 @@ class CSRAMixin:
             return head(*features, **(masks | {"pre_logits": True} if pre_logits else masks))
         if not model.num_classes:
             raise UnsupportedModelError(_no_classifier(model))
+        if unknown := masks.keys() - _MASKS:
+            raise UnsupportedModelError(
+                f"{describe(model)}: forward_head was called with {', '.join(sorted(unknown))}; expected no arguments "
+                f"but the features, pre_logits and {', '.join(_MASKS)}, since the locations are scored without others. "
+                "Set what the head goes by on the model instead."
+            )
         features = masks.pop("patches") if x is None else x
         # Locations first: what they refuse, they refuse before the plain head has changed anything.
         terms = location_attention(model, head, features, self.csra.terms, _valid(model, features, masks))

@@ -185,7 +185,7 @@ def read_class_names(file: Path) -> tuple[str, ...]:
     if not file.is_file():
         raise ValueError(f"{file}: no such file; expected one line for each class, its name or `index name`.")
     try:
-        lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+        lines = [line.strip() for line in file.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
     except UnicodeDecodeError as error:
         raise ValueError(
             f"{file}: found no text in UTF-8 ({error.reason}); expected one line for each class."

@@ -92,10 +92,20 @@ class Checkpoint:
         with torch.device("meta"):
             timm_csra.explain(self.architecture(size), size)
 
-    @cached_property
+    @property
     def fingerprint(self) -> str | None:
         """Hash of the weights, known before they are loaded: of the files of a local checkpoint; for one from the Hub
-        the ETag of its weights, asked from the Hub, or read from the cache where it does not answer."""
+        the ETag of its weights, asked from the Hub, or read from the cache where it does not answer; of the address
+        where weights are elsewhere. None where it could not be had: without it a checkpoint is not measured."""
+        return self._hash[0]
+
+    @property
+    def why_unknown(self) -> str | None:
+        """Why the hash of the weights could not be had, or None."""
+        return self._hash[1]
+
+    @cached_property
+    def _hash(self) -> tuple[str | None, str | None]:
         if self._trained:
             files = [self._trained.file]
         elif self.source == "local-dir":
@@ -105,13 +115,15 @@ class Checkpoint:
             ]
         elif self.source == "pypi":
             files = [_wheel_file(self.id)]
+        elif self.source == "timm" and not (cfg := timm.get_pretrained_cfg(self.id)).hf_hub_id and cfg.url:
+            return hashlib.sha256(cfg.url.encode()).hexdigest()[:16], None
         else:
             return etag(self._repository(), self._weight_files())
         digest = hashlib.sha256()
         for file in files:
             with file.open("rb") as stream:
                 digest.update(hashlib.file_digest(stream, "sha256").digest())
-        return digest.hexdigest()[:16]
+        return digest.hexdigest()[:16], None
 
     def is_cached(self) -> bool:
         """Whether it can be loaded without network."""

@@ -22,23 +22,22 @@ def _hub_answers() -> bool:
     return unreachable_hub() is None
 
 
-def etag(repo: str, names: list[str]) -> str | None:
-    """Of the first of these files that a repository has; None where neither the Hub nor the cache knows."""
+def etag(repo: str, names: list[str]) -> tuple[str | None, str | None]:
+    """Of the first of these files that a repository has; where neither the Hub nor the cache knows, why not."""
     repo, _, revision = repo.partition("@")
-    for name in names:
-        url = hf_hub_url(repo, name, revision=revision or None)
+    why = f"{repo} has none of {', '.join(names)}" if _hub_answers() else f"{constants.ENDPOINT} does not answer"
+    for name in names if _hub_answers() else ():
         try:
-            return get_hf_file_metadata(url, timeout=10).etag if _hub_answers() else _cached_etag(repo, name, revision)
+            found = get_hf_file_metadata(hf_hub_url(repo, name, revision=revision or None), timeout=10).etag
+            return found, None if found else f"{constants.ENDPOINT} gives no ETag of {repo}'s {name}"
         except EntryNotFoundError:
             continue
-        except (HTTPError, HfHubHTTPError, OfflineModeIsEnabled):  # gone, private, or cut off: loading it will say so
-            return _cached_etag(repo, name, revision)
-    return None
-
-
-def _cached_etag(repo: str, name: str, revision: str) -> str | None:
-    file = try_to_load_from_cache(repo, name, revision=revision or None)
-    return Path(file).resolve().name if isinstance(file, str) else None  # the cache calls blobs by their ETag
+        except (HTTPError, HfHubHTTPError, OfflineModeIsEnabled) as error:  # gone, private, or cut off
+            why = f"{type(error).__name__}: {next(iter(str(error).splitlines()), 'no answer')}"
+            break
+    files = (try_to_load_from_cache(repo, name, revision=revision or None) for name in names)
+    cached = next((Path(file) for file in files if isinstance(file, str)), None)
+    return (cached.resolve().name, None) if cached else (None, why)  # the cache calls blobs by their ETag
 
 
 def in_cache(repo: str, filename: str) -> bool:

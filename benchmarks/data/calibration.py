@@ -7,6 +7,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from timm_csra.pictures import in_rgb
+
 from .datasets import Calibration, DataError, ImageSet
 
 SIDE = 16  # pixels of a thumbnail
@@ -78,7 +80,7 @@ def _thumbnails(images: ImageSet) -> Iterator[tuple[int, NDArray[np.float32]]]:
         try:
             with images.opened(index) as image:
                 image.draft("RGB", (4 * SIDE, 4 * SIDE))  # JPEG decodes a fraction of the resolution, much faster
-                small = image.convert("RGB").resize((SIDE, SIDE), Image.Resampling.BOX)
+                small = in_rgb(image).resize((SIDE, SIDE), Image.Resampling.BOX)
         except DataError:
             continue
         yield index, np.asarray(small, dtype=np.float32).ravel()

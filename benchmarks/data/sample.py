@@ -4,6 +4,7 @@ Which synsets each photograph shows was decided by looking at it, not by asking 
 demonstration and no evidence.
 """
 
+import hashlib
 import importlib.metadata
 import itertools
 from dataclasses import dataclass
@@ -89,11 +90,14 @@ def path_of(photograph: Photograph) -> Path:
 def load_sample() -> ImageSet:
     """The photographs, and every mosaic of four of them (35), as a multi-label set over ImageNet-1k."""
     synsets = ImageNetInfo().label_names()
+    paths = tuple(path_of(photograph) for photograph in PHOTOGRAPHS)
     return ImageSet(
         name="sample",
-        paths=tuple(path_of(photograph) for photograph in PHOTOGRAPHS),
+        paths=paths,
         labels=tuple(tuple(sorted(map(synsets.index, photograph.synsets))) for photograph in PHOTOGRAPHS),
         classes=tuple(synsets),
         multilabel=True,
+        # Wherever they are installed: without the place, by what is in them.
+        content=tuple(hashlib.sha256(path.read_bytes()).hexdigest() for path in paths),
         tilings=tuple(itertools.combinations(range(len(PHOTOGRAPHS)), 4)),
     )

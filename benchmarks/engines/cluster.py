@@ -25,9 +25,10 @@ import timm_csra
 from ..checkpoints.find import Checkpoint
 from ..data.datasets import ImageSet
 from ..records.files import Record
-from ..scoring.cells import Cell, Options, versions
+from ..scoring.cells import Cell, Options
 from ..scoring.environment import PACKAGES
 from ..scoring.measure import failure
+from ..scoring.software import versions
 from .estimate import memory_of
 from .local import ATTEMPTS, KEEP_MEMORY, EngineError, Outcome
 from .worker import Compute, Models, compute, output_to

@@ -21,7 +21,7 @@ from rich.progress import (
 
 from ..checkpoints.downloads import Downloads
 from ..checkpoints.find import Checkpoint
-from ..records.files import Record, RecordError, read_record, record_path, write_record
+from ..records.files import Record, RecordError, now, read_record, record_path, write_record
 from ..scoring.cells import Cell, Options
 from ..scoring.environment import commit
 from ..scoring.kept import scores_file
@@ -97,6 +97,10 @@ class Run:
                     shown.finished(cell)
                     yield cell, record
 
+    def confirm(self, cell: Cell, record: Record) -> None:
+        """Write a finished record anew, as one of the weights that its checkpoint has now."""
+        write_record(record_path(self.out, cell.key(self.options)), record | {"finished": now()})
+
     def _finished(self, cell: Cell) -> Record | None:
         """The record of a cell for which nothing is left to do. What is no record does not make a cell finished."""
         try:
@@ -110,9 +114,10 @@ class Run:
         return None if absent else record
 
     def _write(self, outcome: Outcome) -> None:
-        cell, record = outcome.cell, outcome.record
+        record, key = outcome.record, outcome.cell.key(self.options)
         record["environment"]["commit"] = commit()
-        path = record_path(self.out, cell.key(self.options))
+        record |= {**key, "key": key}  # to another node the data may look otherwise
+        path = record_path(self.out, key)
         try:
             read_record(path)
         except RecordError as error:
@@ -218,13 +223,15 @@ class _Schedule:
         for cell in group.cells:
             record = self.run._finished(cell)
             if record is None and checkpoint in self.run.missing:
-                reason = f"CheckpointError: not cached, and the Hub cannot be reached: {self.run.missing[checkpoint]}"
-                record = failure(cell, self.run.options, reason)
+                record = failure(cell, self.run.options, f"CheckpointError: {self.run.missing[checkpoint]}")
                 self.run._write(Outcome(cell, record))
             if record is None:
                 group.to_do.append(cell)
-            else:
-                self.ready.append((cell, record))
+                continue
+            if more := [word for word in cell.requested if word not in record["requested"]]:
+                record["requested"] += more
+                write_record(record_path(self.run.out, cell.key(self.run.options)), record)
+            self.ready.append((cell, record))
 
     def _most_left(self) -> _Group | None:
         group = max(self.open.values(), key=lambda group: len(group.to_do), default=None)

@@ -1,19 +1,21 @@
 """One JSON file for each finished cell, written so that a crash cannot leave half of one."""
 
 import csv
-import hashlib
 import io
 import json
 import os
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from types import NoneType
 from typing import Any
 
 from timm_csra.card import RENAMED, results_of
 from timm_csra.config import LOGITS
+
+from .identity import Identity, readable
 
 Record = dict[str, Any]
 
@@ -24,7 +26,8 @@ NEEDED = {"status": str, "model": str, "data": str, "task": str, "img_size": (in
 NEEDED_RESULT = {"metric": str, "protocol": str, "lam": str, "temperature": str, "baseline": NUMBER, "value": NUMBER,
                  "gain": NUMBER, "ci_low": NUMBER, "ci_high": NUMBER}  # fmt: skip
 OPTIONAL = {"reason": (str, NoneType), "all_settings": list, "left_out": list, "phases": dict, "environment": dict,
-            "preprocessing": (dict, NoneType), "agreement": (dict, NoneType)}  # fmt: skip
+            "preprocessing": (dict, NoneType), "agreement": (dict, NoneType), "requested": (list, str),
+            "own_size": (int, str, NoneType), "finished": str, "where": (str, NoneType)}  # fmt: skip
 
 
 class RecordError(ValueError):
@@ -33,10 +36,7 @@ class RecordError(ValueError):
 
 def record_path(folder: Path, key: Record) -> Path:
     """Where the record of a cell goes: readable, and unique by the hash of everything that determines its result."""
-    digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
-    readable = "--".join(str(key[name]) for name in ("model", "data", "task", "img_size"))
-    safe = "".join(c if c.isalnum() or c in "._-" else "_" for c in readable)
-    return folder / "records" / f"{safe[-180:]}--{digest}.json"
+    return folder / "records" / f"{readable(key)}--{Identity.of(key).result}.json"
 
 
 def read_record(path: Path) -> Record | None:
@@ -45,15 +45,22 @@ def read_record(path: Path) -> Record | None:
     Raises:
         RecordError: there is a file, and it is no record, was cut, or is of an old form that lacks what is needed.
     """
+    written = 0.0
     try:
         record, wrong = _parse(path.read_bytes())
+        written = path.stat().st_mtime
     except FileNotFoundError:
         return None
     except OSError as error:
         record, wrong = None, f"what cannot be read ({error.strerror})"
     if wrong:
         raise RecordError(f"{path}: found {wrong}, expected the record of a finished cell.")
-    return _as_today(record)
+    return _as_today(record, written)
+
+
+def now() -> str:
+    """The time that a record is finished at."""
+    return datetime.now(UTC).isoformat(timespec="microseconds")
 
 
 def _parse(content: bytes) -> tuple[Any, str | None]:
@@ -98,8 +105,19 @@ def _lacking(found: Any, needed: Mapping[str, Any], what: str) -> str | None:
     return None
 
 
-def _as_today(record: Record) -> Record:
+def _as_today(record: Record, written: float) -> Record:
     """What earlier versions wrote, as this one writes it; see `results_of`, too."""
+    requested = record.setdefault("requested", str(record["img_size"]))
+    if isinstance(requested, str):
+        record["requested"] = [requested]
+    if record.get("own_size") is None:
+        record["own_size"] = record["img_size"] if "1x" in record["requested"] else None
+    if "finished" not in record:
+        record["finished"] = datetime.fromtimestamp(written, UTC).isoformat(timespec="microseconds")
+    environment = record.get("environment") or {}
+    if record["key"].get("device") == "cuda" and "tf32" not in record["key"] and "cudnn_allow_tf32" in environment:
+        tf32 = [environment.get("float32_matmul_precision"), environment["cudnn_allow_tf32"]]
+        record["key"] = record["key"] | {"tf32": tf32}
     if "scores" in record:
         record["kept_scores"] = record.pop("scores")  # what this was called then
     record["results"] = results_of(record)

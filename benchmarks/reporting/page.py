@@ -32,8 +32,10 @@ COLOURS = {
 
 
 def group_name(row: Record) -> str:
-    """What belongs together: data, task with the grid of a mosaic, and the size in the words of the request."""
-    return f"{row['data']} · {task(row)} · {row.get('requested', '1x')}"
+    """What belongs together: data, task with the grid of a mosaic, and the size in the words of the request; of a
+    record, in all the words that it was asked in."""
+    requested = row["requested"] if isinstance(row["requested"], str) else "/".join(row["requested"])
+    return f"{row['data']} · {task(row)} · {requested}"
 
 
 def page_data(records: Sequence[Record], rows: Sequence[Row]) -> Record:
@@ -55,13 +57,17 @@ def page_data(records: Sequence[Record], rows: Sequence[Row]) -> Record:
         ]
         for row in rows
     ]
+    groups: dict[str, dict[str, None]] = {}  # of each record
+    for row in rows:
+        if row["protocol"] == "fixed":
+            groups.setdefault(repr(row["key"]), {})[group_name(row)] = None
     curves = [
         [
-            *(number(short(record["model"])), number(group_name(record)), number(result["metric"])),
-            number(result["scores"]),
+            *(number(short(record["model"])), number(group), number(result["metric"]), number(result["scores"])),
             *(float(result["lam"]), *(_rounded(result[name]) for name in ("gain", "ci_low", "ci_high"))),
         ]
         for record in records
+        for group in groups.get(repr(record["key"]), ())
         for result in record["results"]
         if result["protocol"] == "curve" and result["gain"] is not None
     ]

@@ -58,7 +58,7 @@ def choose(rows: Iterable[Row], measured: Mapping[Checkpoint, Sequence[Record]])
             if row.get("verdict")
             and row["protocol"] == "crossfit"
             and row["metric"] == FIRST_METRIC[row["task"]]
-            and row.get("requested") == "1x"  # the oldest records do not say it
+            and row["requested"] == "1x"
             and row["key"] in keys
             and row["baseline_check"] != "flagged"
         ]

@@ -13,19 +13,25 @@ from statsmodels.stats.multitest import multipletests
 from timm_csra.evaluation.statistics import AGREEMENT, FIXED, VERSUS
 
 from ..records.files import Record, read_records, to_stderr, write_table
+from ..records.identity import Identity, Part, answers, differences, names_apart
 from .expected import check, read_expected
 
 COLUMNS = (
     *("model", "data", "task", "img_size", "n", "columns", "metric", "protocol", "scores", "lam"),
     *("temperature", "baseline", "value", "gain", "ci_low", "ci_high", "p_value", "p_holm", "verdict", "test"),
-    *("requested", "grid", "score_classes", "kind", "macs", "extra_macs", "baseline_check", "status", "reason"),
+    *("requested", "grid", "score_classes", "kind", "macs", "extra_macs", "baseline_check"),
+    *("not_counted", "status", "reason"),
 )
 ALPHA = 0.05
 VERDICTS = ("better", "worse", "no evidence")
 OVER_PLAIN = (*FIXED, AGREEMENT, "crossfit")  # protocols whose verdicts are of gains over the plain model
 FIRST_METRIC = {"single": "top1", "real": "top1", "multilabel": "mAP", "mosaic": "mAP"}  # what decides, for each task
 
+# Why a row does not count.
+OTHER_WEIGHTS, AGAIN = "other weights since", "measured again since"
+
 Row = dict[str, Any]
+CALLED = {"data_fingerprint": "data", "calibration_data": "calibration"}  # in what tells lines apart
 
 
 @dataclass(frozen=True)
@@ -33,12 +39,27 @@ class Folder:
     """What the records of a folder say together. The summary, the terminal and the report all show this.
 
     Attributes:
-        records: those of finished cells, each with `baseline_check`: see `check`, None without published figures.
+        records: those of finished cells. Where sets of photographs have one name, `data` tells them apart. Each has
+            `baseline_check`, see `check`, None without published figures, and `not_counted`, see `rows_of`.
         rows: see `rows_of`.
     """
 
     records: list[Record]
     rows: list[Row]
+
+    @property
+    def counted(self) -> list[Record]:
+        """Without those that later ones replace."""
+        return [record for record in self.records if not record["not_counted"]]
+
+    def replaced(self, record: Record) -> bool:
+        """Whether a later record says that its checkpoint has other weights."""
+        return self.named([record])[0].get("not_counted") == OTHER_WEIGHTS
+
+    def named(self, records: Iterable[Record]) -> list[Record]:
+        """These records, as they are in the folder."""
+        mine = {repr(record["key"]): record for record in self.records}
+        return [mine.get(repr(record["key"]), record) for record in records]
 
 
 def read_folder(folder: Path, warn: Callable[[str], object] = to_stderr) -> Folder:
@@ -54,40 +75,121 @@ def read_folder(folder: Path, warn: Callable[[str], object] = to_stderr) -> Fold
         record | {"baseline_check": None if expected is None or record["status"] != "ok" else check(record, expected)}
         for record in read_records(folder, warn)
     ]
-    return Folder(records, rows_of(records))
+    rows = rows_of(records)
+    reasons: dict[int, set[str | None]] = {}
+    for row in rows:
+        reasons.setdefault(row["_record"], set()).add(row["not_counted"])
+    told = []
+    for place, (record, name) in enumerate(zip(records, told_apart(records), strict=True)):
+        why = reasons.get(place, {None})
+        told.append(record | {"data": name, "not_counted": None if None in why else min(map(str, why))})
+    return Folder(told, rows)
 
 
-def rows_of(records: Iterable[Record]) -> list[Row]:
-    """One row for each metric and protocol, and one without metric for a cell without result.
+def told_apart(records: Sequence[Record]) -> list[str]:
+    """What the data of each record is called: by its name, and where others of the name are measured on the same task,
+    by what tells it from them: its place, else what differs in the keys."""
+    names = names_apart((record["key"].get("data", record["data"]), record.get("where")) for record in records)
+    called = [names[record["key"].get("data", record["data"]), record.get("where")] for record in records]
+    alike: dict[tuple[Any, ...], dict[Part, None]] = {}
+    compared = [Identity.of(record["key"]).compared for record in records]
+    for record, name, part in zip(records, called, compared, strict=True):
+        alike.setdefault((name, *_said(record)), {})[part] = None
+    told = {}
+    for group, parts in alike.items():
+        for part, words in zip(parts, differences(list(parts), CALLED), strict=True):
+            told[*group, part] = f"{group[0]} ({words})" if words else group[0]
+    return [told[(name, *_said(record), part)] for record, name, part in zip(records, called, compared, strict=True)]
 
-    `p_holm` is the p-value after Holm's correction over all checkpoints within one data set, task, requested size,
-    metric and protocol, and whatever else makes cells incomparable. `verdict` is what it says at 5 %.
+
+def _said(record: Record) -> tuple[Any, ...]:
+    """What tables say of the task beside the name of the data."""
+    return record["task"], record.get("grid"), over(record)
+
+
+def rows_of(records: Sequence[Record]) -> list[Row]:
+    """One row for each metric and protocol of each size that was asked for, and one without metric for a cell without
+    result.
+
+    `p_holm` is the p-value after Holm's correction over the checkpoints of a family, within one requested size.
+    `verdict` is what it says at 5 %. A checkpoint counts once: `not_counted` says of the other rows which later record
+    has taken their place.
     """
-    rows = [
-        {**record, **result, "_family": _family(record, result)}
-        for record in records
-        for result in record["results"] or [{}]
-        if result.get("protocol") != "curve"
-    ]
+    names, replaced = told_apart(records), _replaced(records)
+    requests: dict[Part, dict[str, None]] = {}
+    identities = [Identity.of(record["key"]) for record in records]
+    for record, identity in zip(records, identities, strict=True):
+        requests.setdefault(identity.compared, {}).update(dict.fromkeys(record["requested"]))
+    rows: list[Row] = []
+    for place, (record, identity) in enumerate(zip(records, identities, strict=True)):
+        words = [word for word in requests[identity.compared] if answers(record, word)]
+        for result in record["results"] or [{}]:
+            if result.get("protocol") == "curve":
+                continue
+            part = identity.family(result.get("metric"), result.get("protocol"))
+            rows += [
+                {**record, "data": names[place], **result, "requested": word, "not_counted": replaced[place]}
+                | {"_record": place, "_family": (part, word)}
+                for word in words
+            ]
     families: dict[Any, list[Row]] = {}
     for row in rows:
-        if row.get("p_value") is not None:
-            families.setdefault(row["_family"], []).append(row)
+        families.setdefault(row["_family"], []).append(row)
+    _name_families(families)
     gc.freeze()  # statsmodels collects garbage at every call, which takes 60 ms beside all that torch holds
     for family in families.values():
-        corrected = multipletests([row["p_value"] for row in family], alpha=ALPHA, method="holm")[1]
-        for row, p in zip(family, corrected.tolist(), strict=True):
+        newest: dict[str, Row] = {}
+        for row in sorted(family, key=lambda row: str(row.get("finished"))):
+            if not row["not_counted"]:
+                newest[row["model"]] = row
+        for row in family:
+            if not row["not_counted"] and row is not newest[row["model"]]:
+                row["not_counted"] = AGAIN
+        tested = [row for row in family if not row["not_counted"] and row.get("p_value") is not None]
+        if not tested:
+            continue
+        corrected = multipletests([row["p_value"] for row in tested], alpha=ALPHA, method="holm")[1]
+        for row, p in zip(tested, corrected.tolist(), strict=True):
             better = "better" if row["gain"] > 0 else "worse"
             row |= {"p_holm": p, "verdict": better if p < ALPHA else "no evidence"}
     gc.unfreeze()
     return rows
 
 
-def _family(record: Record, result: Record) -> tuple[Any, ...]:
-    key = record.get("key", {})
-    different = ("model", "weights", "img_size", "test_crop_pct", "versions")
-    alike = {name: value for name, value in key.items() if name not in different}
-    return (repr(sorted(alike.items())), record.get("requested"), result.get("metric"), result.get("protocol"))
+def _name_families(families: Mapping[Any, list[Row]]) -> None:
+    """Tell apart, in `data`, families that differ only in what their protocol depends on."""
+    alike: dict[tuple[Any, ...], dict[Any, None]] = {}
+    for key, family in families.items():
+        first = family[0]
+        alike.setdefault((first["data"], *_said(first), *key[0][-2:], key[1]), {})[key] = None
+    for keys in alike.values():
+        for key, words in zip(keys, differences([key[0] for key in keys], CALLED), strict=True):
+            for row in families[key] if words else ():
+                row["data"] = f"{row['data']} ({words})"
+
+
+def _replaced(records: Sequence[Record]) -> list[str | None]:
+    """Why a record does not count: its checkpoint has other weights since, or what had failed was done again."""
+    newest: dict[str, Record] = {}  # of each checkpoint, among those that say its weights
+    latest: dict[Any, str] = {}  # when each cell was last measured
+    cells = []
+    for record in records:
+        identity = Identity.of(record["key"])
+        finished = str(record.get("finished"))
+        pixels = str(record["img_size"]), record["key"].get("test_crop_pct")
+        cells.append((identity.model, identity.compared, pixels))
+        latest[cells[-1]] = max(finished, latest.get(cells[-1], ""))
+        if identity.weights and finished >= str(newest.get(identity.model, {}).get("finished", "")):
+            newest[identity.model] = record
+    found: list[str | None] = []
+    for record, cell in zip(records, cells, strict=True):
+        weights = record["key"].get("weights")
+        now = newest.get(cell[0], record)["key"].get("weights")
+        if weights and weights != now:
+            found.append(OTHER_WEIGHTS)
+        else:
+            found.append(AGAIN if record["status"] != "ok" and str(record.get("finished")) < latest[cell] else None)
+    return found
 
 
 def headline(rows: Iterable[Row]) -> dict[tuple[str, ...], Counter[str]]:
@@ -123,17 +225,18 @@ def versus(counts: Mapping[tuple[str, ...], Mapping[str, int]]) -> list[str]:
     return lines
 
 
-def write_summary(folder: Path, warn: Callable[[str], object] = to_stderr) -> tuple[Path, list[Row]]:
+def write_summary(folder: Path, warn: Callable[[str], object] = to_stderr) -> tuple[Path, Folder]:
     """`summary.csv` of all that `read_folder` gives; safe beside another sweep that writes it too."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "summary.csv"
     with FileLock(folder / ".summary.lock"):
-        rows = read_folder(folder, warn).rows
-        write_table(path, COLUMNS, rows)
-    return path, rows
+        found = read_folder(folder, warn)
+        write_table(path, COLUMNS, found.rows)
+    return path, found
 
 
 def kept(rows: Sequence[Row], records: Iterable[Record]) -> list[Row]:
-    """The rows of these records."""
+    """The rows of these records, or of those that have taken their place."""
     keys = {repr(record["key"]) for record in records}
-    return [row for row in rows if repr(row.get("key")) in keys]
+    mine = {(row["_family"], row["model"]) for row in rows if repr(row["key"]) in keys}
+    return [row for row in rows if (row["_family"], row["model"]) in mine and not row["not_counted"]]

@@ -7,7 +7,8 @@ from typing import Any
 import timm_csra
 from timm_csra.evaluation.scoring import Setting
 
-from ..data.datasets import Calibration, DataError, Unlabelled
+from ..data.datasets import Calibration, DataError
+from ..data.presented import Unlabelled
 from ..records.files import Record
 from .cells import Cell, Options, show_temperature
 from .loading import Loaded, unlabelled

@@ -1,19 +1,18 @@
 """What a sweep measures: cells (a checkpoint on one data set, task and image size), and how they are run."""
 
 from dataclasses import dataclass, replace
-from functools import cache
-from importlib.metadata import version
 from typing import Any
 
 import torch
 
-from timm_csra import __version__
 from timm_csra.evaluation.scoring import DEFAULT_LOG_SOFTMAX, Setting
 
 from ..checkpoints.find import Checkpoint
 from ..data.classes import ClassMap, ClassNames
 from ..data.datasets import ImageSet
 from ..records.files import Record
+from ..records.identity import Identity
+from . import software
 
 TASKS = ("single", "real", "multilabel", "mosaic")
 SCORE_CLASSES = ("data", "head")  # the classes that the data declares, or all of the head
@@ -53,19 +52,21 @@ class Cell:
 
     Attributes:
         size: `(H, W)` in pixels, or a multiple of the checkpoint's own that is not known yet.
-        requested: the size in the words of the request, `1x` or `320`: cells of one request are compared with each
-            other, and corrected for it, although the checkpoints' own sizes differ.
+        requested: the size in the words of the requests that it answers, `1x` or `320`: cells of one request are
+            compared with each other, and corrected for it, although the checkpoints' own sizes differ.
         grid: of a mosaic, None for the other tasks.
         test_crop_pct: instead of the checkpoint's own crop_pct, where it is asked for as it is tested.
+        own: the checkpoint's own size, None where it could not be asked.
     """
 
     checkpoint: Checkpoint
     data: ImageSet
     task: str
     size: tuple[int, int] | str
-    requested: str = "1x"
+    requested: tuple[str, ...] = ("1x",)
     grid: int | None = None
     test_crop_pct: float | None = None
+    own: tuple[int, int] | None = None
 
     @property
     def task_name(self) -> str:
@@ -116,12 +117,18 @@ class Cell:
             "skip_bad_images": options.skip_bad_images,
             "kept_scores": "float16" if options.rescore else None,
             "rivals": options.rivals,
-            "versions": versions("timm", "torch") | {"timm_csra": __version__},
+            "tf32": software.tf32(options.device),
+            "versions": software.versions(*software.PASS),
+            "scoring": software.SCORING,
+            "evaluation": {"version": software.EVALUATION, **software.versions(*software.ANSWER)},
             **calibrated,
             **named,
             **scored,
             **cropped,
         }
+
+    def identity(self, options: Options) -> Identity:
+        return Identity.of(self.key(options))
 
 
 def show_size(size: tuple[int, int]) -> int | str:
@@ -136,8 +143,3 @@ def show_setting(setting: Setting) -> list[Any]:
 def show_temperature(setting: Setting) -> str:
     """`1+inf`, as `--temperatures` takes it."""
     return "+".join(f"{temperature:g}" for temperature in setting.temperature)
-
-
-@cache
-def versions(*packages: str) -> dict[str, str]:
-    return {package: version(package) for package in packages}

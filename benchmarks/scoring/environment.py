@@ -8,7 +8,8 @@ from pathlib import Path
 import torch
 
 from ..records.files import Record
-from .cells import Options, versions
+from .cells import Options
+from .software import versions
 
 PACKAGES = ("torch", "torchvision", "timm", "torchmetrics", "numpy", "scipy", "statsmodels", "pillow")
 

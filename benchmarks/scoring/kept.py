@@ -16,7 +16,8 @@ from timm_csra.config import LOGITS, SCORES
 from timm_csra.evaluation.scoring import Scores, Setting, Term
 
 from ..data.datasets import DataError
-from ..records.files import Record, record_path
+from ..records.files import Record
+from ..records.identity import Identity, readable
 from .cells import Cell, Options
 
 
@@ -36,12 +37,11 @@ class Scored:
 
 
 def scores_file(cell: Cell, options: Options) -> Path | None:
-    """Where the scores of a cell are kept, whatever the settings: by everything else that determines them."""
+    """Where the scores of a cell are kept, whatever is asked of them: by all that its forward passes depend on."""
     if options.kept_scores is None:
         return None
-    every = ("settings", "kept_scores", "activation", "average_precision", "calibration_data")
-    key = {name: value for name, value in cell.key(options).items() if name not in every}
-    return Path(options.kept_scores) / record_path(Path(), key).with_suffix(".safetensors").name
+    key = cell.key(options)
+    return Path(options.kept_scores) / f"{readable(key)}--{Identity.of(key).scores}.safetensors"
 
 
 def write_scores(file: Path, scored: Scored) -> None:

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from timm.data import create_loader, resolve_input_data_config
@@ -13,9 +13,13 @@ import timm_csra
 from timm_csra import Explanation
 from timm_csra.hub import weights_sha256
 
-from ..data.datasets import DataError, ImageSet, Unlabelled
+from ..data.datasets import DataError, ImageSet
+from ..data.presented import Unlabelled
 from ..records.files import Record
 from .cells import Options
+
+if TYPE_CHECKING:
+    from .passes import Pass
 
 
 @dataclass(frozen=True)
@@ -24,11 +28,13 @@ class Loaded:
 
     Attributes:
         choices: what `choose` in `agreement.py` found, by the pictures and their preparation.
+        passes: the last pass, by its pixels, see `the_pass`.
     """
 
     model: nn.Module
     size: tuple[int, int]
     choices: dict[tuple[object, ...], Record] = field(default_factory=dict, compare=False)
+    passes: dict[str, "Pass"] = field(default_factory=dict, compare=False)
 
     @cached_property
     def explanation(self) -> Explanation:
@@ -66,11 +72,15 @@ def unlabelled(
         raise DataError(describe_bad_images(loader.dataset, bad))
 
 
-def readable(batches: Iterable[Any], loader: Any, bad: list[int]) -> Iterator[tuple[Tensor, Tensor]]:
-    """The images that could be read; the indices of the others go to `bad`."""
+def readable(
+    batches: Iterable[Any], loader: Any, bad: list[int], read: list[int] | None = None
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """The images that could be read, their indices going to `read`; the indices of the others go to `bad`."""
     for images, targets, index in batches:
         good = index >= 0
         bad += (-1 - index[~good]).tolist()
+        if read is not None:
+            read += index[good].tolist()
         if good.all():
             yield images, targets
         elif good.any():

@@ -1,6 +1,5 @@
 """Measure one cell: every image is scored once, for all settings. Whatever goes wrong becomes a record."""
 
-import re
 import sys
 import time
 import traceback
@@ -12,19 +11,19 @@ import torch
 from timm.data import create_loader, resolve_input_data_config
 
 from timm_csra import UnsupportedModelError
-from timm_csra.evaluation.scoring import allows_test_time_pool, score
 
 from ..data.classes import Alignment, NotApplicableError, align
-from ..data.datasets import DataError, Mosaics, Photographs, Streamed, real_labels, tilings
-from ..records.files import Record
+from ..data.datasets import DataError, real_labels, tilings
+from ..data.presented import Mosaics, Photographs, Streamed
+from ..records.files import Record, now
 from ..records.phases import Phases
 from .agreement import choose, kept_choice
-from .cells import AMP, Cell, Options, show_size
+from .cells import Cell, Options, show_size
 from .environment import environment
 from .kept import Scored, read_scores, scores_file, write_scores
-from .loading import Loaded, describe_bad_images, readable
+from .loading import Loaded, describe_bad_images
+from .passes import BatchTooLargeError, forward_passes, the_pass
 from .results import results
-from .rivals import five_crops, plain_seconds
 
 
 def run_cell(
@@ -49,15 +48,16 @@ def run_cell(
         except NotApplicableError as reason:
             record |= {"status": "not_applicable", "reason": str(reason)}
         except Exception as error:
-            if _out_of_memory(error) and options.batch_size > 1:
+            if isinstance(error, BatchTooLargeError) and options.batch_size > 1:
                 print(f"out of memory at batch size {options.batch_size}: half of it is tried", file=sys.stderr)
                 options = replace(options, batch_size=options.batch_size // 2)
                 record |= {"batch_size": options.batch_size}
                 continue  # outside of `except` the traceback, and what it holds, is gone
+            told = error.__cause__ or error if isinstance(error, BatchTooLargeError) else error
             traceback.print_exc()
             record |= {
                 "status": "failed",
-                "reason": f"{type(error).__name__}: {error}",
+                "reason": f"{type(told).__name__}: {told}",
                 "traceback": traceback.format_exc(),
             }
         return _complete(cell, options, record, time.perf_counter() - started)
@@ -72,17 +72,15 @@ def _complete(cell: Cell, options: Options, record: Record, seconds: float) -> R
     key = cell.key(options)
     nothing: Record = {"n": len(cell.data), "columns": None, "kind": None, "results": []}
     about: Record = {
-        "requested": cell.requested,
+        "requested": list(cell.requested),
+        "own_size": show_size(cell.own) if cell.own else None,
+        "where": cell.data.where,
+        "finished": now(),
         "score_classes": options.score_classes,
         "seconds": seconds,
         "environment": environment(options),
     }
     return {**key, **nothing, **record, "key": key, **about}
-
-
-def _out_of_memory(error: Exception) -> bool:
-    told = isinstance(error, RuntimeError) and re.search("not enough memory|can't allocate memory", str(error))
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or bool(told)
 
 
 def _measure(
@@ -135,29 +133,11 @@ def score_cell(
         raise NotApplicableError(f"{len(cell.data)} images are too few for one mosaic of {cell.grid}x{cell.grid}")
     if explanation.unsupported:
         raise UnsupportedModelError(explanation.unsupported)
-    bad: list[int] = []
-    if options.time_plain:
-        with phases("plain"):
-            plain_seconds(model, loader, options)  # starts the loader's workers, and warms everything up
-            plain = [plain_seconds(model, loader, options)]
-    with phases("model"):
-        scores, targets = score(
-            model,
-            readable(phases.waiting(track(loader)), loader, bad),
-            cell.scored_settings(options),
-            columns=alignment.columns,
-            device=options.device,
-            amp_dtype=AMP[options.amp],
-            test_time_pool=allows_test_time_pool(explanation),
-        )
-    cost = None
-    if options.time_plain:
-        with phases("plain"):
-            plain.append(plain_seconds(model, loader, options))
-        seconds = phases.seconds["wait"] + phases.seconds["model"]
-        cost = {"plain_seconds": plain, "score_seconds": seconds, "ratio": seconds / (sum(plain) / 2)}
-    if bad and not options.skip_bad_images:
-        raise DataError(describe_bad_images(loader.dataset, bad))
+    passed, again = the_pass(cell, loaded, loader, preprocessing, alignment, options, track, phases)
+    scores = passed.of(alignment.columns)
+    targets = loader.dataset.targets[passed.read] if passed.targets is None else passed.targets
+    if passed.bad and not options.skip_bad_images:
+        raise DataError(describe_bad_images(loader.dataset, passed.bad))
     if (missing := len(cell.data) - len(targets)) and cell.data.stream and len(cell.data):
         if not options.skip_bad_images:
             raise DataError(
@@ -165,13 +145,11 @@ def score_cell(
                 "those that it cannot read (see the log). Mend them, or accept that with --skip-bad-images."
             )
         print(f"{missing} images of the stream could not be read", file=sys.stderr)
-    if options.rivals and cell.grid is None and cell.data.stream is None:
-        with phases("crops"):
-            scores.pooled.update(five_crops(model, loaded.size, loader.dataset, preprocessing, alignment, options))
-    with phases("agreement"):
+    with phases("agreement"), forward_passes():
         agreement = choose(cell.data.calibration, loaded, options, track)
     facts: Record = {
         "n": len(targets),
+        "images_run": 0 if again else len(targets) + len(passed.bad),
         "columns": alignment.count,
         "classes_left_out": list(alignment.left_out),
         "classes_from": alignment.classes_from,
@@ -184,9 +162,9 @@ def score_cell(
         "rival_macs": {name: 5 * explanation.macs for name in scores.pooled if name.startswith("five_crops")},
         "weights_sha256": loaded.weights_sha256,
         "preprocessing": preprocessing,
-        "bad_images": [loader.dataset.name(index) for index in bad],
+        "bad_images": [loader.dataset.name(index) for index in passed.bad],
         "missing_images": missing if cell.data.stream and len(cell.data) else 0,
-        "cost": cost,
+        "cost": passed.cost,
         "agreement": agreement,
     }
     return Scored(scores, targets, facts)

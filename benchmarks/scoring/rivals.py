@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from ..data.classes import Alignment
-from ..data.datasets import FiveCrops
+from ..data.presented import FiveCrops
 from ..records.files import Record
 from .cells import AMP, Options
 

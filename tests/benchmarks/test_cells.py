@@ -10,7 +10,8 @@ from PIL import Image
 from timm.data import create_transform, resolve_model_data_config
 
 from benchmarks.checkpoints.find import Checkpoint
-from benchmarks.data.datasets import ImageSet, mosaic, tilings
+from benchmarks.data.datasets import ImageSet, tilings
+from benchmarks.data.presented import mosaic
 from benchmarks.scoring.cells import Cell, Options
 from benchmarks.scoring.loading import Loaded
 from benchmarks.scoring.measure import load_images

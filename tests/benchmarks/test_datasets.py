@@ -12,10 +12,9 @@ from benchmarks.data.classes import Alignment
 from benchmarks.data.datasets import (
     DataError,
     ImageSet,
-    Mosaics,
-    Photographs,
     tilings,
 )
+from benchmarks.data.presented import Mosaics, Photographs
 from benchmarks.data.sources import load_image_set
 
 

@@ -184,7 +184,7 @@ def test_flagged_checkpoints_are_counted_as_in_the_summary(tmp_path: Path) -> No
         preprocessing = {"crop_pct": 0.875, "interpolation": "bicubic"}
         path.write_text(json.dumps(record | {"n": 50_000, "preprocessing": preprocessing}))
     (tmp_path / "expected.csv").write_text(PUBLISHED.format(baselines[0] + 3, baselines[1]))
-    _, rows = write_summary(tmp_path)
+    rows = write_summary(tmp_path)[1].rows
     counts = headline(rows)
     found = counts["photos", "single", "None", "1x", "top1", "fixed"]
     assert found == {"better": 3, "flagged": 1}

@@ -10,7 +10,8 @@ from PIL import Image
 import timm_csra
 from benchmarks.checkpoints import find
 from benchmarks.data import sample
-from benchmarks.data.datasets import mosaic, open_image
+from benchmarks.data.datasets import open_image
+from benchmarks.data.presented import mosaic
 from benchmarks.show import main
 from timm_csra.config import SCORES
 

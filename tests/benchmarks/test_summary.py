@@ -22,7 +22,7 @@ def record(model: str, gain: float, p: float | None, **more: object) -> dict:
     result |= {"lam": "0.1", "temperature": "inf", "scores": "logits", "ci_low": None, "ci_high": None}
     curve = result | {"protocol": "curve", "p_value": None}
     preprocessing = {"crop_pct": 0.875, "interpolation": "bicubic"}
-    about = {"status": "ok", "n": 50_000, "requested": "1x", "preprocessing": preprocessing, **more}
+    about = {"status": "ok", "n": 50_000, "requested": ["1x"], "preprocessing": preprocessing, **more}
     return {**key, **about, "key": key, "results": [result, curve]}
 
 
@@ -42,7 +42,7 @@ def test_holm_over_the_checkpoints_of_one_request() -> None:
     records = [
         record(f"m{i}", gain, p, img_size=224 + i) for i, (gain, p) in enumerate(zip(gains, values, strict=True))
     ]
-    alone = [record("m0", 1.0, 0.03, seed=1), record("m0", 1.0, 0.03, requested="2x")]
+    alone = [record("m0", 1.0, 0.03, seed=1), record("m0", 1.0, 0.03, img_size=448, requested=["2x"])]
     alone.append(record("m0", 1.0, None, task="mosaic"))
     rows = rows_of([*records, *alone])
     assert len(rows) == 8  # the curve is no row
@@ -51,7 +51,9 @@ def test_holm_over_the_checkpoints_of_one_request() -> None:
     assert [row.get("p_holm") for row in rows[5:]] == [0.03, 0.03, None]
     assert "verdict" not in rows[7]
     counts = headline(rows[:5])
-    assert counts == {("d", "single", "None", "1x", "top1", "fixed"): {"better": 1, "worse": 2, "no evidence": 2}}
+    assert counts == {
+        ("d (seed 0)", "single", "None", "1x", "top1", "fixed"): {"better": 1, "worse": 2, "no evidence": 2}
+    }
 
 
 def test_the_comparison_of_the_fixed_settings_is_a_family_of_its_own() -> None:
@@ -82,7 +84,7 @@ def test_baselines_against_published_ones(tmp_path: Path) -> None:
     records[1]["results"] = [records[0]["results"][0] | {"baseline": 79.8}]
     for one in records:
         write_record(record_path(out, one["key"]), one)
-    _, rows = write_summary(out)
+    rows = write_summary(out)[1].rows
     found = {(row["model"], row["seed"]): row["baseline_check"] for row in rows}
     assert found == {
         ("one", 0): "agrees",

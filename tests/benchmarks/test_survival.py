@@ -157,10 +157,15 @@ def test_broken_images_are_named_or_left_out(tmp_path: Path, photos: Path) -> No
 def test_what_has_failed_is_done_again_only_when_asked(tmp_path: Path, photos: Path) -> None:
     model = save(tmp_path / "model")
     broken = photos / "cat" / "0.png"
-    whole = broken.read_bytes()
-    broken.write_bytes(whole[:-40] + bytes(40))  # of the same size: nothing tells that it is mended later
+    whole, state = broken.read_bytes(), broken.stat()
+
+    def replace(content: bytes) -> None:  # by what has the same size and time: nothing tells that it is mended later
+        broken.write_bytes(content)
+        os.utime(broken, ns=(state.st_atime_ns, state.st_mtime_ns))
+
+    replace(whole[:-40] + bytes(40))
     assert sweep(tmp_path / "out", model, photos)[0] == 1
-    broken.write_bytes(whole)
+    replace(whole)
     assert sweep(tmp_path / "out", model, photos)[0] == 1
     status, (record,) = sweep(tmp_path / "out", model, photos, "--retry-failed")
     assert (status, record["status"]) == (0, "ok")
@@ -230,7 +235,9 @@ def test_kept_scores_answer_new_settings_without_a_forward_pass(tmp_path: Path, 
     assert fresh_status == 0
 
     image = photos / "cat" / "0.png"
+    state = image.stat()
     image.write_bytes(bytes(len(image.read_bytes())))  # a forward pass would fail
+    os.utime(image, ns=(state.st_atime_ns, state.st_mtime_ns))
     arguments = ("--task", "mosaic,single", "--lams", "0,0.1,0.7", "--rescore")
     status, records = sweep(out, model, photos, *arguments)
     assert status == 0
@@ -284,6 +291,7 @@ def test_all_models_on_a_cpu_are_asked_for(
 ) -> None:
     monkeypatch.setattr("timm.list_models", lambda *_, **__: ["test_resnet.r160_in1k"])
     monkeypatch.setattr("benchmarks.sweep._not_to_be_had", lambda _: {})
+    monkeypatch.setattr("benchmarks.checkpoints.find.etag", lambda *_: ("a hash", None))
     monkeypatch.setattr("benchmarks.checkpoints.hub.unreachable_hub", lambda: "no network here")
     arguments = ["--models", "all", "--data", str(photos), "--out", str(tmp_path / "out"), "--device", "cpu"]
     assert main(arguments) == 2

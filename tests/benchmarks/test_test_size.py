@@ -48,19 +48,22 @@ def test_it_is_what_timm_validates_at(name: str) -> None:
 
 
 def test_each_size_in_pixels_is_measured_once(tmp_path: Path, photos: Path) -> None:
+    """And answers every request that it is the size of."""
     own, test = (160, 160), (192, 192)
     without, with_one = save(tmp_path / "without"), save(tmp_path / "with", **TEST)
-    assert cells(without, "1x,test", photos) == [("single", own, "1x", None)]
-    assert cells(without, "test", photos) == [("single", own, "test", None)]
-    assert cells(with_one, "1x,test", photos) == [("single", own, "1x", None), ("single", test, "test", 1.0)]
+    assert cells(without, "1x,test", photos) == [("single", own, ("1x", "test"), None)]
+    assert cells(without, "test", photos) == [("single", own, ("test",), None)]
+    assert cells(with_one, "1x,test", photos) == [("single", own, ("1x",), None), ("single", test, ("test",), 1.0)]
     # 192 pixels as they are asked for are cropped as 160 are; a mosaic is not cropped.
     both = cells(with_one, "192,test", photos, BOTH)
-    assert both == [("single", test, "192", None), ("mosaic", test, "192", None), ("single", test, "test", 1.0)]
-    assert cells(with_one, "192,test", photos, crop_pct=0.5) == [("single", test, "192", None)]
+    mosaic = ("mosaic", test, ("192", "test"), None)
+    assert both == [("single", test, ("192",), None), mosaic, ("single", test, ("test",), 1.0)]
+    assert cells(with_one, "192,test", photos, crop_pct=0.5) == [("single", test, ("192", "test"), None)]
     double = save(tmp_path / "double", test_input_size=[3, 320, 320])
-    assert cells(double, "1x,2x,test", photos) == [("single", own, "1x", None), ("single", (320, 320), "2x", None)]
+    larger = ("single", (320, 320), ("2x", "test"), None)
+    assert cells(double, "1x,2x,test", photos) == [("single", own, ("1x",), None), larger]
     cropped = save(tmp_path / "cropped", test_crop_pct=0.5)
-    assert cells(cropped, "1x,test", photos) == [("single", own, "1x", None), ("single", own, "test", 0.5)]
+    assert cells(cropped, "1x,test", photos) == [("single", own, ("1x",), None), ("single", own, ("test",), 0.5)]
 
 
 def test_pictures_are_prepared_as_timm_validates(tmp_path: Path, photos: Path) -> None:
@@ -101,13 +104,13 @@ def test_verdicts_are_over_checkpoints_of_all_crops(
 def test_published_figures_are_compared_at_their_size() -> None:
     expected = {"m": {"top1": "80.0", "img_size": "192", "crop_pct": "1.000", "interpolation": "bicubic"}}
     record = {
-        "model": "m", "task": "single", "n": 50_000, "img_size": 192, "requested": "test",
+        "model": "m", "task": "single", "n": 50_000, "img_size": 192, "requested": ["test"],
         "preprocessing": {"crop_pct": 1.0, "interpolation": "bicubic"},
         "results": [{"metric": "top1", "protocol": "fixed", "baseline": 80.05}],
     }  # fmt: skip
     assert check(record, expected) == "agrees"
     assert check(record | {"results": [record["results"][0] | {"baseline": 80.2}]}, expected) == "flagged"
-    smaller = record | {"img_size": 160, "requested": "1x"}
+    smaller = record | {"img_size": 160, "requested": ["1x"]}
     assert check(smaller, expected) == "not compared: img_size 160, published for 192 (see --img-size test)"
 
 

@@ -1,0 +1,162 @@
+"""What a model gets to see of photographs: each by itself, in mosaics, in five crops, from a stream."""
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from PIL import Image
+from timm.data import IterableImageDataset, str_to_pil_interp
+from torch import Tensor
+from torch.utils.data import Dataset
+from torchvision.transforms import FiveCrop
+
+from .classes import Alignment
+from .datasets import DataError, ImageSet, Source
+
+
+class _Images(Dataset):
+    """Images with targets and their index; one that cannot be read is grey, and its index is -1 - index."""
+
+    data: ImageSet
+    targets: Tensor
+    transform: Any = None  # set by timm's create_loader
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor, int]:
+        try:
+            return self.transform(self.image(index)), self.targets[index], index
+        except DataError:
+            return self.transform(Image.new("RGB", (64, 64))), self.targets[index], -1 - index
+
+    def image(self, index: int) -> Image.Image:
+        """The image before the checkpoint's preprocessing. Raises DataError."""
+        raise NotImplementedError
+
+    def name(self, index: int) -> str:
+        """Which photographs it consists of."""
+        raise NotImplementedError
+
+    def why_not(self, index: int) -> str:
+        """What is wrong with an image that cannot be read."""
+        try:
+            self.image(index)
+        except DataError as error:
+            return str(error)
+        return f"{self.name(index)}: could not be read at first"
+
+
+class Photographs(_Images):
+    """Single photographs. `targets`: `(n,)` positions among the scored classes, or `(n, classes)` int8."""
+
+    def __init__(self, data: ImageSet, alignment: Alignment) -> None:
+        self.data = data
+        if data.multilabel:
+            self.targets = multi_hot(data.labels, alignment)
+            if data.ignored is not None:
+                self.targets -= multi_hot(data.ignored, alignment)
+        else:
+            self.targets = torch.tensor([alignment.positions[label] for (label,) in data.labels])
+
+    def image(self, index: int) -> Image.Image:
+        return self.data.open(index)
+
+    def name(self, index: int) -> str:
+        return str(self.data.paths[index])
+
+
+class Unlabelled(Photographs):
+    """Single photographs whose labels, if there are any, are not looked at: every target is 0."""
+
+    def __init__(self, data: ImageSet) -> None:
+        self.data = data
+        self.targets = torch.zeros(len(data), dtype=torch.long)
+
+
+class Streamed(IterableImageDataset):
+    """The images of a stream with the positions of their labels among the scored classes. They have no index, and come
+    in another order with every number of workers: in place of it each has a hash of its pixels, to sort by."""
+
+    def __init__(self, source: Source, alignment: Alignment) -> None:
+        super().__init__(root=None, reader=source.open().reader)
+        self.count, self.positions = source.count, alignment.positions
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __iter__(self) -> Iterator[tuple[Tensor, int, int]]:
+        for image, target in self.reader:
+            if int(target) not in self.positions:
+                raise DataError(f"found the label {int(target)}, expected one of {len(self.positions)} classes.")
+            pixels = hashlib.blake2b(image.tobytes(), digest_size=8).digest()
+            yield self.transform(image), self.positions[int(target)], int.from_bytes(pixels, "big") >> 1
+
+
+class Mosaics(_Images):
+    """grid x grid photographs in one image of `size` `(H, W)` pixels, each squashed whole into its tile.
+
+    `targets`: `(n, classes)` int8, the classes of the tiles.
+    """
+
+    def __init__(
+        self,
+        data: ImageSet,
+        alignment: Alignment,
+        groups: Sequence[tuple[int, ...]],
+        grid: int,
+        size: tuple[int, int],
+        interpolation: str,
+    ) -> None:
+        self.data, self.groups, self.grid, self.size = data, groups, grid, size
+        self.interpolation = str_to_pil_interp(interpolation)
+        self.targets = multi_hot([[label for i in group for label in data.labels[i]] for group in groups], alignment)
+
+    def image(self, index: int) -> Image.Image:
+        tiles = [self.data.open(i) for i in self.groups[index]]
+        return mosaic(tiles, self.grid, self.size, self.interpolation)
+
+    def name(self, index: int) -> str:
+        return " + ".join(str(self.data.paths[i]) for i in self.groups[index])
+
+
+class FiveCrops(Dataset):
+    """The four corners and the centre, of the size the model takes, of an image prepared for `SCALE` times that size.
+    Items are `(5, C, H, W)` with the index, negative as in the others where the image cannot be read."""
+
+    SCALE = 1.25
+
+    def __init__(self, images: _Images, transform: Any, size: tuple[int, int]) -> None:
+        self.images, self.transform, self.crop = images, transform, FiveCrop(size)
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        try:
+            image = self.images.image(index)
+        except DataError:
+            image, index = Image.new("RGB", (64, 64)), -1 - index
+        return torch.stack(self.crop(self.transform(image))), index
+
+
+def mosaic(tiles: Sequence[Image.Image], grid: int, size: tuple[int, int], interpolation: Any) -> Image.Image:
+    """Tiles row by row; where the size is no multiple of the grid, tiles differ by one pixel."""
+    height, width = size
+    rows = [round(edge * height / grid) for edge in range(grid + 1)]
+    columns = [round(edge * width / grid) for edge in range(grid + 1)]
+    canvas = Image.new("RGB", (width, height))
+    for place, tile in enumerate(tiles):
+        row, column = divmod(place, grid)
+        box = (columns[column + 1] - columns[column], rows[row + 1] - rows[row])
+        canvas.paste(tile.resize(box, interpolation), (columns[column], rows[row]))
+    return canvas
+
+
+def multi_hot(labels: Sequence[Sequence[int]], alignment: Alignment) -> Tensor:
+    """`(n, classes)` int8, 1 where a photograph shows the class; labels that are not scored are left out."""
+    targets = torch.zeros(len(labels), alignment.count, dtype=torch.int8)
+    for row, found in enumerate(labels):
+        targets[row, [alignment.positions[label] for label in found if label in alignment.positions]] = 1
+    return targets

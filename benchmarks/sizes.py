@@ -1,0 +1,53 @@
+"""The image sizes that `--img-size` asks for, of each checkpoint."""
+
+import re
+
+from .checkpoints.find import Checkpoint
+
+TEST = "test"
+SIZE = re.compile(rf"{TEST}|(?=.*[1-9])(\d+|\d*\.?\d+x)")
+
+
+def own_size(model: Checkpoint, missing: dict[Checkpoint, str]) -> tuple[int, int] | None:
+    """None where the checkpoint cannot be asked."""
+    if model in missing and model.source == "hf-hub":
+        return None
+    try:
+        return model.input_size()
+    except Exception:  # run_cell asks again and records the reason
+        return None
+
+
+def sizes_of(
+    model: Checkpoint, requests: str, missing: dict[Checkpoint, str], crop_pct: float | None
+) -> dict[tuple[tuple[int, int] | str, float | None], tuple[str, ...]]:
+    """`1x,320,test` -> sizes in pixels and crops, see `size_of`, with their requests; the request itself where the
+    checkpoint cannot be asked."""
+    parts = list(dict.fromkeys(part.strip() for part in requests.split(",")))
+    if model in missing and model.source == "hf-hub":
+        return {(part, None): (part,) for part in parts}
+    sizes: dict[tuple[tuple[int, int] | str, float | None], tuple[str, ...]] = {}
+    for part in parts:
+        try:
+            size, test_crop = size_of(model, part)
+        except Exception:  # run_cell asks again and records the reason
+            return {(part, None): (part,) for part in parts}
+        pixels = size, None if crop_pct else test_crop
+        sizes[pixels] = (*sizes.get(pixels, ()), part)
+    return sizes
+
+
+def size_of(model: Checkpoint, request: str) -> tuple[tuple[int, int], float | None]:
+    """`320`, `2x` or `test` in pixels, `(H, W)`, and for the last the crop_pct that goes with it, see `test_input`."""
+    if request == TEST:
+        return model.test_input()
+    if not request.endswith("x"):
+        return (int(request), int(request)), None
+    height, width = (round(float(request[:-1]) * side) for side in model.input_size())
+    return (height, width), None
+
+
+def check_sizes(requests: str) -> None:
+    """ValueError where `requests` is no list of sizes."""
+    if any(not SIZE.fullmatch(part.strip()) for part in requests.split(",")):
+        raise ValueError(f"--img-size: found {requests!r}; expected pixels, multiples or test, such as 224 or 1x,2x.")
