@@ -7,7 +7,7 @@ import pytest
 import torch
 from scipy import stats
 
-from timm_csra.evaluation.metrics import Evaluation, PerImage, Rows, evaluate
+from timm_csra.evaluation.metrics import Evaluation, PerImage, Rows, evaluate, weighted
 from timm_csra.evaluation.scoring import DEFAULT, DEFAULT_LOG_SOFTMAX, PLAIN, Setting
 from timm_csra.evaluation.statistics import Comparison, Table, best, crossfit, halves, without_choice
 
@@ -99,10 +99,12 @@ def test_crossfit_measures_each_choice_on_the_other_half() -> None:
     assert best(on_all("top1", settings, 20)).interval is None
 
 
-def test_crossfit_interval_resamples_within_halves() -> None:
+def test_a_clear_choice_adds_nothing_to_the_interval() -> None:
+    """Where every resample chooses the same, the interval is that of the setting, within parts."""
     settings = grid(count=400)
     split = halves(400, seed=0)
     comparison = crossfitted("top1", settings, split, seed=0)
+    assert comparison.settings == (HIGH, HIGH)
     parts = [
         settings[setting].values[rows] - settings[PLAIN].values[rows]
         for setting, rows in zip(comparison.settings, split, strict=True)
@@ -244,7 +246,11 @@ def test_p_values_of_means_over_images() -> None:
     differences = np.concatenate(
         [settings[setting].values[rows] - plain[rows] for setting, rows in zip(comparison.settings, split, strict=True)]
     )
-    assert comparison.p_value == pytest.approx(stats.ttest_1samp(differences, 0).pvalue)
+    assert differences.mean() == pytest.approx(comparison.gain)
+    assert comparison.test == "bootstrap z"
+    assert comparison.interval is not None
+    z = comparison.gain / ((comparison.interval[1] - comparison.interval[0]) / 2 / stats.norm.ppf(0.975))
+    assert comparison.p_value == pytest.approx(2 * stats.norm.sf(abs(z)))
     assert best(on_all("lrap", settings, 400)).p_value is None
 
 
@@ -277,3 +283,60 @@ def test_p_values_of_map_reject_as_rarely_as_they_say() -> None:
     assert stats.binomtest(rejected, 100, 0.05).pvalue > 0.001
     better = {PLAIN: values[PLAIN], DEFAULT: evaluate(targets.float(), targets)["mAP"]}
     assert fixed("mAP", better, 120, 0).p_value < 1e-4
+
+
+def test_a_choice_among_equals_widens_the_interval() -> None:
+    """Twenty settings of one quality: what is chosen on a half changes from resample to resample, and so does what it
+    is measured to gain. An interval that holds the choice fixed misses that."""
+    wider, false = [], 0
+    for seed in range(80):
+        rng = np.random.default_rng(seed)
+        plain = rng.normal(50, 10, 200)
+        settings = {PLAIN: PerImage(plain)} | {
+            Setting(0.1 * i, (1.0,)): PerImage(plain + rng.normal(0, 10, 200)) for i in range(1, 21)
+        }
+        split = halves(200, seed)
+        comparison = crossfitted("lrap", settings, split, seed)
+        assert comparison.interval is not None
+        assert comparison.p_value is not None
+        low, high = comparison.interval
+        parts = [settings[key].values[rows] - plain[rows] for key, rows in zip(comparison.settings, split, strict=True)]
+        wider.append((high - low) / (2 * 1.96 * np.sqrt(sum(stats.sem(part) ** 2 for part in parts)) / 2))
+        false += not low <= 0 <= high
+        assert (comparison.p_value < 0.05) == (not low <= 0 <= high)
+    assert 1.05 < np.median(wider) < 1.3
+    assert stats.binomtest(false, 80, 0.05).pvalue > 0.001
+
+
+def test_settings_are_weighted_together_as_one_by_one() -> None:
+    rng = np.random.default_rng(0)
+    some = rng.random(50) < 0.3
+    evaluations = [PerImage(np.where(some, np.nan, rng.normal(50, 20, 50))) for _ in range(4)]
+    weights = rng.integers(0, 3, (50, 7)).astype(np.float32)
+    weights[::4] = 0
+    together = weighted(evaluations, weights)
+    np.testing.assert_allclose(together, [one.weighted(weights) for one in evaluations])
+    for values, one in zip(together, evaluations, strict=True):
+        kept = weights * ~np.isnan(one.values)[:, None]
+        np.testing.assert_allclose(values, (kept * np.nan_to_num(one.values)[:, None]).sum(0) / kept.sum(0))
+
+
+def test_map_of_classes_with_few_positives_has_no_interval() -> None:
+    generator = torch.Generator().manual_seed(0)
+    targets = torch.zeros(60, 5, dtype=torch.int8)
+    for label, count in enumerate((2, 4, 3, 30, 0)):
+        targets[:count, label] = 1
+    found = [evaluate(torch.randn(60, 5, generator=generator), targets) for _ in range(3)]
+    settings = (PLAIN, DEFAULT, DEFAULT_LOG_SOFTMAX)
+    of = {setting: one["mAP"] for setting, one in zip(settings, found, strict=True)}
+    comparisons = [*without_choice(on_all("mAP", of, 60), 0), crossfitted("mAP", of, halves(60, 0), 0)]
+    assert {one.interval for one in comparisons} == {one.p_value for one in comparisons} == {None}
+    assert {one.no_interval for one in comparisons} == {
+        "the median class of 4 has 3.5 images; expected at least 5: see mAP_5"
+    }
+    assert {one.classes for one in comparisons} == {4}
+    of = {setting: one["mAP_5"] for setting, one in zip(settings, found, strict=True)}
+    first, *_ = without_choice(on_all("mAP_5", of, 60), 0)
+    assert (first.classes, first.no_interval) == (1, None)
+    assert first.interval is not None
+    assert first.interval[0] <= first.gain <= first.interval[1]

@@ -30,7 +30,7 @@ from timm_csra.evaluation.statistics import (
     best,
     crossfit,
     halves,
-    on_parts,
+    on_all,
     without_choice,
 )
 
@@ -137,7 +137,8 @@ def _compare(table: Table, targets: Tensor, seed: int | None, of_chosen: Table |
     before_looking = without_choice(table, seed)
     yield from (one for one in before_looking if one.protocol in (*FIXED, VERSUS))
     if of_chosen is not None:
-        yield on_parts(of_chosen, AGREEMENT, [s for s in of_chosen.settings if s != PLAIN], seed)
+        (setting,) = (s for s in of_chosen.settings if s != PLAIN)
+        yield on_all(of_chosen, AGREEMENT, setting, seed)
     if seed is not None and len(targets) >= 4:
         split = halves(targets.numpy() if targets.ndim == 1 else len(targets), seed)
         yield crossfit(Table.of(table.metric, {s: table.evaluations[s] for s in table.settings}, split), seed)
@@ -151,6 +152,7 @@ def _result(comparison: Comparison) -> Record:
         "metric": comparison.metric,
         "protocol": comparison.protocol,
         "n": comparison.n,
+        "classes": comparison.classes,
         "scores": ";".join(setting.scores for setting in comparison.settings),
         "lam": ";".join(f"{setting.lam:g}" for setting in comparison.settings),
         "temperature": ";".join(map(show_temperature, comparison.settings)),
@@ -161,6 +163,7 @@ def _result(comparison: Comparison) -> Record:
         "ci_high": high,
         "p_value": None if comparison.p_value is None else _json(comparison.p_value),
         "test": comparison.test,
+        "no_interval": comparison.no_interval,
     }
 
 

@@ -16,8 +16,8 @@ of the ranking.
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
-from typing import Protocol
+from functools import cached_property, partial
+from typing import ClassVar, Protocol
 
 import numpy as np
 import torch
@@ -41,6 +41,7 @@ class Logits(Protocol):
 
 
 CHUNK = 2**20  # logits that a metric looks at in one step
+FEW = 5  # positives of the median class, below which mAP has no interval
 
 
 class Evaluation(Protocol):
@@ -49,6 +50,14 @@ class Evaluation(Protocol):
     @property
     def n(self) -> int:
         """How many of the images count for it."""
+
+    @property
+    def classes(self) -> int | None:
+        """How many classes it is a mean over; None where it is none over classes."""
+
+    @property
+    def no_interval(self) -> str | None:
+        """Why resamples of the images say little about it; None where they give an interval."""
 
     def weighted(self, weights: Weights) -> NDArray[np.float64]:
         """The metric on each of B samples of the images: `(B,)`, NaN where it is undefined."""
@@ -76,18 +85,34 @@ class PerImage:
 
     values: NDArray[np.float64]
     binary: bool = False
+    classes: ClassVar[None] = None
+    no_interval: ClassVar[None] = None
 
     @property
     def n(self) -> int:
         return int(np.count_nonzero(~np.isnan(self.values)))
 
     def weighted(self, weights: Weights) -> NDArray[np.float64]:
-        counted = ~np.isnan(self.values)
-        terms = np.stack([np.where(counted, self.values, 0.0), counted])
-        parts = _slices(*weights.shape)  # sums are made in float64, of some weights at a time
-        total, count = sum((terms[:, rows] @ weights[rows] for rows in parts), np.zeros((2, weights.shape[1])))
-        with np.errstate(invalid="ignore"):
-            return total / count
+        return weighted_means(self.values[None], weights)[0]
+
+
+def weighted_means(values: NDArray[np.float64], weights: Weights) -> NDArray[np.float64]:
+    """Means over images: of values `(S, n)`, NaN for images that are not counted, and weights `(n, B)`, `(S, B)`."""
+    counted = ~np.isnan(values)
+    terms = np.concatenate([np.where(counted, values, 0.0), counted])
+    parts = _slices(*weights.shape)  # sums are made in float64, of some weights at a time
+    sums = sum((terms[:, rows] @ weights[rows] for rows in parts), np.zeros((len(terms), weights.shape[1])))
+    with np.errstate(invalid="ignore"):
+        return np.divide(*np.split(sums, 2))
+
+
+def weighted(evaluations: Sequence[Evaluation], weights: Weights) -> NDArray[np.float64]:
+    """One metric of S settings on each of B samples: `(S, B)`. Images in none of the samples are left aside."""
+    drawn = weights.any(axis=1)
+    if all(isinstance(evaluation, PerImage) for evaluation in evaluations):
+        values = np.stack([evaluation.values[drawn] for evaluation in evaluations])  # type: ignore[attr-defined]
+        return weighted_means(values, weights[drawn])
+    return np.stack([evaluation.weighted(weights) for evaluation in evaluations])
 
 
 @dataclass(frozen=True)
@@ -95,17 +120,38 @@ class MeanAveragePrecision:
     """Mean over classes of the average precision, classes without a positive among the images left out.
 
     `points=11` is the interpolated form of Pascal VOC 2007: the mean, over recalls 0, 0.1, ..., 1, of the highest
-    precision at that recall or more. None is the area under the steps, sum_g (R_g - R_{g-1}) * P_g.
+    precision at that recall or more. None is the area under the steps, sum_g (R_g - R_{g-1}) * P_g. Classes with fewer
+    positives than `least` among all images are left out.
     """
 
     logits: Logits
     targets: Tensor
     points: int | None = None
+    least: int = 1
 
     @property
     def n(self) -> int:
         """All: an image without a label is a negative of every class."""
         return len(self.targets)
+
+    @cached_property
+    def positives(self) -> NDArray[np.intp]:
+        """Of each class that is counted."""
+        positives = (self.targets > 0).sum(dim=0).numpy()
+        return positives[positives >= self.least]
+
+    @property
+    def classes(self) -> int:
+        return len(self.positives)
+
+    @property
+    def no_interval(self) -> str | None:
+        """With few positives the average precision of a resample, which draws some of them twice and leaves others out,
+        lies above that of other images."""
+        median = np.median(self.positives) if self.classes else FEW
+        if median >= FEW:
+            return None
+        return f"the median class of {self.classes} has {median:g} images; expected at least {FEW}: see mAP_{FEW}"
 
     def weighted(self, weights: Weights) -> NDArray[np.float64]:
         """Each class is ranked once for all samples."""
@@ -114,6 +160,8 @@ class MeanAveragePrecision:
         for classes in _slices(len(targets), len(self.targets)):
             some = self.logits(classes=classes).T.contiguous().numpy()
             for scores, target in zip(some, targets[classes], strict=True):
+                if np.count_nonzero(target > 0) < self.least:
+                    continue
                 precision = weighted_average_precision(scores, target, weights, self.points)
                 total += np.nan_to_num(precision)
                 counted += ~np.isnan(precision)
@@ -173,6 +221,16 @@ def _from_the_top(sums: NDArray[np.float64]) -> NDArray[np.float64]:
     return np.cumsum(sums[::-1], axis=0)[::-1]
 
 
+def _of_frequent_classes(points: int | None = None) -> "Metric":
+    """mAP of the classes with positives enough, where it does not suffice to look at all."""
+
+    def evaluate(logits: Logits, targets: Tensor) -> Evaluation | None:
+        found = MeanAveragePrecision(logits, targets, points, least=FEW)
+        return found if found.classes and MeanAveragePrecision(logits, targets, points).no_interval else None
+
+    return evaluate
+
+
 @dataclass(frozen=True)
 class F1:
     """F1 of the classes predicted for each image, in the two forms of the multi-label literature.
@@ -187,6 +245,8 @@ class F1:
     hits: csr_array
     positives: csr_array
     per_class: bool
+    classes: ClassVar[None] = None
+    no_interval: ClassVar[None] = None
 
     @classmethod
     def of(cls, predicted: csr_array, targets: Tensor, per_class: bool) -> "F1":
@@ -320,11 +380,13 @@ def _r_precision(scores: Tensor, labels: Tensor) -> Tensor:
     return hits.double() / count
 
 
-Metric = Callable[[Logits, Tensor], Evaluation]
+Metric = Callable[[Logits, Tensor], Evaluation | None]
+"""None where it has nothing to say of such targets."""
 
 SINGLE_LABEL: dict[str, Metric] = {"top1": _accuracy(1), "top5": _accuracy(5)}
 MULTI_LABEL: dict[str, Metric] = {
     "mAP": MeanAveragePrecision,
+    f"mAP_{FEW}": _of_frequent_classes(),  # where mAP has no interval
     "lrap": _ranking(_lrap),  # label ranking average precision
     "r_precision": _ranking(_r_precision),  # precision at R, the number of labels of the image
     "CF1_top3": _top_k_f1(3, per_class=True),
@@ -338,7 +400,7 @@ ANY_LABEL: dict[str, Metric] = {
     "r_precision": _ranking(_r_precision, at_least=2),
 }
 SIGMOID: dict[str, Metric] = {"CF1": _threshold_f1(per_class=True), "OF1": _threshold_f1(per_class=False)}
-VOC2007: dict[str, Metric] = {"mAP": partial(MeanAveragePrecision, points=11)}
+VOC2007: dict[str, Metric] = {"mAP": partial(MeanAveragePrecision, points=11), f"mAP_{FEW}": _of_frequent_classes(11)}
 
 _LEAST_CLASSES = {"top5": 6, "CF1_top3": 4, "OF1_top3": 4}  # with fewer they count every class as predicted
 
@@ -354,14 +416,15 @@ def evaluate(
         metrics: by id; None for `SINGLE_LABEL` or `MULTI_LABEL`, as the targets are.
 
     Returns:
-        By metric id, those that K classes allow.
+        By metric id, those that K classes allow and that say something of such targets.
     """
     if isinstance(logits, Tensor):
         every = logits
         return evaluate(lambda images=ALL, classes=ALL: every[images, classes], targets, metrics)
     chosen = metrics if metrics is not None else SINGLE_LABEL if targets.ndim == 1 else MULTI_LABEL
     classes = logits(slice(0, 1)).shape[1]
-    return {name: m(logits, targets) for name, m in chosen.items() if classes >= _LEAST_CLASSES.get(name, 1)}
+    found = {name: m(logits, targets) for name, m in chosen.items() if classes >= _LEAST_CLASSES.get(name, 1)}
+    return {name: evaluation for name, evaluation in found.items() if evaluation is not None}
 
 
 def calibration(logits: Tensor, targets: Tensor) -> dict[str, float]:

@@ -3,11 +3,12 @@
 Protocols, never mixed: `fixed` (the paper's: logits, lam 0.1, T inf) and `fixed_log_softmax` (lam 0.3, T inf), without
 any choice on the data; `crossfit` (chosen on one half of the images, measured on the other, both ways) and `best`
 (chosen on the very images it is measured on: optimistic, without interval or test). `log_softmax_vs_logits` compares
-the two fixed settings with each other. Intervals and tests are paired: each image is seen by both settings.
+the two fixed settings with each other. Intervals and tests are paired: each image is seen by both settings. Where a
+setting is chosen on the data, the choice is made again in every resample: see `chosen`.
 """
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -17,11 +18,12 @@ from scipy.stats import DegenerateDataWarning, bootstrap, norm, ttest_1samp
 from statsmodels.stats.contingency_tables import mcnemar
 
 from ..config import SCORES
-from .metrics import Evaluation, PerImage, Rows, weights_of
+from .metrics import Evaluation, PerImage, Rows, Weights, weighted, weights_of
 from .scoring import DEFAULT, DEFAULT_LOG_SOFTMAX, PLAIN, Setting
 
 CONFIDENCE = 0.95
 RESAMPLES = 1000
+RESAMPLES_OF_CHOICES = 200  # of which a standard error is taken, which needs fewer than quantiles do
 BATCH = 2**24  # images of all resamples at a time, so that memory stays bounded
 FIXED = {"fixed": DEFAULT, "fixed_log_softmax": DEFAULT_LOG_SOFTMAX}  # protocols without any choice on the data
 VERSUS = "log_softmax_vs_logits"  # the second of them over the first
@@ -40,9 +42,11 @@ class Comparison:
         baseline: the metric at lam = 0 on the same images (of several parts, their mean); for `VERSUS` that of `fixed`.
         value: the metric with `settings`.
         n: how many images the metric counts: of all images, or of those that have labels enough for it.
+        classes: how many classes the metric is a mean over, or None where it is none over classes.
         interval: 95 % bounds of the gain, or None.
         p_value: two-sided, of no gain at all, or None. It knows nothing of other comparisons.
         test: what gave it: `McNemar exact`, `paired t` or `bootstrap z`.
+        no_interval: why there is neither interval nor test although there are images enough, or None.
     """
 
     metric: str
@@ -51,9 +55,11 @@ class Comparison:
     baseline: float
     value: float
     n: int
+    classes: int | None = None
     interval: tuple[float, float] | None = None
     p_value: float | None = None
     test: str | None = None
+    no_interval: str | None = None
 
     @property
     def gain(self) -> float:
@@ -125,64 +131,142 @@ def without_choice(table: Table, seed: int | None) -> list[Comparison]:
         seed: of the bootstrap, None for neither interval nor test.
     """
     fixed = {protocol: setting for protocol, setting in FIXED.items() if setting in table.values}
-    choices = [_Choice(protocol, (setting,)) for protocol, setting in fixed.items()]
+    choices = [_Choice(protocol, setting) for protocol, setting in fixed.items()]
     if fixed.keys() == FIXED.keys():
-        choices.append(_Choice(VERSUS, (DEFAULT_LOG_SOFTMAX,), DEFAULT))
-    choices += [_Choice(rival, (rival,)) for rival in table.values if isinstance(rival, str)]
+        choices.append(_Choice(VERSUS, DEFAULT_LOG_SOFTMAX, DEFAULT))
+    choices += [_Choice(rival, rival) for rival in table.values if isinstance(rival, str)]
     curves = (s for s in table.settings if s.lam and s.temperature == DEFAULT.temperature)
-    choices += [_Choice("curve", (setting,)) for setting in sorted(curves, key=lambda s: (SCORES.index(s.scores), s))]
+    choices += [_Choice("curve", setting) for setting in sorted(curves, key=lambda s: (SCORES.index(s.scores), s))]
     return _compare(table, choices, seed)
 
 
-def crossfit(table: Table, seed: int) -> Comparison:
-    """Chosen on each half, measured on the other. `table` is of `halves`."""
-    on_first, on_second = ({setting: table.values[setting][half] for setting in table.settings} for half in (0, 1))
-    return on_parts(table, "crossfit", (_best(on_second), _best(on_first)), seed)
+Rule = Callable[[NDArray[np.float64]], NDArray[np.intp]]
+"""Chooses a setting for each part of the images: from the metric of S settings on P parts in B resamples, `(S, P, B)`,
+its number `(P, B)`. The settings are those of a `Table`, in order of lam."""
 
 
-def on_parts(table: Table, protocol: str, settings: Sequence[Setting], seed: int | None) -> Comparison:
-    """A setting for each part of the images, against the plain model on the same parts: the metric is computed within
-    each part and averaged, never on scores pooled from several settings, whose logits have different scales."""
-    (comparison,) = _compare(table, [_Choice(protocol, settings)], seed)
+def crossfit(table: Table, seed: int | None) -> Comparison:
+    """Choose on each half, measure on the other. `table` is of `halves`."""
+    return chosen(table, "crossfit", _best_of_the_other, seed)
+
+
+def _best_of_the_other(values: NDArray[np.float64]) -> NDArray[np.intp]:
+    return np.stack([_best_of(values[:, 1]), _best_of(values[:, 0])])
+
+
+def _best_of(values: NDArray[np.float64]) -> NDArray[np.intp]:
+    """The first of the highest along S; the first of all, the plain model, where the metric is undefined."""
+    return np.where(np.isnan(values), -np.inf, values).argmax(axis=0)
+
+
+def chosen(table: Table, protocol: str, rule: Rule, seed: int | None) -> Comparison:
+    """Compare what a rule chooses for each part of the images with the plain model on the same parts.
+
+    The metric is computed within each part and averaged, never on scores pooled from several settings, whose logits
+    have different scales. A rule that chooses on the other parts makes the gains of the parts depend on each other, so
+    that an interval which holds the choices fixed is too narrow. Here the images of each part are resampled and the
+    rule chooses again: the interval is the gain -+ 1.96 standard deviations, over the resamples, of what a choice is
+    measured to gain beyond what it does gain. For that, all parts have to come from one population: before the rule
+    chooses, the metric of each setting is moved, in every part by the same for all resamples, so that its mean over
+    them is the one over all parts. `python -m benchmarks.calibrate` simulates how often these intervals are right.
+
+    Args:
+        table: of parts, and settings with the plain model among them.
+        protocol: name of the comparison.
+        rule: see `Rule`; it may not look at a part to choose for it.
+        seed: of the resamples, None for neither interval nor test.
+    """
+    settings = table.settings
+    values = np.stack([table.values[setting] for setting in settings])
+    keys = [settings[number] for number in rule(values[..., None])[:, 0]]
+    comparison = Comparison(
+        table.metric,
+        protocol,
+        tuple(keys),
+        float(table.values[PLAIN].mean()),
+        float(np.mean([table.values[key][part] for part, key in enumerate(keys)])),
+        table.evaluations[PLAIN].n,
+        table.evaluations[PLAIN].classes,
+    )
+    if seed is None or np.isnan(comparison.baseline) or any(len(rows) < 2 for rows in table.parts):
+        return comparison
+    if reason := table.evaluations[PLAIN].no_interval:
+        return replace(comparison, no_interval=reason)
+    error = _error_of_choice(table, settings, values, rule, seed)
+    if np.isnan(error):  # so few images that a resample leaves the metric undefined
+        return comparison
+    reach = float(norm.ppf((1 + CONFIDENCE) / 2)) * error
+    return replace(
+        comparison, interval=(comparison.gain - reach, comparison.gain + reach), **_z_test(comparison.gain, error)
+    )
+
+
+def _error_of_choice(
+    table: Table, settings: Sequence[Setting], values: NDArray[np.float64], rule: Rule, seed: int
+) -> float:
+    """Standard error of the mean gain over parts: see `chosen`."""
+    rng = np.random.default_rng(seed)
+    evaluations = [table.evaluations[setting] for setting in settings]
+    count = sum(map(len, table.parts))
+    size = max(1, min(RESAMPLES_OF_CHOICES, BATCH // count))
+    errors = []
+    for start in range(0, RESAMPLES_OF_CHOICES, size):
+        resamples = min(size, RESAMPLES_OF_CHOICES - start)
+        drawn = [weighted(evaluations, _drawn(rng, rows, resamples, count)) for rows in table.parts]
+        noise = np.stack(drawn, axis=1) - values[..., None]
+        choice = rule(values.mean(axis=1)[:, None, None] + noise)
+        plain = settings.index(PLAIN)
+        errors.append((np.take_along_axis(noise, choice[None], axis=0)[0] - noise[plain]).mean(axis=0))
+    return float(np.concatenate(errors).std(ddof=1))
+
+
+def _drawn(rng: np.random.Generator, rows: Rows, resamples: int, count: int) -> Weights:
+    return weights_of(rng.choice(rows, (resamples, len(rows))), count)
+
+
+def on_all(table: Table, protocol: str, setting: Setting, seed: int | None) -> Comparison:
+    """Compare a setting that was chosen elsewhere with the plain model. `table` is of all images as one part."""
+    (comparison,) = _compare(table, [_Choice(protocol, setting)], seed)
     return comparison
 
 
 def best(table: Table) -> Comparison:
     """The setting that looks best on all images, measured on them: optimistic, so neither interval nor test. `table` is
     of all images as one part."""
-    values = {setting: float(table.values[setting][0]) for setting in table.settings}
-    setting = _best(values)
-    return Comparison(table.metric, "best", (setting,), values[PLAIN], values[setting], table.evaluations[PLAIN].n)
-
-
-def _best(values: Mapping[Setting, float]) -> Setting:
-    """The highest value, the smallest lam among equals; the plain model where the metric is undefined."""
-    defined = {setting: value for setting, value in sorted(values.items()) if not np.isnan(value)}
-    return max(defined, key=lambda setting: defined[setting], default=PLAIN)
+    values = np.array([table.values[setting][0] for setting in table.settings])
+    setting = table.settings[_best_of(values)]
+    plain, highest = float(table.values[PLAIN][0]), float(table.values[setting][0])
+    evaluation = table.evaluations[PLAIN]
+    return Comparison(table.metric, "best", (setting,), plain, highest, evaluation.n, evaluation.classes)
 
 
 class _Choice(NamedTuple):
-    """What a protocol takes for every part of the images, and what it is compared with on the same parts."""
+    """What a protocol takes without looking, and what it is compared with."""
 
     protocol: str
-    keys: Sequence[Key]
+    key: Key
     baseline: Key = PLAIN
 
 
 def _compare(table: Table, choices: Sequence[_Choice], seed: int | None) -> list[Comparison]:
+    """On all images, which `table` has as one part."""
     comparisons = [
         Comparison(
             table.metric,
             choice.protocol,
-            tuple(key for key in choice.keys if isinstance(key, Setting)),
-            float(table.values[choice.baseline].mean()),
-            float(np.mean([table.values[key][part] for part, key in enumerate(choice.keys)])),
+            (choice.key,) if isinstance(choice.key, Setting) else (),
+            float(table.values[choice.baseline][0]),
+            float(table.values[choice.key][0]),
             table.evaluations[choice.baseline].n,
+            table.evaluations[choice.baseline].classes,
         )
         for choice in choices
     ]
-    if seed is None or np.isnan(table.values[PLAIN].mean()) or any(len(rows) < 2 for rows in table.parts):
+    (rows,) = table.parts
+    if seed is None or np.isnan(table.values[PLAIN][0]) or len(rows) < 2:
         return comparisons
+    if reason := table.evaluations[PLAIN].no_interval:
+        return [replace(comparison, no_interval=reason) for comparison in comparisons]
     return [
         replace(
             comparison,
@@ -198,27 +282,25 @@ def _compare(table: Table, choices: Sequence[_Choice], seed: int | None) -> list
 def _bootstrap(
     table: Table, choices: Sequence[_Choice], seed: int
 ) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
-    """95 % percentile bootstrap of the gain of each choice: low, high and standard error. Images are resampled within
-    each part, the same for all choices, and what several choices use is evaluated once."""
-    count = sum(map(len, table.parts))
+    """95 % percentile bootstrap of the gain of each choice: low, high and standard error. Images are resampled the same
+    for all choices, and what several choices use is evaluated once."""
+    (rows,) = table.parts
+    keys = list(dict.fromkeys(key for choice in choices for key in (choice.baseline, choice.key)))
+    evaluations = [table.evaluations[key] for key in keys]
+    over = [(keys.index(choice.key), keys.index(choice.baseline)) for choice in choices]
 
-    def gains(*samples: Rows, axis: int = -1) -> NDArray[np.float64]:
-        total = np.zeros((len(choices), len(samples[0])))
-        for part, rows in enumerate(samples):
-            weights = weights_of(rows, count)
-            used = dict.fromkeys(key for choice in choices for key in (choice.baseline, choice.keys[part]))
-            values = {key: table.evaluations[key].weighted(weights) for key in used}
-            total += [values[choice.keys[part]] - values[choice.baseline] for choice in choices]
-        return total / len(samples)
+    def gains(sample: Rows, axis: int = -1) -> NDArray[np.float64]:
+        values = weighted(evaluations, weights_of(sample, len(rows)))
+        return np.stack([values[key] - values[baseline] for key, baseline in over])
 
     with warnings.catch_warnings():
         # With so few images that a resample leaves the metric undefined there is no interval: NaN says so.
         warnings.simplefilter("ignore", DegenerateDataWarning)
         result = bootstrap(
-            [rows.astype(np.int32) for rows in table.parts],
+            [rows.astype(np.int32)],
             gains,
             n_resamples=RESAMPLES,
-            batch=max(1, min(RESAMPLES, BATCH // count)),
+            batch=max(1, min(RESAMPLES, BATCH // len(rows))),
             vectorized=True,
             method="percentile",
             confidence_level=CONFIDENCE,
@@ -232,18 +314,12 @@ def _bootstrap(
 def _tested(table: Table, choice: _Choice, gain: float, error: float) -> dict[str, Any]:
     """Two-sided p-value and its test: McNemar's exact one for hits and misses, the paired t-test for other means over
     images, and for what is no mean over images (mAP, F1) z = gain / bootstrap standard error."""
-    evaluations, before = table.evaluations, table.evaluations[choice.baseline]
-    used = [(before, evaluations[key], rows) for key, rows in zip(choice.keys, table.parts, strict=True)]
-    if not all(isinstance(evaluation, PerImage) for evaluation in (used[0][0], used[0][1])):
-        if np.isnan(error):
-            return {}
-        z = gain / error if error else np.copysign(np.inf, gain) if gain else 0.0
-        return {"p_value": float(2 * norm.sf(abs(z))), "test": "bootstrap z"}
-    base = np.concatenate([evaluation.values[rows] for evaluation, _, rows in used])  # type: ignore[attr-defined]
-    value = np.concatenate([evaluation.values[rows] for _, evaluation, rows in used])  # type: ignore[attr-defined]
-    counted = ~np.isnan(base)
-    base, value = base[counted], value[counted]
-    if used[0][0].binary:  # type: ignore[attr-defined]
+    before, after = table.evaluations[choice.baseline], table.evaluations[choice.key]
+    if not (isinstance(before, PerImage) and isinstance(after, PerImage)):
+        return {} if np.isnan(error) else _z_test(gain, error)
+    counted = ~np.isnan(before.values)
+    base, value = before.values[counted], after.values[counted]
+    if before.binary:
         hits = (True, False)
         counts = [[np.sum(((base > 0) == a) & ((value > 0) == b)) for b in hits] for a in hits]
         return {"p_value": float(mcnemar(counts, exact=True).pvalue), "test": "McNemar exact"}
@@ -252,3 +328,8 @@ def _tested(table: Table, choice: _Choice, gain: float, error: float) -> dict[st
         return {}
     p = float(ttest_1samp(difference, 0).pvalue) if np.ptp(difference) else float(not difference.any())
     return {"p_value": p, "test": "paired t"}
+
+
+def _z_test(gain: float, error: float) -> dict[str, Any]:
+    z = gain / error if error else np.copysign(np.inf, gain) if gain else 0.0
+    return {"p_value": float(2 * norm.sf(abs(z))), "test": "bootstrap z"}

@@ -4,8 +4,9 @@ what the choice gains on images that had no part in it."""
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from numbers import Integral
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 import torch
@@ -17,12 +18,13 @@ from ..patching import wrap
 from .batches import checked
 from .metrics import MULTI_LABEL, SINGLE_LABEL, Evaluation, Logits, Metric, Weights, evaluate
 from .scoring import ALL, PLAIN, Scores, Setting, score, settings_grid
-from .statistics import Comparison, Table, folds_of, on_parts
+from .statistics import Comparison, Table, chosen, folds_of
 
 Model = TypeVar("Model", bound=nn.Module)
 LAMS = (0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 1.0, 2.0)
 TEMPERATURES = (1.0, 5.0, math.inf)
 OwnMetric = Callable[[Tensor, Tensor], Any]
+Values = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,8 @@ class TuneResult:
 
     def __str__(self) -> str:
         nested, chosen = self.nested, self.chosen
-        interval = "no interval" if nested.interval is None else "[{:+.2f}, {:+.2f}]".format(*nested.interval)
+        reason = f"no interval: {nested.no_interval}" if nested.no_interval else "no interval"
+        interval = reason if nested.interval is None else "[{:+.2f}, {:+.2f}]".format(*nested.interval)
         gain = f"{self.metric} {nested.baseline:.2f} -> {nested.value:.2f}, {nested.gain:+.2f} {interval}"
         if self.helps:
             use = f"lam={chosen.lam:g}, temperature={chosen.temperature}, scores={chosen.scores!r}"
@@ -208,16 +211,28 @@ def choose(
         found = evaluate(logits, targets, {name: function})
         if not found:
             classes = logits(slice(0, 1)).shape[1]
-            raise ValueError(f"metric: {name} counts every class as predicted where there are {classes}; take another.")
+            raise ValueError(
+                f"metric: found {name}, which says nothing of these targets with {classes} classes: it would count "
+                "every class as predicted, or mAP has positives enough; take another."
+            )
         return found[name]
 
     parts = folds_of(targets.numpy() if targets.ndim == 1 else len(targets), seed, folds)
     table = Table.of(name, {setting: evaluation(setting) for setting in settings}, parts)
-    every = np.arange(folds)
-    chosen = tuple(_one_standard_error(table, every[every != fold]) for fold in every)
-    nested = on_parts(table, "nested", chosen, seed)
-    summary = {setting: _gain(table, setting, every) for setting in settings if setting != PLAIN}
-    return TuneResult(name, len(targets), nested, _one_standard_error(table, every), summary)
+    nested = nested_gain(table, seed)
+    values = np.stack([table.values[setting] for setting in table.settings])
+    (number,) = _one_standard_error(table.settings, values[..., None])
+    gain, error = (found[:, 0] for found in _gains(table.settings, values[..., None]))
+    summary = {
+        setting: (float(gain[i]), float(error[i])) for i, setting in enumerate(table.settings) if setting != PLAIN
+    }
+    return TuneResult(name, len(targets), nested, table.settings[number], summary)
+
+
+def nested_gain(table: Table, seed: int) -> Comparison:
+    """What choosing by cross-validation gains: on each fold, which had no part in it, the setting that the others
+    choose. `table` is of `folds_of`."""
+    return chosen(table, "nested", partial(_on_other_folds, table.settings), seed)
 
 
 def _metric(metric: str | OwnMetric | None, targets: Tensor) -> tuple[str, Metric]:
@@ -240,6 +255,8 @@ class _Own:
     function: OwnMetric
     logits: Logits
     targets: Tensor
+    classes: ClassVar[None] = None
+    no_interval: ClassVar[None] = None
 
     @property
     def n(self) -> int:
@@ -251,22 +268,36 @@ class _Own:
         return np.array([float(self.function(logits[rows], self.targets[rows])) for rows in samples])
 
 
-def _gain(table: Table, setting: Setting, folds: NDArray[np.intp]) -> tuple[float, float]:
-    """Mean over these folds of the gain over the plain model, and its standard error; NaN where it is undefined."""
-    gains = (table.values[setting] - table.values[PLAIN])[folds]
-    return float(gains.mean()), float(gains.std(ddof=1) / math.sqrt(len(gains)))
+def _gains(settings: Sequence[Setting], values: Values) -> tuple[Values, Values]:
+    """Mean over folds of the gain over the plain model, and its standard error, `(S, B)`; NaN where it is undefined."""
+    gains = values - values[settings.index(PLAIN)]
+    return gains.mean(axis=1), gains.std(axis=1, ddof=1) / math.sqrt(gains.shape[1])
 
 
-def _one_standard_error(table: Table, folds: NDArray[np.intp]) -> Setting:
-    """The smallest lam whose gain is within one standard error of the best; the best temperature of that lam. Of the
-    best setting's kind of scores alone: the same lam weighs less or more with the other."""
-    gains = {setting: _gain(table, setting, folds) for setting in table.settings}
-    defined = {setting: gain for setting, gain in gains.items() if not math.isnan(gain[0])}
-    if not defined:
-        return PLAIN
-    best = max(defined, key=lambda setting: defined[setting])
-    highest, error = defined[best]
-    comparable = [setting for setting in defined if setting.scores == best.scores or setting == PLAIN]
-    near = [setting for setting in comparable if defined[setting][0] >= highest - error]
-    smallest = min(setting.lam for setting in near)
-    return max((setting for setting in near if setting.lam == smallest), key=lambda setting: defined[setting][0])
+def _on_other_folds(settings: Sequence[Setting], values: Values) -> NDArray[np.intp]:
+    """For each fold what the others choose: a `Rule`."""
+    folds = range(values.shape[1])
+    return np.stack([_one_standard_error(settings, np.delete(values, fold, axis=1)) for fold in folds])
+
+
+def _one_standard_error(settings: Sequence[Setting], values: Values) -> NDArray[np.intp]:
+    """Choose the smallest lam whose gain is within one standard error of the best, and its best temperature.
+    Of the best setting's kind of scores alone: the same lam weighs less or more with the other.
+
+    Args:
+        settings: S, in order of lam.
+        values: of the metric `(S, folds, B)`, in each of B resamples.
+
+    Returns:
+        Which of the settings `(B,)`; the plain model, the first, where the metric is undefined.
+    """
+    gains, errors = _gains(settings, values)
+    gains = np.where(np.isnan(gains), -np.inf, gains)
+    highest = gains.argmax(axis=0)
+    enough = np.take_along_axis(gains - errors, highest[None], axis=0)
+    kinds = np.array([SCORES.index(setting.scores) for setting in settings])
+    plain = np.array([setting == PLAIN for setting in settings])[:, None]
+    near = ((kinds[:, None] == kinds[highest]) | plain) & (gains >= enough)
+    lams = np.array([setting.lam for setting in settings])[:, None]
+    smallest = np.where(near, lams, np.inf).min(axis=0)
+    return np.where(near & (lams == smallest), gains, -np.inf).argmax(axis=0)
