@@ -408,3 +408,14 @@ def test_real_photographs_and_checkpoints(name: str, real_data: Path, real_weigh
     assert 0 < min(expected.values()) < 0.98 <= expected[0.05]  # it is a question here
     assert choice.spread[0] <= choice.lam <= choice.spread[1]
     assert choose_lam(model, torch.cat(batches).flip(0).split(17)) == choice
+
+
+@pytest.mark.filterwarnings("ignore:.*the largest tried")
+def test_a_model_compiled_in_place_gets_the_same_lam() -> None:
+    model = timm.create_model("test_resnet", num_classes=5).eval()
+    pictures = [torch.randn(20, 3, 64, 64, generator=torch.Generator().manual_seed(0))]
+    with pytest.warns(UserWarning, match="few to choose lam by"):
+        expected = timm_csra.choose_lam(model, pictures)
+    model.compile(backend="eager")
+    with pytest.warns(UserWarning, match="few to choose lam by"):
+        assert timm_csra.choose_lam(model, pictures) == expected

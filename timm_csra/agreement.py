@@ -221,7 +221,7 @@ def _logits_and_attention(model: nn.Module, images: Tensor, config: CSRAConfig) 
     the locations; the model itself is left alone.
     """
     plain = cast(Any, object.__new__(type(model)))
-    plain.__dict__ = dict(model.__dict__)
+    plain.__dict__ = dict(model.__dict__, _compiled_call_impl=None)  # what model.compile() has made calls the model
     unwrap(plain)
     head, terms = plain_head(plain), [(config.scores, temperature) for temperature in config.temperatures]
     seen: list[tuple[Tensor, list[Tensor]]] = []
