@@ -65,7 +65,7 @@ class Greedy(nn.Module):
 class NeedsMemory(Checkpoint):
     def create(self, size: tuple[int, int]) -> nn.Module:
         model = super().create(size)
-        model.conv1 = nn.Sequential(Greedy(), model.conv1)
+        model.conv1 = nn.Sequential(Greedy(), model.conv1).eval()
         return model
 
 
