@@ -33,6 +33,8 @@ examples:
       --class-map coco80-to-imagenet1k
 """
 
+EVERY_CELL = "cells"  # what --dry-run lists
+
 Task = tuple[str, int | None]  # a task, and the grid of a mosaic
 
 
@@ -160,7 +162,14 @@ def parser(description: str) -> argparse.ArgumentParser:
     add_images(parser)
     how = parser.add_argument_group("how")
     how.add_argument("--out", type=Path, help="folder of records and summary (default: results, or results/sample)")
-    how.add_argument("--dry-run", action="store_true", help="say what would run, with sizes and an estimate, and stop")
+    how.add_argument(
+        "--dry-run",
+        nargs="?",
+        const="summary",
+        choices=("summary", EVERY_CELL),
+        help="say what would run, what would not and why, with an estimate, and stop. More than 50 cells are summed "
+        f"up: --dry-run {EVERY_CELL} lists each",
+    )
     how.add_argument(
         "--yes", action="store_true", help="do not ask before --models all without accelerator, nor before pushing"
     )

@@ -30,6 +30,7 @@ from .data.classes import COMBINE, NotApplicableError, combined
 from .data.datasets import DataError
 from .engines.worker import Models
 from .reporting.tables import origins, task
+from .scoring.applicable import Applicability
 from .scoring.measure import score_cell
 from .without_labels import UNLABELLED_LAMS, add_without_labels, choose_without_labels, refuse_what_does_not_apply
 
@@ -58,6 +59,8 @@ def main(arguments: list[str] | None = None) -> int:
         models, data, tasks = asked_what(args)
         cells = [cell for model in models for cell in asked_cells(model, args.img_size, data, tasks, {}, args.crop_pct)]
         cell = only(cells, "combinations of checkpoint, data and task")
+        if reason := Applicability(options).why_not(cell):
+            raise NotApplicableError(reason)
         loaded = Models(options.device).get(cell)
         found = score_cell(
             cell,
