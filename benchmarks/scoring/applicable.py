@@ -1,5 +1,5 @@
-"""Whether a cell has an answer: told by the data, the options and the checkpoint's configuration, before its weights are
-downloaded or loaded, and once more by the model itself, whose classifier somebody may have replaced."""
+"""Whether a cell has an answer: told by the data, the options and the checkpoint's configuration, before its weights
+are downloaded or loaded, and once more by the model itself, whose classifier somebody may have replaced."""
 
 from dataclasses import replace
 
