@@ -34,7 +34,7 @@ from .records.phases import where_the_time_went
 from .reporting.expected import keep_expected
 from .reporting.overview import print_overview, too_many
 from .reporting.plan import TO_DO, Planned, is_long, print_plan
-from .reporting.push import choose, push
+from .reporting.push import choose, push, told_apart
 from .reporting.summary import Row, headline, kept, write_summary
 from .reporting.tables import print_headline, print_prose, print_records
 from .scoring.cells import Cell, Options, show_size
@@ -203,6 +203,9 @@ def _pushed(
     if not choices:
         screen.print("Nothing to push: no checkpoint has a significant cross-fitted gain at its own size.")
         return True
+    if clash := told_apart(choices, args.push_best):
+        log.print(clash, markup=False, highlight=False, soft_wrap=True)
+        return False
     what = f"{len(choices)} of {len(measured)} checkpoints would be pushed to {constants.ENDPOINT}"
     if not args.yes and not _confirmed(log, what, "Push them?"):
         return False

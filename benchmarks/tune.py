@@ -13,6 +13,7 @@ folder of such pictures will do. Pictures of several objects will not: their top
 import argparse
 import sys
 from pathlib import Path
+from typing import Any, cast
 
 from rich.console import Console
 from rich.progress import track
@@ -88,7 +89,14 @@ def main(arguments: list[str] | None = None) -> int:
     for line in origins([found.facts | {"model": cell.checkpoint.name}]):
         screen.print(line, style="dim", markup=False)
     if args.save:
-        timm_csra.save_pretrained(result.apply(loaded.model), args.save)
+        model = result.apply(loaded.model)
+        if options.class_names:
+            model.pretrained_cfg = {  # type: ignore[assignment]
+                **cast(dict[str, Any], model.pretrained_cfg),
+                "label_names": list(options.class_names.names),
+                "label_descriptions": None,  # of other names
+            }
+        timm_csra.save_pretrained(model, args.save)
         screen.print(f"saved with lam={result.lam:g}, scores={result.scores!r} to {args.save}", markup=False)
     return 0
 
@@ -121,7 +129,9 @@ def _parser() -> argparse.ArgumentParser:
         "--scores", help=f"what is compared over locations (default: {DEFAULT_SCORES}; without labels one, log_softmax)"
     )
     parser.add_argument("--folds", type=positive, default=5, help="default: %(default)s")
-    parser.add_argument("--save", type=Path, metavar="FOLDER", help="save the checkpoint, wrapped as recommended")
+    parser.add_argument(
+        "--save", type=Path, metavar="FOLDER", help="save the checkpoint, wrapped as recommended, with --class-names"
+    )
     add_labels(parser)
     add_images(parser)
     parser.add_argument("--batch-size", type=positive, help="default: 64, on a CPU 16")
