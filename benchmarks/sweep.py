@@ -69,8 +69,9 @@ def main(arguments: list[str] | None = None) -> int:
                 "told from those of other weights. Run again when the Hub gives it."
             )
 
-    # A larger image is a rival at its own cost; its records hold the plain model's figures beside the wrapped one's.
-    sizes = f"{args.img_size},2x" if args.rivals else args.img_size
+    # Five crops are compared at a checkpoint's own size, and so is the larger image, a rival at its own cost: its
+    # records hold the plain model's figures beside the wrapped one's.
+    sizes = f"{args.img_size},1x,2x" if args.rivals else args.img_size
     cells = [cell for model in models for cell in asked_cells(model, sizes, data, tasks, missing, args.crop_pct)]
     run = Run(options, out, missing, args.retry_failed, log)
     if args.calibration_data and not args.rescore and any(run.state(cell) == "to do" for cell in cells):
