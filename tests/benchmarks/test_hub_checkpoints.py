@@ -102,7 +102,7 @@ def test_weights_of_what_does_not_apply_are_not_downloaded(hub: Hub, tmp_path: P
     assert not [
         request
         for request in hub.requests
-        if request.startswith("GET /blobs/") or "GET" in request and "model." in request
+        if request.startswith("GET /blobs/") or ("GET" in request and "model." in request)
     ]
     assert not list((tmp_path / "cache").rglob("*.safetensors"))
 
