@@ -1,9 +1,9 @@
 """One self-contained page from the records of a sweep, with plots and tables to take along.
 
-Writes to RUN_DIR/report: `index.html` (no network needed), each plot as PNG and SVG, figures of the whole run, `results.md`, `results.csv` with
-timm's column names, and `pooled.csv`, mean gains over checkpoints. Gains are in percentage points over lam = 0,
-intervals 95 %, p-values corrected by Holm's method over the checkpoints of the same data, task, requested size, metric
-and protocol.
+Writes to RUN_DIR/report: `index.html` (no network needed), each plot as PNG and SVG, figures of the whole run in
+`figures`, `results.md`, `results.csv` with timm's column names, and `pooled.csv`, mean gains over checkpoints. Gains
+are in percentage points over lam = 0, intervals 95 %, p-values corrected by Holm's method over the checkpoints of the
+same data, task, requested size, metric and protocol.
 """
 
 import argparse
@@ -54,7 +54,7 @@ def main(arguments: list[str] | None = None) -> int:
     if replaced := len(folder.records) - len(records):
         screen.print(f"{replaced} records left out, which later ones replace: summary.csv names them", soft_wrap=True)
     screen.print(
-        f"{len(plots)} plots, {len(figures)} figures of the whole run, results.md, results.csv and pooled.csv beside it",
+        f"{len(plots)} plots, {len(figures)} figures, results.md, results.csv and pooled.csv beside it",
         highlight=False,
         soft_wrap=True,
     )

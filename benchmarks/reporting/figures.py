@@ -84,9 +84,7 @@ def _by_head(rows: Sequence[Row]) -> alt.FacetChart | None:
         (zero + each + bars + mean)
         .properties(width=190, height=34)
         .facet(row=_facet("pictures"), column=alt.Column("head:N", title="kind of head"))
-        .properties(
-            title="Gain by head and pictures: checkpoints (o), their mean (|) and its 95 % interval over images"
-        )
+        .properties(title="Gain by head and pictures: checkpoints (o), mean (|), its 95 % interval over images")
     )
 
 
