@@ -28,7 +28,8 @@ from torch import Tensor, nn
 
 from timm_csra.attention import Attention
 from timm_csra.config import LOG_SOFTMAX
-from timm_csra.evaluation.metrics import MULTI_LABEL, evaluate, weights_of
+from timm_csra.evaluation.metrics import MULTI_LABEL, evaluate
+from timm_csra.evaluation.samples import weights_of
 from timm_csra.evaluation.scoring import ALL, PLAIN, Scores, Setting, Term
 from timm_csra.evaluation.statistics import CONFIDENCE, RESAMPLES, Comparison, Table, crossfit, halves
 from timm_csra.evaluation.tuning import LAMS
