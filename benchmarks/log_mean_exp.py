@@ -38,7 +38,8 @@ from timm_csra.locations import as_kind, location_scores
 from timm_csra.patching import check_supported, plain_head
 
 from .argument_types import natural, positive
-from .arguments import add_images, add_labels, asked_cells, asked_options, asked_what
+from .arguments import add_images, add_labels
+from .asked import asked_cells, asked_options, asked_what
 from .checkpoints import find
 from .checkpoints.find import CheckpointError
 from .data import sources

@@ -23,7 +23,8 @@ from timm_csra.config import LOG_SOFTMAX, LOGITS, SCORES
 from timm_csra.evaluation.scoring import DEFAULT, DEFAULT_LOG_SOFTMAX, PLAIN, Setting, score
 
 from .argument_types import only
-from .arguments import add_names, asked_names
+from .arguments import add_names
+from .asked import asked_names
 from .checkpoints import find
 from .checkpoints.find import CheckpointError, find_checkpoints
 from .data import sample

@@ -17,7 +17,8 @@ from huggingface_hub.errors import HfHubHTTPError, HTTPError
 from rich.console import Console
 from rich.prompt import Confirm
 
-from .arguments import EVERY_CELL, asked_calibration, asked_cells, asked_options, asked_what, parser
+from .arguments import EVERY_CELL, parser
+from .asked import asked_calibration, asked_cells, asked_options, asked_what
 from .checkpoints import find
 from .checkpoints.downloads import Downloads
 from .checkpoints.find import Checkpoint, CheckpointError

@@ -23,7 +23,8 @@ from timm_csra.config import SCORES
 from timm_csra.evaluation.tuning import LAMS, TEMPERATURES, choose
 
 from .argument_types import natural, only, positive
-from .arguments import add_images, add_labels, asked_cells, asked_options, asked_what
+from .arguments import add_images, add_labels
+from .asked import asked_cells, asked_options, asked_what
 from .checkpoints import find
 from .checkpoints.find import CheckpointError
 from .data import sources
