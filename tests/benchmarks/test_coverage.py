@@ -77,7 +77,7 @@ def test_what_cannot_be_started(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert other.read_text() == "a,b\n1,2\n"
 
 
-def test_the_table_in_docs_is_of_this_timm_and_the_readme_counts_it() -> None:
+def test_the_table_in_docs_is_of_this_timm_and_is_counted_there() -> None:
     rows = read_rows(TABLE)
     versions = {row["timm"] for row in rows.values()}
     if versions != {timm.__version__}:
@@ -85,9 +85,9 @@ def test_the_table_in_docs_is_of_this_timm_and_the_readme_counts_it() -> None:
     assert list(rows) == timm.list_models()
     kinds = Counter(row["kind"] for row in rows.values())
     assert kinds.keys() == {"exact", "nonlinear", "token", "no classifier"}
-    readme = (ROOT / "README.md").read_text()
+    page = (ROOT / "docs" / "how_it_works.md").read_text()
     for kind in ("exact", "nonlinear", "token", "no classifier"):
-        assert re.search(rf"\| {kind} \|.* {kinds[kind]} \|\n", readme), kind
-    assert f"all {sum(kinds.values()) - kinds['no classifier']} architectures with a classifier" in readme
+        assert re.search(rf"\| {kind} \|.* {kinds[kind]} \|\n", page), kind
+    assert f"all {sum(kinds.values()) - kinds['no classifier']} architectures with a classifier" in page
     for name in ("test_resnet", "test_mambaout", "crossvit_tiny_240"):
         assert coverage.measure(name) == rows[name]
