@@ -169,8 +169,12 @@ def score_cell(
     return Scored(scores, targets, facts, 0 if again else len(targets) + len(passed.bad))
 
 
-def load_images(cell: Cell, loaded: Loaded, options: Options) -> tuple[Any, Record, Alignment]:
-    """Give loader, preprocessing and alignment; how an image becomes a tensor is timm's and the checkpoint's affair."""
+def load_images(
+    cell: Cell, loaded: Loaded, options: Options, own: Alignment | None = None
+) -> tuple[Any, Record, Alignment]:
+    """Give loader, preprocessing and alignment; how an image becomes a tensor is timm's and the checkpoint's affair.
+    `own` is an alignment of other outputs than those of the checkpoint's head, None to match the data's classes with
+    these."""
     data, model, size, options = cell.data, loaded.model, loaded.size, cell.prepared(options)
     # Of the logits: a classifier may have been replaced. Where they are unknown, `score_cell` says why.
     count = loaded.explanation.num_classes or int(model.num_classes)  # type: ignore[arg-type]
@@ -185,7 +189,7 @@ def load_images(cell: Cell, loaded: Loaded, options: Options) -> tuple[Any, Reco
         )
     if cell.task == "mosaic" and data.multilabel and data.tilings is None:
         raise NotApplicableError("mosaics are built from images with exactly one label each")
-    if (order := cell.checkpoint.training_order) and options.class_names is None:
+    if own is None and (order := cell.checkpoint.training_order) and options.class_names is None:
         raise NotApplicableError(
             f"the checkpoint was trained with --class-map {order}: give that to --class-names, one name a line in the "
             "order of the head"
@@ -197,7 +201,7 @@ def load_images(cell: Cell, loaded: Loaded, options: Options) -> tuple[Any, Reco
         data = replace(data, classes=tuple(map(str, range(count))))
     class_map = options.class_map if cell.task == "multilabel" else None
     whole = options.score_classes == "head"
-    alignment = align(data.classes, labels, model, class_map, count, options.class_names, data.order, whole)
+    alignment = own or align(data.classes, labels, model, class_map, count, options.class_names, data.order, whole)
     requested = {"input_size": (3, *size), "crop_mode": options.crop_mode, "crop_pct": options.crop_pct}
     if cell.task == "mosaic":
         requested |= {"crop_mode": "squash", "crop_pct": 1.0}  # the mosaic has the right size already

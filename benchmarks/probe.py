@@ -1,0 +1,291 @@
+"""Compare both kinds of scores on new linear heads, trained with a sigmoid or with softmax on the same features.
+
+A checkpoint's backbone runs once over photographs with several labels, or mosaics of photographs with one. Then, for
+each of several random splits, two linear heads are trained on one half of the images: with binary cross entropy
+(`sigmoid`), and with softmax cross entropy on the labels divided by their number (`softmax`). Each is wrapped by the
+library, and measured on the other half: mAP over the classes with 5 positives or more there, and one in the half
+trained on; those are the classes of the heads.
+
+The recipe was fixed before anything was measured, and is that of scikit-learn's LogisticRegression (C=1): features
+standardised, the losses of all images summed, half the squared weights added, L-BFGS until it has converged.
+
+  fixed   logits: lam 0.1; log_softmax: lam 0.3
+  tuned   lam as `timm_csra.tune` chooses it on the half trained on: of logits, of log_softmax, or of either. There
+          heads of four fifths score the last one: images that a head has been trained on are nearly all ranked right.
+
+All with T inf. Splits share images: the spread over them says how much a result hangs on the split, and is no
+confidence interval.
+"""
+
+import argparse
+import copy
+import math
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table as RichTable
+from torch import Tensor, nn
+
+from timm_csra.config import LOG_SOFTMAX, LOGITS, SCORES
+from timm_csra.evaluation.metrics import FEW, MeanAveragePrecision, Rows
+from timm_csra.evaluation.scoring import DEFAULT, DEFAULT_LOG_SOFTMAX, PLAIN, Scores, Setting, settings_grid
+from timm_csra.evaluation.statistics import folds_of, halves
+from timm_csra.evaluation.tuning import LAMS, choose
+from timm_csra.layouts import spatial_features
+from timm_csra.locations import location_attention
+from timm_csra.patching import check_supported, plain_head
+
+from .argument_types import natural, positive
+from .arguments import add_images, asked_cells, asked_options, asked_what
+from .checkpoints import find
+from .checkpoints.find import CheckpointError
+from .data import sources
+from .data.classes import Alignment, NotApplicableError
+from .data.datasets import DataError
+from .engines.worker import Models
+from .records.files import write_table
+from .scoring.cells import Cell, Options, show_size
+from .scoring.loading import Loaded, describe_bad_images, readable
+from .scoring.measure import load_images
+
+FIXED = {LOGITS: DEFAULT, LOG_SOFTMAX: DEFAULT_LOG_SOFTMAX}
+TUNED = {"tuned_logits": (LOGITS,), "tuned_log_softmax": (LOG_SOFTMAX,), "tuned": SCORES}
+SETTINGS = settings_grid(LAMS, (math.inf,), SCORES, FIXED.values())
+FOLDS = 5
+COLUMNS = ("model", "size", "data", "task", "images", "split", "loss", "classes", "plain", *FIXED,
+           *(column for name in TUNED for column in (name, f"{name}_lam")), "tuned_scores")  # fmt: skip
+
+
+def sigmoid(logits: Tensor, targets: Tensor) -> Tensor:
+    """Sum over images and classes; what is not judged does not count."""
+    judged = (targets >= 0).to(logits)
+    return F.binary_cross_entropy_with_logits(logits, targets.clamp(min=0).to(logits), judged, reduction="sum")
+
+
+def softmax(logits: Tensor, targets: Tensor) -> Tensor:
+    """Sum over images; those without a label do not count."""
+    labels = targets.clamp(min=0).to(logits)
+    return F.cross_entropy(logits, labels / labels.sum(dim=1, keepdim=True).clamp(min=1), reduction="sum")
+
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+LOSSES: tuple[Loss, ...] = (sigmoid, softmax)
+
+
+def fit(features: Tensor, targets: Tensor, loss: Loss) -> tuple[Tensor, Tensor]:
+    """Train a linear head by the recipe above: weight `(K, C)` and bias `(K,)` for features `(n, C)` as they are."""
+    features = features.double()
+    mean, deviation = features.mean(dim=0), features.std(dim=0, correction=0)
+    deviation[deviation == 0] = 1
+    standardised = (features - mean) / deviation
+    weight = features.new_zeros(targets.shape[1], features.shape[1], requires_grad=True)
+    bias = features.new_zeros(targets.shape[1], requires_grad=True)
+    optimizer = torch.optim.LBFGS([weight, bias], max_iter=1000, tolerance_grad=1e-5, line_search_fn="strong_wolfe")
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        value = loss(F.linear(standardised, weight, bias), targets) + weight.square().sum() / 2
+        value.backward()
+        return value
+
+    optimizer.step(closure)
+    folded = weight.detach() / deviation
+    return folded, bias.detach() - folded @ mean
+
+
+@dataclass(frozen=True)
+class Frozen:
+    """A backbone, and what it says of n images: the maps that `forward_features` returns, and the `pooled` features
+    `(n, C)` that a linear classifier gets."""
+
+    model: nn.Module
+    maps: Tensor
+    pooled: Tensor
+
+    @classmethod
+    def of(cls, model: nn.Module, batches: Iterator[tuple[Tensor, Tensor]], device: str) -> tuple["Frozen", Tensor]:
+        """Run every image once. The model is copied, with a new classifier; also gives the targets."""
+        model, maps, pooled, targets = copy.deepcopy(model), [], [], []
+        check_supported(model)
+        for images, target in batches:
+            with torch.inference_mode():
+                features = spatial_features(model, images.to(device))
+                if not isinstance(features, Tensor):
+                    raise ValueError(f"{_name(model)}: its features are no single tensor, as they have to be here.")
+                pooled.append(plain_head(model)(features, pre_logits=True))
+            maps.append(features)
+            targets.append(target)
+        frozen = cls(model, torch.cat(maps).clone(), torch.cat(pooled).clone())
+        frozen.model.reset_classifier(2)  # type: ignore[operator]
+        found = model.get_classifier()  # type: ignore[operator]
+        if not isinstance(found, nn.Linear) or found.in_features != frozen.pooled.shape[1]:
+            raise ValueError(f"{_name(model)}: found the classifier {found}; expected one linear layer after the pool.")
+        return frozen, torch.cat(targets)
+
+    def scores(self, rows: Rows, head: tuple[Tensor, Tensor]) -> Scores:
+        """Of some images, of the model with this head, for all `SETTINGS`."""
+        weight, bias = head
+        self.model.reset_classifier(len(weight))  # type: ignore[operator]
+        classifier = self.model.to(self.maps.device).eval().get_classifier()  # type: ignore[operator]
+        classifier.load_state_dict({"weight": weight, "bias": bias})
+        terms, kept, plain = sorted({term for one in SETTINGS for term in one.terms}), [], plain_head(self.model)
+        with torch.inference_mode():
+            for some in self.maps[torch.from_numpy(rows)].split(64):
+                (attention,) = location_attention(self.model, plain, some, terms)
+                kept.append(torch.stack([plain(some), *attention]).float().cpu())
+        base, *attention = torch.cat(kept, dim=1)
+        return Scores(base, dict(zip(terms, attention, strict=True)))
+
+
+def out_of_fold(frozen: Frozen, rows: Rows, targets: Tensor, loss: Loss, seed: int) -> Scores:
+    """Scores of the images in `rows`, by heads that were trained on the others of them. The folds are those of
+    `choose`, so that no metric mixes the scores of several heads."""
+    found: Scores | None = None
+    for fold in folds_of(len(rows), seed, FOLDS):
+        rest = np.setdiff1d(np.arange(len(rows)), fold)
+        part = frozen.scores(rows[fold], fit(frozen.pooled[rows[rest]], targets[rest], loss))
+        if found is None:
+            shape = (len(rows), targets.shape[1])
+            found = Scores(torch.empty(shape), {term: torch.empty(shape) for term in part.attention})
+        found.base[fold] = part.base
+        for term, attention in part.attention.items():
+            found.attention[term][fold] = attention
+    assert found is not None
+    return found
+
+
+def probe(frozen: Frozen, targets: Tensor, seed: int) -> Iterator[dict[str, Any]]:
+    """Train both heads on one random half of the images, and measure them on the other: one row for each."""
+    trained, held_out = halves(len(targets), seed)
+    positives = [(targets[half] > 0).sum(dim=0) for half in (trained, held_out)]
+    classes = (positives[0] >= 1) & (positives[1] >= FEW)
+    if (count := int(classes.sum())) < 2:
+        raise DataError(
+            f"found {count} classes with {FEW} positives among {len(held_out)} held-out images; expected 2 or more."
+        )
+    learned, judged = targets[trained][:, classes], targets[held_out][:, classes]
+    for loss in LOSSES:
+        scores = frozen.scores(held_out, fit(frozen.pooled[trained], learned, loss))
+        for_choice = out_of_fold(frozen, trained, learned, loss, seed)
+        mAP = partial(mean_average_precision, scores, judged)
+        row: dict[str, Any] = {"loss": loss.__name__, "classes": count, "plain": mAP(PLAIN)}
+        row |= {kind: mAP(setting) - row["plain"] for kind, setting in FIXED.items()}
+        for name, kinds in TUNED.items():
+            tried = [setting for setting in SETTINGS if setting == PLAIN or setting.scores in kinds]
+            chosen = choose(for_choice, learned, tried, metric="mAP", folds=FOLDS, seed=seed).chosen
+            row |= {name: mAP(chosen) - row["plain"], f"{name}_lam": chosen.lam, f"{name}_scores": chosen.scores}
+        yield row
+
+
+def mean_average_precision(scores: Scores, targets: Tensor, setting: Setting) -> float:
+    everything = np.ones((len(targets), 1), dtype=np.float32)
+    return float(MeanAveragePrecision(partial(scores.logits, setting), targets).weighted(everything)[0])
+
+
+def probe_cell(
+    cell: Cell, loaded: Loaded, options: Options, splits: int, progress: Callable[..., Any]
+) -> Iterator[dict[str, Any]]:
+    """Give two rows for each split."""
+    count = len(cell.data.classes)
+    own = Alignment(tuple(range(count)), {label: label for label in range(count)})
+    loader, _, _ = load_images(cell, loaded, options, own)
+    bad: list[int] = []
+    frozen, targets = Frozen.of(loaded.model, readable(progress(loader), loader, bad), options.device)
+    if bad and not options.skip_bad_images:
+        raise DataError(describe_bad_images(loader.dataset, bad))
+    if len(targets) < 4 * FOLDS:
+        raise DataError(f"{cell.data.name}: found {len(targets)} images; expected {4 * FOLDS} or more.")
+    about = {"model": _name(loaded.model), "size": show_size(cell.size), "data": cell.data.name}
+    about |= {"task": cell.task_name, "images": len(targets)}
+    for split in progress(range(splits)):
+        yield from (about | {"split": split} | row for row in probe(frozen, targets, options.seed + split))
+
+
+def _name(model: nn.Module) -> str:
+    return model.pretrained_cfg["architecture"]  # type: ignore[index]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Print and write. Returns 0, or 2 where something could not be measured."""
+    args = _parser().parse_args(arguments)
+    log, rows = Console(stderr=True), []
+    try:
+        options = asked_options(args, Path())
+        models, data, tasks = asked_what(args)
+        memory = Models(options.device)
+        for cell in (cell for model in models for cell in asked_cells(model, args.img_size, data, tasks, {})):
+            progress = partial(track, description=cell.checkpoint.name, console=log, transient=True)
+            rows += probe_cell(cell, memory.get(cell), options, args.splits, progress)
+            if args.out:
+                write_table(args.out, COLUMNS, rows)
+    except (CheckpointError, DataError, NotApplicableError, ValueError) as error:
+        log.print(f"benchmarks.probe: {error}", markup=False, highlight=False, soft_wrap=True)
+        return 2
+    print_summary(rows, args.splits)
+    return 0
+
+
+def print_summary(rows: Sequence[Mapping[str, Any]], splits: int) -> None:
+    table = RichTable(box=None, pad_edge=False, header_style="bold")
+    for name in ("checkpoint", "size", "loss", "plain", "lam", *SCORES, "either", "logits - log_softmax"):
+        table.add_column(name, justify="left" if name in ("checkpoint", "loss", "lam") else "right", no_wrap=True)
+    groups: dict[tuple[str, ...], list[Mapping[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault((row["model"], str(row["size"]), row["loss"]), []).append(row)
+    for what, group in groups.items():
+        of = {name: np.array([row[name] for row in group]) for name in ("plain", *FIXED, *TUNED)}
+        for how, prefix, either in (("fixed", "", ""), ("tuned", "tuned_", _show(of["tuned"]))):
+            logits, log_softmax = (of[prefix + kind] for kind in (LOGITS, LOG_SOFTMAX))
+            gains = (_show(logits), _show(log_softmax), either, _show(logits - log_softmax))
+            table.add_row(*what, f"{of['plain'].mean():.2f}", how, *gains)
+    screen, first = Console(soft_wrap=True, highlight=False), rows[0]
+    screen.print(f"{first['data']}, {first['task']}, {first['images']} images, {splits} splits, mAP of held-out halves")
+    screen.print(table)
+    screen.print(
+        "Gains over the plain model in points: mean +- standard deviation over splits (in how many it is positive). "
+        "Splits share images: this is no confidence interval."
+    )
+
+
+def _show(gains: np.ndarray[Any, Any]) -> str:
+    spread = gains.std(ddof=1) if len(gains) > 1 else math.nan
+    return f"{gains.mean():+.2f} +- {spread:.2f} ({(gains > 0).sum()}/{len(gains)})"
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.probe",
+        description=__doc__,
+        epilog="example:\n  python -m benchmarks.probe --models resnet50 --data coco/annotations/instances_val2017.json\n"
+        + sources.HELP,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--models", metavar="SPEC", required=True, help=find.HELP)
+    parser.add_argument("--data", nargs=1, metavar="DATA", required=True, help="labelled photographs, see below")
+    parser.add_argument("--task", choices=("multilabel", "mosaic"), default="multilabel", help="default: %(default)s")
+    parser.add_argument("--splits", type=positive, default=10, metavar="N", help="default: %(default)s")
+    parser.add_argument("--out", type=Path, help="a CSV file with two rows for each split, one for each loss")
+    parser.add_argument("--limit", type=positive, metavar="N", help="a sample of N photographs by --seed")
+    add_images(parser)
+    parser.add_argument("--batch-size", type=positive, help="default: 64, on a CPU 16")
+    parser.add_argument("--workers", type=natural, default=2, help="processes that read images (default: %(default)s)")
+    parser.add_argument("--device", default="auto", help="default: %(default)s")
+    parser.add_argument("--seed", type=int, default=0, help="of samples, mosaics, splits (default: %(default)s)")
+    unused = ("sample", "devices", "keep_scores", "rescore", "rivals", "time_plain", "class_map", "class_names")
+    parser.set_defaults(also=(), activation="softmax", average_precision="continuous", **dict.fromkeys(unused))
+    parser.set_defaults(lams="0.1", temperatures="inf", scores=LOGITS, amp="none", score_classes="data")
+    parser.set_defaults(class_scores="logits", split=None, data_dir=None)
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())
