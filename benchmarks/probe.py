@@ -10,8 +10,8 @@ The recipe was fixed before anything was measured, and is that of scikit-learn's
 standardised, the losses of all images summed, half the squared weights added, L-BFGS until it has converged.
 
   fixed   logits: lam 0.1; log_softmax: lam 0.3
-  tuned   lam as `timm_csra.tune` chooses it on the half trained on: of logits, of log_softmax, or of either. There
-          heads of four fifths score the last one: images that a head has been trained on are nearly all ranked right.
+  tuned   lam as `timm_csra.tune` chooses it for each of the two on the half trained on. There heads trained on four
+          fifths score the last one: of images that it has been trained on, a head ranks nearly all right.
 
 All with T inf. Splits share images: the spread over them says how much a result hangs on the split, and is no
 confidence interval.
@@ -21,7 +21,7 @@ import argparse
 import copy
 import math
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -30,9 +30,10 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import track
-from rich.table import Table as RichTable
+from scipy.optimize import minimize
 from torch import Tensor, nn
 
 from timm_csra.config import LOG_SOFTMAX, LOGITS, SCORES
@@ -58,11 +59,12 @@ from .scoring.loading import Loaded, describe_bad_images, readable
 from .scoring.measure import load_images
 
 FIXED = {LOGITS: DEFAULT, LOG_SOFTMAX: DEFAULT_LOG_SOFTMAX}
-TUNED = {"tuned_logits": (LOGITS,), "tuned_log_softmax": (LOG_SOFTMAX,), "tuned": SCORES}
 SETTINGS = settings_grid(LAMS, (math.inf,), SCORES, FIXED.values())
 FOLDS = 5
-COLUMNS = ("model", "size", "data", "task", "images", "split", "loss", "classes", "plain", *FIXED,
-           *(column for name in TUNED for column in (name, f"{name}_lam")), "tuned_scores")  # fmt: skip
+COLUMNS = ("model", "size", "data", "task", "images", "split", "loss", "classes", "plain", *SCORES,
+           *(f"tuned_{kind}{of}" for kind in SCORES for of in ("", "_lam")))  # fmt: skip
+LINE = "{:24} {:>5}  {:8} {:>6}  {:6} {:>22} {:>22} {:>22}".format
+Row = dict[str, Any]
 
 
 def sigmoid(logits: Tensor, targets: Tensor) -> Tensor:
@@ -83,23 +85,29 @@ LOSSES: tuple[Loss, ...] = (sigmoid, softmax)
 
 def fit(features: Tensor, targets: Tensor, loss: Loss) -> tuple[Tensor, Tensor]:
     """Train a linear head by the recipe above: weight `(K, C)` and bias `(K,)` for features `(n, C)` as they are."""
-    features = features.double()
+    features, classes = features.double().cpu(), targets.shape[1]
     mean, deviation = features.mean(dim=0), features.std(dim=0, correction=0)
     deviation[deviation == 0] = 1
-    standardised = (features - mean) / deviation
-    weight = features.new_zeros(targets.shape[1], features.shape[1], requires_grad=True)
-    bias = features.new_zeros(targets.shape[1], requires_grad=True)
-    optimizer = torch.optim.LBFGS([weight, bias], max_iter=1000, tolerance_grad=1e-5, line_search_fn="strong_wolfe")
+    # Weights that are no sum of images only add to the squares: they are looked for among the n such directions.
+    left, values, directions = torch.linalg.svd((features - mean) / deviation, full_matrices=False)
+    inputs = F.pad(left * values, (0, 1), value=1)  # the last one is for the bias
 
-    def closure() -> Tensor:
-        optimizer.zero_grad()
-        value = loss(F.linear(standardised, weight, bias), targets) + weight.square().sum() / 2
+    def objective(flat: NDArray[np.float64]) -> tuple[float, NDArray[np.float64]]:
+        weight = torch.from_numpy(flat).view(classes, -1).requires_grad_()
+        value = loss(inputs @ weight.T, targets) + weight[:, :-1].square().sum() / 2
         value.backward()
-        return value
+        return value.item(), weight.grad.numpy().ravel()  # type: ignore[union-attr]
 
-    optimizer.step(closure)
-    folded = weight.detach() / deviation
-    return folded, bias.detach() - folded @ mean
+    found = minimize(
+        objective,
+        np.zeros(classes * inputs.shape[1]),
+        jac=True,
+        method="L-BFGS-B",
+        options={"maxiter": 10_000, "maxfun": 10_000, "gtol": 1e-4, "ftol": 1e-12},
+    )
+    trained = torch.from_numpy(found.x).view(classes, -1)
+    weight = trained[:, :-1] @ directions / deviation
+    return weight, trained[:, -1] - weight @ mean
 
 
 @dataclass(frozen=True)
@@ -149,40 +157,34 @@ class Frozen:
 def out_of_fold(frozen: Frozen, rows: Rows, targets: Tensor, loss: Loss, seed: int) -> Scores:
     """Scores of the images in `rows`, by heads that were trained on the others of them. The folds are those of
     `choose`, so that no metric mixes the scores of several heads."""
-    found: Scores | None = None
-    for fold in folds_of(len(rows), seed, FOLDS):
+    folds, parts = folds_of(len(rows), seed, FOLDS), []
+    for fold in folds:
         rest = np.setdiff1d(np.arange(len(rows)), fold)
-        part = frozen.scores(rows[fold], fit(frozen.pooled[rows[rest]], targets[rest], loss))
-        if found is None:
-            shape = (len(rows), targets.shape[1])
-            found = Scores(torch.empty(shape), {term: torch.empty(shape) for term in part.attention})
-        found.base[fold] = part.base
-        for term, attention in part.attention.items():
-            found.attention[term][fold] = attention
-    assert found is not None
-    return found
+        parts.append(frozen.scores(rows[fold], fit(frozen.pooled[rows[rest]], targets[rest], loss)))
+    order = torch.from_numpy(np.concatenate(folds)).argsort()
+    attention = {term: torch.cat([part.attention[term] for part in parts])[order] for term in parts[0].attention}
+    return Scores(torch.cat([part.base for part in parts])[order], attention)
 
 
-def probe(frozen: Frozen, targets: Tensor, seed: int) -> Iterator[dict[str, Any]]:
+def probe(frozen: Frozen, targets: Tensor, seed: int) -> Iterator[Row]:
     """Train both heads on one random half of the images, and measure them on the other: one row for each."""
     trained, held_out = halves(len(targets), seed)
-    positives = [(targets[half] > 0).sum(dim=0) for half in (trained, held_out)]
-    classes = (positives[0] >= 1) & (positives[1] >= FEW)
-    if (count := int(classes.sum())) < 2:
+    enough = ((targets[trained] > 0).sum(dim=0) >= 1) & ((targets[held_out] > 0).sum(dim=0) >= FEW)
+    if (count := int(enough.sum())) < 2:
         raise DataError(
             f"found {count} classes with {FEW} positives among {len(held_out)} held-out images; expected 2 or more."
         )
-    learned, judged = targets[trained][:, classes], targets[held_out][:, classes]
+    learned, judged = targets[trained][:, enough], targets[held_out][:, enough]
     for loss in LOSSES:
         scores = frozen.scores(held_out, fit(frozen.pooled[trained], learned, loss))
         for_choice = out_of_fold(frozen, trained, learned, loss, seed)
-        mAP = partial(mean_average_precision, scores, judged)
-        row: dict[str, Any] = {"loss": loss.__name__, "classes": count, "plain": mAP(PLAIN)}
-        row |= {kind: mAP(setting) - row["plain"] for kind, setting in FIXED.items()}
-        for name, kinds in TUNED.items():
-            tried = [setting for setting in SETTINGS if setting == PLAIN or setting.scores in kinds]
-            chosen = choose(for_choice, learned, tried, metric="mAP", folds=FOLDS, seed=seed).chosen
-            row |= {name: mAP(chosen) - row["plain"], f"{name}_lam": chosen.lam, f"{name}_scores": chosen.scores}
+        row: Row = {"loss": loss.__name__, "classes": count, "plain": mean_average_precision(scores, judged, PLAIN)}
+        for kind in SCORES:
+            tried = [setting for setting in SETTINGS if setting == PLAIN or setting.scores == kind]
+            tuned = choose(for_choice, learned, tried, metric="mAP", folds=FOLDS, seed=seed).chosen
+            for name, setting in ((kind, FIXED[kind]), (f"tuned_{kind}", tuned)):
+                row[name] = mean_average_precision(scores, judged, setting) - row["plain"]
+            row[f"tuned_{kind}_lam"] = tuned.lam
         yield row
 
 
@@ -193,7 +195,7 @@ def mean_average_precision(scores: Scores, targets: Tensor, setting: Setting) ->
 
 def probe_cell(
     cell: Cell, loaded: Loaded, options: Options, splits: int, progress: Callable[..., Any]
-) -> Iterator[dict[str, Any]]:
+) -> Iterator[Row]:
     """Give two rows for each split."""
     count = len(cell.data.classes)
     own = Alignment(tuple(range(count)), {label: label for label in range(count)})
@@ -234,39 +236,40 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def print_summary(rows: Sequence[Mapping[str, Any]], splits: int) -> None:
-    table = RichTable(box=None, pad_edge=False, header_style="bold")
-    for name in ("checkpoint", "size", "loss", "plain", "lam", *SCORES, "either", "logits - log_softmax"):
-        table.add_column(name, justify="left" if name in ("checkpoint", "loss", "lam") else "right", no_wrap=True)
-    groups: dict[tuple[str, ...], list[Mapping[str, Any]]] = {}
+def print_summary(rows: Sequence[Row], splits: int) -> None:
+    first = rows[0]
+    print(f"{first['data']}, {first['task']}, {first['images']} images, {splits} splits, mAP of held-out halves")
+    print(LINE("checkpoint", "size", "loss", "plain", "lam", *SCORES, " - ".join(SCORES)))
+    groups: dict[tuple[str, ...], list[Row]] = {}
     for row in rows:
         groups.setdefault((row["model"], str(row["size"]), row["loss"]), []).append(row)
     for what, group in groups.items():
-        of = {name: np.array([row[name] for row in group]) for name in ("plain", *FIXED, *TUNED)}
-        for how, prefix, either in (("fixed", "", ""), ("tuned", "tuned_", _show(of["tuned"]))):
-            logits, log_softmax = (of[prefix + kind] for kind in (LOGITS, LOG_SOFTMAX))
-            gains = (_show(logits), _show(log_softmax), either, _show(logits - log_softmax))
-            table.add_row(*what, f"{of['plain'].mean():.2f}", how, *gains)
-    screen, first = Console(soft_wrap=True, highlight=False), rows[0]
-    screen.print(f"{first['data']}, {first['task']}, {first['images']} images, {splits} splits, mAP of held-out halves")
-    screen.print(table)
-    screen.print(
-        "Gains over the plain model in points: mean +- standard deviation over splits (in how many it is positive). "
-        "Splits share images: this is no confidence interval."
+        plain = np.mean([row["plain"] for row in group])
+        for how, prefix in (("fixed", ""), ("tuned", "tuned_")):
+            gains = [np.array([row[prefix + kind] for row in group]) for kind in SCORES]
+            print(LINE(*what, f"{plain:.2f}", how, *map(_show, (*gains, np.subtract(*gains)))))
+    print(
+        "Gains over the plain model in points: mean +- standard deviation over splits (in how many of them it is "
+        "positive).\nSplits share images: this is no confidence interval."
     )
 
 
-def _show(gains: np.ndarray[Any, Any]) -> str:
+def _show(gains: NDArray[np.float64]) -> str:
     spread = gains.std(ddof=1) if len(gains) > 1 else math.nan
     return f"{gains.mean():+.2f} +- {spread:.2f} ({(gains > 0).sum()}/{len(gains)})"
+
+
+EXAMPLE = """
+example:
+  python -m benchmarks.probe --models resnet50 --data coco/annotations/instances_val2017.json --limit 1000
+"""
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.probe",
         description=__doc__,
-        epilog="example:\n  python -m benchmarks.probe --models resnet50 --data coco/annotations/instances_val2017.json\n"
-        + sources.HELP,
+        epilog=EXAMPLE + sources.HELP,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--models", metavar="SPEC", required=True, help=find.HELP)
