@@ -24,6 +24,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,7 @@ from scipy.optimize import minimize
 from torch import Tensor, nn
 
 from timm_csra.config import LOG_SOFTMAX, LOGITS, SCORES
+from timm_csra.errors import describe
 from timm_csra.evaluation.metrics import FEW, MeanAveragePrecision, Rows
 from timm_csra.evaluation.scoring import DEFAULT, DEFAULT_LOG_SOFTMAX, PLAIN, Scores, Setting, settings_grid
 from timm_csra.evaluation.statistics import folds_of, halves
@@ -64,6 +66,9 @@ FOLDS = 5
 COLUMNS = ("model", "size", "data", "task", "images", "split", "loss", "classes", "plain", *SCORES,
            *(f"tuned_{kind}{of}" for kind in SCORES for of in ("", "_lam")))  # fmt: skip
 LINE = "{:24} {:>5}  {:8} {:>6}  {:6} {:>22} {:>22} {:>22}".format
+NOTE = """
+{data}, {task}, {images} images: mAP of the held-out half, and gains over the plain model in points, mean +- standard
+deviation over {splits} splits (in how many of them it is positive). Splits share images: no confidence interval."""
 Row = dict[str, Any]
 
 
@@ -112,8 +117,8 @@ def fit(features: Tensor, targets: Tensor, loss: Loss) -> tuple[Tensor, Tensor]:
 
 @dataclass(frozen=True)
 class Frozen:
-    """A backbone, and what it says of n images: the maps that `forward_features` returns, and the `pooled` features
-    `(n, C)` that a linear classifier gets."""
+    """A model, and of n images what its backbone says: `maps`, as `forward_features` returns them, and the `pooled`
+    features `(n, C)` that a linear classifier gets."""
 
     model: nn.Module
     maps: Tensor
@@ -121,23 +126,23 @@ class Frozen:
 
     @classmethod
     def of(cls, model: nn.Module, batches: Iterator[tuple[Tensor, Tensor]], device: str) -> tuple["Frozen", Tensor]:
-        """Run every image once. The model is copied, with a new classifier; also gives the targets."""
+        """Run every image once; also gives the targets. The model is copied: its classifier will be replaced."""
         model, maps, pooled, targets = copy.deepcopy(model), [], [], []
         check_supported(model)
         for images, target in batches:
             with torch.inference_mode():
                 features = spatial_features(model, images.to(device))
                 if not isinstance(features, Tensor):
-                    raise ValueError(f"{_name(model)}: its features are no single tensor, as they have to be here.")
+                    raise ValueError(f"{describe(model)}: found features in several parts; expected one tensor.")
                 pooled.append(plain_head(model)(features, pre_logits=True))
             maps.append(features)
             targets.append(target)
-        frozen = cls(model, torch.cat(maps).clone(), torch.cat(pooled).clone())
-        frozen.model.reset_classifier(2)  # type: ignore[operator]
         found = model.get_classifier()  # type: ignore[operator]
-        if not isinstance(found, nn.Linear) or found.in_features != frozen.pooled.shape[1]:
-            raise ValueError(f"{_name(model)}: found the classifier {found}; expected one linear layer after the pool.")
-        return frozen, torch.cat(targets)
+        if not isinstance(found, nn.Linear) or pooled[0].shape[1:] != (found.in_features,):
+            raise ValueError(
+                f"{describe(model)}: found a {type(found).__name__} as classifier; expected one linear layer."
+            )
+        return cls(model, torch.cat(maps), torch.cat(pooled)), torch.cat(targets)
 
     def scores(self, rows: Rows, head: tuple[Tensor, Tensor]) -> Scores:
         """Of some images, of the model with this head, for all `SETTINGS`."""
@@ -166,13 +171,14 @@ def out_of_fold(frozen: Frozen, rows: Rows, targets: Tensor, loss: Loss, seed: i
     return Scores(torch.cat([part.base for part in parts])[order], attention)
 
 
-def probe(frozen: Frozen, targets: Tensor, seed: int) -> Iterator[Row]:
+def probe(frozen: Frozen, targets: Tensor, name: str, seed: int) -> Iterator[Row]:
     """Train both heads on one random half of the images, and measure them on the other: one row for each."""
     trained, held_out = halves(len(targets), seed)
     enough = ((targets[trained] > 0).sum(dim=0) >= 1) & ((targets[held_out] > 0).sum(dim=0) >= FEW)
     if (count := int(enough.sum())) < 2:
         raise DataError(
-            f"found {count} classes with {FEW} positives among {len(held_out)} held-out images; expected 2 or more."
+            f"{name}: found {count} classes with {FEW} positives among {len(held_out)} held-out images and one among "
+            f"{len(trained)} others; expected 2 or more."
         )
     learned, judged = targets[trained][:, enough], targets[held_out][:, enough]
     for loss in LOSSES:
@@ -193,10 +199,8 @@ def mean_average_precision(scores: Scores, targets: Tensor, setting: Setting) ->
     return float(MeanAveragePrecision(partial(scores.logits, setting), targets).weighted(everything)[0])
 
 
-def probe_cell(
-    cell: Cell, loaded: Loaded, options: Options, splits: int, progress: Callable[..., Any]
-) -> Iterator[Row]:
-    """Give two rows for each split."""
+def probe_cell(cell: Cell, loaded: Loaded, options: Options, splits: int, progress: Callable[..., Any]) -> list[Row]:
+    """Give one row for each split and loss."""
     count = len(cell.data.classes)
     own = Alignment(tuple(range(count)), {label: label for label in range(count)})
     loader, _, _ = load_images(cell, loaded, options, own)
@@ -206,14 +210,13 @@ def probe_cell(
         raise DataError(describe_bad_images(loader.dataset, bad))
     if len(targets) < 4 * FOLDS:
         raise DataError(f"{cell.data.name}: found {len(targets)} images; expected {4 * FOLDS} or more.")
-    about = {"model": _name(loaded.model), "size": show_size(cell.size), "data": cell.data.name}
+    about = {"model": cell.checkpoint.id.rsplit("/", 1)[-1], "size": show_size(cell.size), "data": cell.data.name}
     about |= {"task": cell.task_name, "images": len(targets)}
-    for split in progress(range(splits)):
-        yield from (about | {"split": split} | row for row in probe(frozen, targets, options.seed + split))
-
-
-def _name(model: nn.Module) -> str:
-    return model.pretrained_cfg["architecture"]  # type: ignore[index]
+    return [
+        about | {"split": split} | row
+        for split in progress(range(splits))
+        for row in probe(frozen, targets, cell.data.name, options.seed + split)
+    ]
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -224,34 +227,31 @@ def main(arguments: list[str] | None = None) -> int:
         options = asked_options(args, Path())
         models, data, tasks = asked_what(args)
         memory = Models(options.device)
+        print(LINE("checkpoint", "size", "loss", "plain", "lam", *SCORES, " - ".join(SCORES)))
         for cell in (cell for model in models for cell in asked_cells(model, args.img_size, data, tasks, {})):
             progress = partial(track, description=cell.checkpoint.name, console=log, transient=True)
-            rows += probe_cell(cell, memory.get(cell), options, args.splits, progress)
+            found = probe_cell(cell, memory.get(cell), options, args.splits, progress)
+            print(summary(found), flush=True)
+            rows += found
             if args.out:
                 write_table(args.out, COLUMNS, rows)
     except (CheckpointError, DataError, NotApplicableError, ValueError) as error:
         log.print(f"benchmarks.probe: {error}", markup=False, highlight=False, soft_wrap=True)
         return 2
-    print_summary(rows, args.splits)
+    print(NOTE.format(**rows[0], splits=args.splits))
     return 0
 
 
-def print_summary(rows: Sequence[Row], splits: int) -> None:
-    first = rows[0]
-    print(f"{first['data']}, {first['task']}, {first['images']} images, {splits} splits, mAP of held-out halves")
-    print(LINE("checkpoint", "size", "loss", "plain", "lam", *SCORES, " - ".join(SCORES)))
-    groups: dict[tuple[str, ...], list[Row]] = {}
-    for row in rows:
-        groups.setdefault((row["model"], str(row["size"]), row["loss"]), []).append(row)
-    for what, group in groups.items():
+def summary(rows: Sequence[Row]) -> str:
+    """Two lines for each loss, of one checkpoint."""
+    lines = []
+    for loss, (how, prefix) in product(LOSSES, {"fixed": "", "tuned": "tuned_"}.items()):
+        group = [row for row in rows if row["loss"] == loss.__name__]
+        gains = [np.array([row[prefix + kind] for row in group]) for kind in SCORES]
         plain = np.mean([row["plain"] for row in group])
-        for how, prefix in (("fixed", ""), ("tuned", "tuned_")):
-            gains = [np.array([row[prefix + kind] for row in group]) for kind in SCORES]
-            print(LINE(*what, f"{plain:.2f}", how, *map(_show, (*gains, np.subtract(*gains)))))
-    print(
-        "Gains over the plain model in points: mean +- standard deviation over splits (in how many of them it is "
-        "positive).\nSplits share images: this is no confidence interval."
-    )
+        about = (group[0]["model"], group[0]["size"], loss.__name__, f"{plain:.2f}", how)
+        lines.append(LINE(*about, *map(_show, (*gains, np.subtract(*gains)))))
+    return "\n".join(lines)
 
 
 def _show(gains: NDArray[np.float64]) -> str:
