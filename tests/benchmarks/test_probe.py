@@ -125,22 +125,23 @@ def test_photographs(tmp_path: Path, several: Path, capsys: pytest.CaptureFixtur
     ]
     assert len({row["plain"] for row in rows}) > 6
     for model in ("model0", "model1"):
-        for loss in ("sigmoid", "softmax"):
-            lines = re.findall(rf"^{model} +64 +{loss} .*$", printed, re.M)
-            assert [re.split(r" +", line)[4] for line in lines] == ["fixed", "tuned"]
-            for line, prefix in zip(lines, ("", "tuned_"), strict=True):
-                of = [row for row in rows if (row["model"], row["loss"]) == (model, loss)]
-                logits, log_softmax = (
-                    np.array([float(row[prefix + kind]) for row in of]) for kind in ("logits", "log_softmax")
+        for how, prefix in (("fixed", ""), ("tuned", "tuned_")):
+            of = {
+                loss: np.array(
+                    [
+                        [float(row[prefix + kind]) for kind in ("logits", "log_softmax")]
+                        for row in rows
+                        if (row["model"], row["loss"]) == (model, loss)
+                    ]
                 )
-                for gains, shown in zip(
-                    (logits, log_softmax, logits - log_softmax),
-                    re.findall(r"([+-]\d+\.\d\d) \+- (\d+\.\d\d) \((\d)/3\)", line),
-                    strict=True,
-                ):
-                    assert [float(x) for x in shown] == pytest.approx(
-                        [gains.mean(), gains.std(ddof=1), (gains > 0).sum()], abs=0.0051
-                    )
+                for loss in ("sigmoid", "softmax")
+            }
+            for loss, gains in (of | {"difference": of["sigmoid"] - of["softmax"]}).items():
+                (line,) = re.findall(rf"^{model} +64 +{how} +{loss} .*$", printed, re.M)
+                shown = re.findall(r"([+-]\d+\.\d\d) \+- (\d+\.\d\d) \((\d)/3\)", line)
+                for values, figures in zip((*gains.T, gains[:, 0] - gains[:, 1]), shown, strict=True):
+                    expected = [values.mean(), values.std(ddof=1), (values > 1e-6).sum()]
+                    assert [float(x) for x in figures] == pytest.approx(expected, abs=0.0051)
     assert "several, multilabel, 48 images" in printed and "Splits share images" in printed
     again = tmp_path / "again.csv"
     assert main([*arguments, "--data", str(several), "--out", str(again)]) == 0
