@@ -13,7 +13,7 @@ standardised, the losses of all images summed, half the squared weights added, L
   tuned   lam as `timm_csra.tune` chooses it for each of the two on the half trained on. There heads trained on four
           fifths score the last one: of images that it has been trained on, a head ranks nearly all right.
 
-All with T inf. Splits share images: the spread over them says how much a result hangs on the split, and is no
+All with T inf. `python -m benchmarks.probe --models resnet50 --data photos --out probe.csv` runs it. Splits share images: the spread over them says how much a result hangs on the split, and is no
 confidence interval.
 """
 
@@ -261,17 +261,11 @@ def _show(gains: NDArray[np.float64]) -> str:
     return f"{gains.mean():+.2f} +- {spread:.2f} ({(gains > 0).sum()}/{len(gains)})"
 
 
-EXAMPLE = """
-example:
-  python -m benchmarks.probe --models resnet50 --data coco/annotations/instances_val2017.json --limit 1000
-"""
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.probe",
         description=__doc__,
-        epilog=EXAMPLE + sources.HELP,
+        epilog=sources.HELP,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--models", metavar="SPEC", required=True, help=find.HELP)
@@ -284,19 +278,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--workers", type=natural, default=2, help="processes that read images (default: %(default)s)")
     parser.add_argument("--device", default="auto", help="default: %(default)s")
     parser.add_argument("--seed", type=int, default=0, help="of samples, mosaics, splits (default: %(default)s)")
-    unused = (
-        "sample",
-        "devices",
-        "keep_scores",
-        "rescore",
-        "rivals",
-        "time_plain",
-        "class_map",
-        "class_names",
-        "batch_size",
-        "split",
-        "data_dir",
-    )
+    unused = ("sample", "devices", "keep_scores", "rescore", "rivals", "time_plain", "class_map", "class_names",
+              "batch_size", "split", "data_dir")  # fmt: skip
     parser.set_defaults(also=(), activation="softmax", average_precision="continuous", **dict.fromkeys(unused))
     parser.set_defaults(lams="0.1", temperatures="inf", scores=LOGITS, amp="none", score_classes="data")
     return parser

@@ -1,12 +1,14 @@
 """The scripts of `examples/`, as somebody would run them."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import timm
 import torch
 from PIL import Image
+from torch import nn
 
 import timm_csra
 from examples.own_labels import batches, main
@@ -45,9 +47,17 @@ def test_own_labels(
     tmp_path: Path, photos: Path, checkpoint: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pushed = []
-    monkeypatch.setattr(timm_csra, "push_to_hub", lambda model, name: pushed.append((model, name)))
-    model = main([str(photos), "--model", checkpoint, "--out", str(tmp_path / "out")])
-    assert "on held-out images  mAP" in capsys.readouterr().out and not pushed
+
+    def push(model: nn.Module, name: str) -> SimpleNamespace:
+        pushed.append((model, name))
+        return SimpleNamespace(commit_url=f"https://hub/{name}/commit")
+
+    monkeypatch.setattr(timm_csra, "push_to_hub", push)
+    arguments = [str(photos), "--model", checkpoint, "--out", str(tmp_path / "out")]
+    model = main([*arguments, "--push", "user/colours"])
+    assert pushed == [(model, "user/colours")]
+    printed = capsys.readouterr().out
+    assert "on held-out images  mAP" in printed and printed.endswith("https://hub/user/colours/commit\n")
     assert timm_csra.is_wrapped(model) and model.csra.scores == "logits"
 
     again = timm_csra.from_pretrained(tmp_path / "out")
