@@ -155,7 +155,7 @@ def parser(description: str) -> argparse.ArgumentParser:
     what.add_argument(
         "--rivals",
         action="store_true",
-        help="also the plain model on five crops of a picture (mean, max), and at 2x, with what they cost",
+        help="also the plain model on five crops of a picture (mean, max) at its own size, and at 2x, at their cost",
     )
     add_images(parser)
     how = parser.add_argument_group("how")

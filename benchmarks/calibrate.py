@@ -8,12 +8,13 @@ they help or do harm.
 """
 
 import argparse
+import csv
 import multiprocessing
 import os
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from functools import cache, partial
 from itertools import product
 from pathlib import Path
@@ -31,13 +32,13 @@ from timm_csra.evaluation.metrics import MULTI_LABEL, SINGLE_LABEL, Evaluation, 
 from timm_csra.evaluation.scoring import PLAIN, Setting, settings_grid
 from timm_csra.evaluation.statistics import (
     AGREEMENT,
+    FIXED,
     Comparison,
     Key,
     Table,
     crossfit,
     folds_of,
     on_all,
-    without_choice,
 )
 from timm_csra.evaluation.tuning import nested_gain
 
@@ -129,7 +130,7 @@ def run(condition: Condition, seed: int) -> list[Outcome]:
     strata = targets.numpy() if condition.single else condition.images
     halves, folds = (Table.of(condition.metric, evaluations, folds_of(strata, seed, count)) for count in (2, 5))
     comparisons = [
-        next(one for one in without_choice(whole, seed) if one.protocol == "fixed"),
+        on_all(whole, "fixed", FIXED["fixed"], seed),
         on_all(whole, AGREEMENT, _agreed(condition, rng), seed),
         crossfit(halves, seed),
         nested_gain(folds, seed),
@@ -199,13 +200,19 @@ def _shares(covered: int, count: int) -> dict[str, object]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Simulate, print and write. Returns 0."""
+    """Simulate, print and write. Returns 0, or 2 where --out is of other simulations."""
     args = _parser().parse_args(arguments)
-    screen, log = Console(), Console(stderr=True)
-    conditions = [Condition(*one) for one in product(args.metrics, args.truth, args.images)]
+    screen, log = Console(width=None if sys.stdout.isatty() else 120), Console(stderr=True)
+    try:
+        rows = _finished(args.out, args.runs)
+    except ValueError as error:
+        log.print(f"benchmarks.calibrate: {error}", markup=False, highlight=False, soft_wrap=True)
+        return 2
+    every = [Condition(*one) for one in product(args.metrics, args.truth, args.images)]
+    done_before = {(row["metric"], row["truth"], int(str(row["images"]))) for row in rows}
+    conditions = [one for one in every if astuple(one) not in done_before]
     each = max(1, min(20, args.runs // args.jobs))
     parts = [range(start, min(start + each, args.runs)) for start in range(0, args.runs, each)]
-    rows: list[dict[str, object]] = []
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(args.jobs, context, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         for condition in conditions:
@@ -218,15 +225,33 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
+def _finished(out: Path | None, runs: int) -> list[dict[str, object]]:
+    """Rows of an interrupted run, which is gone on with.
+
+    Raises:
+        ValueError: the file is of other columns or of another number of runs.
+    """
+    if out is None or not out.exists():
+        return []
+    with out.open(encoding="utf-8", newline="") as file:
+        reader = csv.DictReader(file)
+        rows = [dict[str, object](row) for row in reader]
+    if tuple(reader.fieldnames or ()) != COLUMNS or any(row["runs"] != str(runs) for row in rows):
+        raise ValueError(f"--out {out}: found something else than conditions of {runs} runs; name another file.")
+    return rows
+
+
 def _table(rows: list[dict[str, object]]) -> RichTable:
     table = RichTable(box=None, pad_edge=False, header_style="bold")
     for name in ("metric", "truth", "images", "protocol", "runs", "coverage %", "better %", "worse %", "width"):
         table.add_column(name, justify="left" if name in ("metric", "truth", "protocol") else "right", no_wrap=True)
     for row in rows:
-        coverage = "{coverage} [{coverage_low}, {coverage_high}]".format(**row) if row["intervals"] else "no interval"
-        width = f"{row['median_width']:.2f}" if row["intervals"] else ""
         first = [str(row[name]) for name in ("metric", "truth", "images", "protocol", "runs")]
-        table.add_row(*first, coverage, str(row["better"]), str(row["worse"]), width)
+        numbers = ("coverage", "coverage_low", "coverage_high", "better", "worse", "median_width")
+        coverage, low, high, *others = (
+            f"{float(str(row[name])):.2f}" if row[name] not in (None, "") else "-" for name in numbers
+        )
+        table.add_row(*first, f"{coverage} [{low}, {high}]", *others)
     return table
 
 
@@ -243,7 +268,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--metrics", choices=METRICS, nargs="+", default=METRICS, help="default: all")
     parser.add_argument("--truth", choices=TRUTHS, nargs="+", default=TRUTHS, help="default: both")
     parser.add_argument("--jobs", type=positive, default=os.cpu_count() or 1, help="processes (default: all cores)")
-    parser.add_argument("--out", type=Path, help="a CSV file")
+    parser.add_argument("--out", type=Path, help="a CSV file; conditions that it has are not run again")
     return parser
 
 

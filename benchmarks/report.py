@@ -1,8 +1,9 @@
 """One self-contained page from the records of a sweep, with plots and tables to take along.
 
-Writes to RUN_DIR/report: `index.html` (no network needed), each plot as PNG and SVG, `results.md`, and `results.csv`
-with timm's column names. Gains are in percentage points over lam = 0, intervals 95 %, p-values corrected by Holm's
-method over the checkpoints of the same data, task, requested size, metric and protocol.
+Writes to RUN_DIR/report: `index.html` (no network needed), each plot as PNG and SVG, figures of the whole run in
+`figures`, `results.md`, `results.csv` with timm's column names, and `pooled.csv`, mean gains over checkpoints. Gains
+are in percentage points over lam = 0, intervals 95 %, p-values corrected by Holm's method over the checkpoints of the
+same data, task, requested size, metric and protocol.
 """
 
 import argparse
@@ -16,7 +17,9 @@ from timm_csra.evaluation.statistics import AGREEMENT
 
 from .records.files import write_table, write_text
 from .reporting.documents import RESULT_COLUMNS, TIMM_COLUMNS, has_agreement, markdown, timm_rows
+from .reporting.figures import write_figures
 from .reporting.page import page, page_data, write_plots
+from .reporting.pooled import COLUMNS, pooled
 from .reporting.summary import read_folder
 
 
@@ -44,11 +47,17 @@ def main(arguments: list[str] | None = None) -> int:
     write_text(out / "results.md", markdown(records, rows))
     columns = [name for name in RESULT_COLUMNS if has_agreement(records) or AGREEMENT not in name]
     write_table(out / "results.csv", (*TIMM_COLUMNS, *columns), timm_rows(records))
+    write_table(out / "pooled.csv", COLUMNS, [one.as_row() for one in pooled(rows)])
     plots = [] if args.no_plots else write_plots(data, out)
+    figures = [] if args.no_plots else write_figures(records, rows, out)
     screen.print(f"{out / 'index.html'}: {len(records)} records", highlight=False, soft_wrap=True)
     if replaced := len(folder.records) - len(records):
         screen.print(f"{replaced} records left out, which later ones replace: summary.csv names them", soft_wrap=True)
-    screen.print(f"{len(plots)} plots, results.md and results.csv beside it", highlight=False, soft_wrap=True)
+    screen.print(
+        f"{len(plots)} plots, {len(figures)} figures, results.md, results.csv and pooled.csv beside it",
+        highlight=False,
+        soft_wrap=True,
+    )
     return 0
 
 

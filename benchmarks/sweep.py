@@ -33,9 +33,10 @@ from .records.identity import Place, names_apart
 from .records.phases import where_the_time_went
 from .reporting.expected import keep_expected
 from .reporting.overview import print_overview, too_many
+from .reporting.pooled import pooled
 from .reporting.push import choose, push
 from .reporting.summary import Row, headline, kept, write_summary
-from .reporting.tables import print_headline, print_plan, print_prose, print_records
+from .reporting.tables import print_headline, print_plan, print_pooled, print_prose, print_records
 from .scoring.cells import Cell, Options, show_size
 from .workers import asked_workers
 
@@ -69,8 +70,9 @@ def main(arguments: list[str] | None = None) -> int:
                 "told from those of other weights. Run again when the Hub gives it."
             )
 
-    # A larger image is a rival at its own cost; its records hold the plain model's figures beside the wrapped one's.
-    sizes = f"{args.img_size},2x" if args.rivals else args.img_size
+    # Five crops are compared at a checkpoint's own size, and so is the larger image, a rival at its own cost: its
+    # records hold the plain model's figures beside the wrapped one's.
+    sizes = f"{args.img_size},1x,2x" if args.rivals else args.img_size
     cells = [cell for model in models for cell in asked_cells(model, sizes, data, tasks, missing, args.crop_pct)]
     run = Run(options, out, missing, args.retry_failed, log)
     if args.calibration_data and not args.rescore and any(run.state(cell) == "to do" for cell in cells):
@@ -122,10 +124,12 @@ def main(arguments: list[str] | None = None) -> int:
     mine, in_order = kept(folder.rows, in_order), folder.named(in_order)
     if too_many(in_order):
         print_headline(headline(mine), screen)
+        print_pooled(pooled(mine), screen)
         print_overview(in_order, mine, out, screen)
     else:
         print_records(in_order, screen)
         print_headline(headline(mine), screen)
+        print_pooled(pooled(mine), screen)
     if line := where_the_time_went(in_order):
         print_prose(line, screen)
     if args.sample:

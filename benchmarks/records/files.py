@@ -1,4 +1,4 @@
-"""One JSON file for each finished cell, written so that a crash cannot leave half of one."""
+"""One JSON file for each finished cell, written so that a crash cannot leave half of one; JSON lines of many cells."""
 
 import csv
 import io
@@ -6,7 +6,7 @@ import json
 import os
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from types import NoneType
@@ -18,6 +18,7 @@ from timm_csra.config import LOGITS
 from .identity import Identity, readable
 
 Record = dict[str, Any]
+LINES = ".jsonl"  # ending of files with one record a line
 
 # What everything that reads records relies on, and types of what is not always there.
 NUMBER = (float, int, NoneType)
@@ -140,8 +141,8 @@ def to_stderr(line: str) -> None:
 
 
 def read_records(folder: Path, warn: Callable[[str], object] = to_stderr) -> list[Record]:
-    """All records in the folder, of earlier sweeps too. A file that is no record is left where it is, and out here:
-    `warn` is told of each."""
+    """All records in the folder, of earlier sweeps and of others too (`benchmarks.share`). What is no record is left
+    where it is, and out here: `warn` is told of each."""
     records = []
     for file in sorted((folder / "records").glob("*.json")):
         try:
@@ -151,7 +152,24 @@ def read_records(folder: Path, warn: Callable[[str], object] = to_stderr) -> lis
             continue
         if record is not None:  # nobody has deleted it since
             records.append(record)
+    for file in sorted((folder / "records").glob(f"*{LINES}")):
+        for read in read_lines(file):
+            if isinstance(read, RecordError):
+                warn(f"{read} It is left out.")
+            else:
+                records.append(read)
     return records
+
+
+def read_lines(path: Path) -> Iterator[Record | RecordError]:
+    """The records of a file that has one a line; for a line that is none, what is wrong with it."""
+    written = path.stat().st_mtime
+    for number, line in enumerate(path.read_bytes().splitlines(), 1):
+        record, wrong = _parse(line)
+        if wrong:
+            yield RecordError(f"{path}, line {number}: found {wrong}, expected the record of a finished cell.")
+        else:
+            yield _as_today(record, written)
 
 
 def write_table(path: Path, columns: Sequence[str], rows: Iterable[dict[str, Any]]) -> None:

@@ -6,6 +6,8 @@ from timm_csra.evaluation.statistics import AGREEMENT, FIXED, VERSUS
 
 from ..records.files import Record
 from .page import failures, group_name
+from .pooled import LEGEND as LEGEND_OF_POOLED
+from .pooled import pooled
 from .summary import OVER_PLAIN, VERDICTS, Row, headline, versus
 from .tables import LEGEND_OF_AGREEMENT, agreement_notes, by_metric, known, left_out, number, short
 
@@ -80,6 +82,14 @@ def markdown(records: Sequence[Record], rows: Sequence[Row]) -> str:
             numbers = " | ".join(str(counts.get(verdict, 0)) for verdict in (*VERDICTS, "flagged"))
             lines.append(f"| {data}, {named}, {size} | {metric} | {protocol} | {numbers} |")
     lines += ["", *(f"- {line}" for line in versus(counted))]
+    if means := pooled(rows):
+        lines += ["", LEGEND_OF_POOLED, "", "| data, task, size | metric | protocol | heads | mean gain | over both |"]
+        lines.append("|---|---|---|---|--:|--:|")
+    for one in means:
+        mean = f"{one.gain:+.2f} [{one.over_images[0]:+.2f}, {one.over_images[1]:+.2f}]"
+        both = "[{:+.2f}, {:+.2f}]".format(*one.over_both) if one.over_both else "-"
+        said = (one.where, one.row["metric"], one.row["protocol"], one.heads, mean, both)
+        lines.append(f"| {' | '.join(said)} |")
     if flagged := sorted({short(record["model"]) for record in records if record.get("baseline_check") == "flagged"}):
         lines.append(
             f"- flagged, and left out of these counts: {', '.join(flagged)}, whose lam = 0 disagrees with the "

@@ -14,6 +14,8 @@ import vl_convert
 from timm_csra.evaluation.statistics import AGREEMENT, CONFIDENCE, VERSUS
 
 from ..records.files import Record, write_text
+from .pooled import LEGEND as LEGEND_OF_POOLED
+from .pooled import pooled
 from .summary import FIRST_METRIC, OVER_PLAIN, VERDICTS, Row, headline
 from .tables import agreement_notes, left_out, short, task
 
@@ -84,6 +86,12 @@ def page_data(records: Sequence[Record], rows: Sequence[Row]) -> Record:
             for (data, task, grid, size, metric, protocol), counts in headline(rows).items()
             if protocol in (*OVER_PLAIN, VERSUS)
         ],
+        "pooled": [
+            [one.where, one.row["metric"], one.row["protocol"], one.heads]
+            + [_rounded(number) for number in (one.gain, *one.over_images, *(one.over_both or (None, None)))]
+            for one in pooled(rows)
+        ],
+        "pooled_legend": LEGEND_OF_POOLED,
         "versus": VERSUS,
         "left_out": left_out(records),
         "first_metrics": FIRST_METRIC,

@@ -13,6 +13,8 @@ from timm_csra.agreement import FEW
 from timm_csra.evaluation.statistics import AGREEMENT, FIXED, VERSUS
 
 from ..records.files import Record
+from .pooled import LEGEND as LEGEND_OF_POOLED
+from .pooled import Pooled
 from .summary import FIRST_METRIC, OVER_PLAIN, VERDICTS, over, versus
 
 LEGEND = (
@@ -241,6 +243,28 @@ def print_headline(counts: Mapping[tuple[str, ...], Mapping[str, int]], console:
         console.print(line, highlight=False, soft_wrap=True)
     if len(counts) < every:
         print_prose(f"The verdicts of {every - len(counts)} more groups, by other metrics, are in the report.", console)
+
+
+def print_pooled(found: Sequence[Pooled], console: Console) -> None:
+    """The mean gain of several checkpoints, one line each; of many, by the first metric of each task."""
+    every = len(found)
+    if every > MANY:
+        found = [one for one in found if one.row["metric"] == FIRST_METRIC.get(one.row["task"])]
+    if not found:
+        return
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for name in ("data, task, size", "metric", "protocol", "heads", "mean gain", "over both"):
+        table.add_column(name, justify="right" if name in ("mean gain", "over both") else "left", overflow="fold")
+    for one in found:
+        low, high = one.over_images
+        colour = "green" if low > 0 else "red" if high < 0 else "default"
+        mean = f"[{colour}]{one.gain:+.2f} \\[{low:+.2f}, {high:+.2f}][/]"
+        both = "\\[{:+.2f}, {:+.2f}]".format(*one.over_both) if one.over_both else "-"
+        table.add_row(one.where, one.row["metric"], one.row["protocol"], one.heads, mean, both)
+    print_prose(LEGEND_OF_POOLED, console)
+    console.print(table)
+    if len(found) < every:
+        print_prose(f"{every - len(found)} more pooled gains, by other metrics, are in the report.", console)
 
 
 def print_plan(cells: Iterable[tuple[str, ...]], console: Console) -> None:

@@ -86,6 +86,11 @@ class Cell:
         chosen = calibration is not None and calibration.reason is None
         return [*options.settings, *([DEFAULT_LOG_SOFTMAX] if chosen else [])]
 
+    def five_crops(self, options: Options) -> bool:
+        """Whether the plain model also sees five crops of each image: at its own size alone, where they stand for what
+        a user may do instead of wrapping."""
+        return options.rivals and self.size == self.own and self.grid is None and self.data.stream is None
+
     def prepared(self, options: Options) -> Options:
         """With the crop of this cell, where none is asked for."""
         return replace(options, crop_pct=options.crop_pct or self.test_crop_pct)

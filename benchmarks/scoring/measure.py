@@ -155,6 +155,7 @@ def score_cell(
         "weights_from": cell.checkpoint.weights_from,
         "groups": alignment.groups,
         "kind": explanation.kind,
+        "head_classes": explanation.num_classes,
         "param_count": round(sum(weight.numel() for weight in model.parameters()) / 1e6, 2),
         "macs": explanation.macs,
         "extra_macs": explanation.extra_macs,

@@ -125,7 +125,7 @@ def _run(
             plain.append(plain_seconds(model, loader, options))
         seconds = phases.seconds["wait"] + phases.seconds["model"]
         cost = {"plain_seconds": plain, "score_seconds": seconds, "ratio": seconds / (sum(plain) / 2)}
-    if options.rivals and cell.grid is None and cell.data.stream is None:
+    if cell.five_crops(options):
         with phases("crops"), forward_passes():
             scores.pooled.update(five_crops(model, loaded.size, loader.dataset, preprocessing, alignment, options))
     return Pass(alignment.columns, scores, sorted(read), bad, targets if cell.data.stream else None, cost)

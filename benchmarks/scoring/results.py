@@ -37,6 +37,7 @@ from timm_csra.evaluation.statistics import (
 from ..data.classes import COMBINE, combined
 from ..records.files import Record
 from ..records.phases import Phases
+from ..records.resampled import packed
 from .agreement import setting_of
 from .cells import Cell, Options, show_temperature
 from .kept import Scored
@@ -164,7 +165,15 @@ def _result(comparison: Comparison) -> Record:
         "p_value": None if comparison.p_value is None else _json(comparison.p_value),
         "test": comparison.test,
         "no_interval": comparison.no_interval,
+        "resampled": _packed(comparison),
     }
+
+
+def _packed(comparison: Comparison) -> str | None:
+    """Of gains that are averaged over checkpoints: those of a curve or a rival are not."""
+    if comparison.resampled is None or comparison.protocol not in (*FIXED, VERSUS, AGREEMENT, "crossfit"):
+        return None
+    return packed(comparison.resampled)
 
 
 def _json(value: float) -> float | None:

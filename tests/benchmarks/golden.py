@@ -17,6 +17,7 @@ from benchmarks.checkpoints.find import Checkpoint
 from benchmarks.data.classes import ClassMap
 from benchmarks.data.datasets import ImageSet
 from benchmarks.records.phases import Phases
+from benchmarks.records.resampled import unpacked
 from benchmarks.scoring import software
 from benchmarks.scoring.cells import Cell, Options
 from benchmarks.scoring.kept import Scored
@@ -59,6 +60,9 @@ def evaluation() -> dict[str, Any]:
         scored = Scored(Scores(base, attention), targets, facts | {"groups": groups})
         record = results(cell, scored, Options(tuple(SETTINGS), **asked), Phases())  # type: ignore[arg-type]
         found[task] = {name: record[name] for name in ("results", "all_settings", "calibration")}
+        for result in found[task]["results"]:
+            packed = result["resampled"]
+            result["resampled"] = packed and float(unpacked(packed).std(ddof=1))
     return found
 
 

@@ -44,7 +44,7 @@ def test_what_is_counted() -> None:
     assert (row["better"], row["worse"], row["median_width"]) == (25.0, 25.0, 1.5)
 
 
-def test_a_small_condition(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_small_condition(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """No protocol is far from what it says: 95 % of intervals hold the truth, and 5 % of the verdicts are false."""
     out = tmp_path / "calibration.csv"
     arguments = ["--runs", "60", "--images", "80", "--metrics", "top1", "--truth", "null", "--jobs", "1"]
@@ -52,6 +52,12 @@ def test_a_small_condition(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     rows = list(csv.DictReader(out.open()))
     assert [row["protocol"] for row in rows] == ["fixed", "agreement", "crossfit", "tune"]
     printed = capsys.readouterr().out
+    monkeypatch.setattr("benchmarks.calibrate.summed", None)  # what is there is not simulated again
+    assert main([*arguments, "--out", str(out)]) == 0
+    assert capsys.readouterr().out == printed
+    assert main([*arguments, "--runs", "50", "--out", str(out)]) == 2
+    told = f"--out {out}: found something else than conditions of 50 runs; name another file."
+    assert told in " ".join(capsys.readouterr().err.split())
     for row in rows:
         assert row["protocol"] in printed
         assert int(row["intervals"]) == 60

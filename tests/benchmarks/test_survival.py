@@ -305,20 +305,23 @@ def test_rivals_are_measured_at_their_cost(tmp_path: Path, photos: Path) -> None
     model = save(tmp_path / "model")
     status, records = sweep(tmp_path / "out", model, photos, "--rivals")
     assert status == 0
-    assert sorted(record["img_size"] for record in records) == [64, 320]  # 2x of the checkpoint's own 160
-    record = next(record for record in records if record["img_size"] == 64)
+    asked, record, larger = sorted(records, key=lambda record: record["img_size"])
+    assert [one["img_size"] for one in (asked, record, larger)] == [64, 160, 320]  # 160 is the checkpoint's own
+    for other in (asked, larger):
+        assert not any(result["protocol"].startswith("five") for result in other["results"])
+        assert other["rival_macs"] == {}
     assert record["rival_macs"] == dict.fromkeys(("five_crops_mean", "five_crops_max"), 5 * record["macs"])
     found = {r["protocol"]: r["value"] for r in record["results"] if r["metric"] == "top1"}
     # By hand: prepared for 1.25 times the size, four corners and the centre, plain model.
     plain = timm.create_model(model, pretrained=True).eval()
-    config = resolve_data_config(model=plain) | {"input_size": (3, 80, 80)}
+    config = resolve_data_config(model=plain) | {"input_size": (3, 200, 200)}
     transform = create_transform(**config)
     hits = {"five_crops_mean": [], "five_crops_max": []}
     for index, path in enumerate(sorted(photos.rglob("*.png"))):
         x = transform(Image.open(path).convert("RGB"))
-        corners = [(0, 0), (0, 16), (16, 0), (16, 16), (8, 8)]
+        corners = [(0, 0), (0, 40), (40, 0), (40, 40), (20, 20)]
         with torch.no_grad():
-            logits = plain(torch.stack([x[:, top : top + 64, left : left + 64] for top, left in corners]))
+            logits = plain(torch.stack([x[:, top : top + 160, left : left + 160] for top, left in corners]))
         truth = int(path.parent.name == "dog")
         hits["five_crops_mean"].append(logits.mean(0).argmax().item() == truth)
         hits["five_crops_max"].append(logits.max(0).values.argmax().item() == truth)

@@ -154,15 +154,16 @@ class MeanAveragePrecision:
         return f"the median class of {self.classes} has {median:g} images; expected at least {FEW}: see mAP_{FEW}"
 
     def weighted(self, weights: Weights) -> NDArray[np.float64]:
-        """Each class is ranked once for all samples."""
-        targets = self.targets.to(torch.int8).T.numpy()
+        """Each class is ranked once for all samples, and images that are in none of them are left aside."""
+        drawn = weights.any(axis=1)
+        targets, weights = self.targets.to(torch.int8).T.numpy(), weights[drawn]
         total, counted = np.zeros(weights.shape[1]), np.zeros(weights.shape[1], dtype=int)
         for classes in _slices(len(targets), len(self.targets)):
             some = self.logits(classes=classes).T.contiguous().numpy()
             for scores, target in zip(some, targets[classes], strict=True):
                 if np.count_nonzero(target > 0) < self.least:
                     continue
-                precision = weighted_average_precision(scores, target, weights, self.points)
+                precision = weighted_average_precision(scores[drawn], target[drawn], weights, self.points)
                 total += np.nan_to_num(precision)
                 counted += ~np.isnan(precision)
         with np.errstate(invalid="ignore"):

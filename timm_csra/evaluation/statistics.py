@@ -9,7 +9,7 @@ setting is chosen on the data, the choice is made again in every resample: see `
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -23,7 +23,7 @@ from .scoring import DEFAULT, DEFAULT_LOG_SOFTMAX, PLAIN, Setting
 
 CONFIDENCE = 0.95
 RESAMPLES = 1000
-RESAMPLES_OF_CHOICES = 200  # of which a standard error is taken, which needs fewer than quantiles do
+RESAMPLES_KEPT = 200  # of which a standard error is taken, which needs fewer than quantiles do
 BATCH = 2**24  # images of all resamples at a time, so that memory stays bounded
 FIXED = {"fixed": DEFAULT, "fixed_log_softmax": DEFAULT_LOG_SOFTMAX}  # protocols without any choice on the data
 VERSUS = "log_softmax_vs_logits"  # the second of them over the first
@@ -47,6 +47,8 @@ class Comparison:
         p_value: two-sided, of no gain at all, or None. It knows nothing of other comparisons.
         test: what gave it: `McNemar exact`, `paired t` or `bootstrap z`.
         no_interval: why there is neither interval nor test although there are images enough, or None.
+        resampled: the gain in each of `RESAMPLES_KEPT` resamples of the images, where there is an interval. Two
+            comparisons of as many images, with one seed and protocol, have the same images in the same resample.
     """
 
     metric: str
@@ -60,6 +62,7 @@ class Comparison:
     p_value: float | None = None
     test: str | None = None
     no_interval: str | None = None
+    resampled: NDArray[np.float64] | None = field(default=None, compare=False, repr=False)
 
     @property
     def gain(self) -> float:
@@ -192,32 +195,36 @@ def chosen(table: Table, protocol: str, rule: Rule, seed: int | None) -> Compari
         return comparison
     if reason := table.evaluations[PLAIN].no_interval:
         return replace(comparison, no_interval=reason)
-    error = _error_of_choice(table, settings, values, rule, seed)
+    errors = _errors_of_choice(table, settings, values, rule, seed)
+    error = float(errors.std(ddof=1))
     if np.isnan(error):  # so few images that a resample leaves the metric undefined
         return comparison
     reach = float(norm.ppf((1 + CONFIDENCE) / 2)) * error
     return replace(
-        comparison, interval=(comparison.gain - reach, comparison.gain + reach), **_z_test(comparison.gain, error)
+        comparison,
+        interval=(comparison.gain - reach, comparison.gain + reach),
+        resampled=comparison.gain + errors,
+        **_z_test(comparison.gain, error),
     )
 
 
-def _error_of_choice(
+def _errors_of_choice(
     table: Table, settings: Sequence[Setting], values: NDArray[np.float64], rule: Rule, seed: int
-) -> float:
-    """Standard error of the mean gain over parts: see `chosen`."""
+) -> NDArray[np.float64]:
+    """In each resample, by how much the mean gain over parts is measured wrong: see `chosen`."""
     rng = np.random.default_rng(seed)
     evaluations = [table.evaluations[setting] for setting in settings]
     count = sum(map(len, table.parts))
-    size = max(1, min(RESAMPLES_OF_CHOICES, BATCH // count))
+    size = max(1, min(RESAMPLES_KEPT, BATCH // count))
     errors = []
-    for start in range(0, RESAMPLES_OF_CHOICES, size):
-        resamples = min(size, RESAMPLES_OF_CHOICES - start)
+    for start in range(0, RESAMPLES_KEPT, size):
+        resamples = min(size, RESAMPLES_KEPT - start)
         drawn = [weighted(evaluations, _drawn(rng, rows, resamples, count)) for rows in table.parts]
         noise = np.stack(drawn, axis=1) - values[..., None]
         choice = rule(values.mean(axis=1)[:, None, None] + noise)
         plain = settings.index(PLAIN)
         errors.append((np.take_along_axis(noise, choice[None], axis=0)[0] - noise[plain]).mean(axis=0))
-    return float(np.concatenate(errors).std(ddof=1))
+    return np.concatenate(errors)
 
 
 def _drawn(rng: np.random.Generator, rows: Rows, resamples: int, count: int) -> Weights:
@@ -267,22 +274,20 @@ def _compare(table: Table, choices: Sequence[_Choice], seed: int | None) -> list
         return comparisons
     if reason := table.evaluations[PLAIN].no_interval:
         return [replace(comparison, no_interval=reason) for comparison in comparisons]
+    gains, intervals = _bootstrap(table, choices, seed)
     return [
         replace(
             comparison,
-            interval=None if np.isnan(low) or np.isnan(high) else (float(low), float(high)),
-            **({} if choice.protocol == "curve" else _tested(table, choice, comparison.gain, float(error))),
+            interval=None if np.isnan(interval).any() else (float(interval[0]), float(interval[1])),
+            resampled=None if np.isnan(interval).any() else of_choice[:RESAMPLES_KEPT],
+            **({} if choice.protocol == "curve" else _tested(table, choice, comparison.gain, of_choice)),
         )
-        for comparison, choice, low, high, error in zip(
-            comparisons, choices, *_bootstrap(table, choices, seed), strict=True
-        )
+        for comparison, choice, of_choice, interval in zip(comparisons, choices, gains, intervals, strict=True)
     ]
 
 
-def _bootstrap(
-    table: Table, choices: Sequence[_Choice], seed: int
-) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
-    """95 % percentile bootstrap of the gain of each choice: low, high and standard error. Images are resampled the same
+def _bootstrap(table: Table, choices: Sequence[_Choice], seed: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Give the gain of each choice in each resample, and its 95 % percentile intervals. Images are resampled the same
     for all choices, and what several choices use is evaluated once."""
     (rows,) = table.parts
     keys = list(dict.fromkeys(key for choice in choices for key in (choice.baseline, choice.key)))
@@ -307,15 +312,15 @@ def _bootstrap(
             axis=-1,
             rng=np.random.default_rng(seed),
         )
-    low, high = result.confidence_interval
-    return low, high, result.standard_error
+    return result.bootstrap_distribution, np.stack(result.confidence_interval, axis=-1)
 
 
-def _tested(table: Table, choice: _Choice, gain: float, error: float) -> dict[str, Any]:
+def _tested(table: Table, choice: _Choice, gain: float, resampled: NDArray[np.float64]) -> dict[str, Any]:
     """Two-sided p-value and its test: McNemar's exact one for hits and misses, the paired t-test for other means over
     images, and for what is no mean over images (mAP, F1) z = gain / bootstrap standard error."""
     before, after = table.evaluations[choice.baseline], table.evaluations[choice.key]
     if not (isinstance(before, PerImage) and isinstance(after, PerImage)):
+        error = float(resampled.std(ddof=1))
         return {} if np.isnan(error) else _z_test(gain, error)
     counted = ~np.isnan(before.values)
     base, value = before.values[counted], after.values[counted]

@@ -1,0 +1,219 @@
+"""Plots of a whole run, over its data sets and tasks: of the heads whose number of classes is the most frequent.
+
+Each shows the first metric of a task. `write_figures` draws them from the rows and records that the page shows too.
+"""
+
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import altair as alt
+import vl_convert
+
+from timm_csra.config import LOG_SOFTMAX, LOGITS
+from timm_csra.evaluation.statistics import FIXED, VERSUS
+
+from ..records.files import Record, write_text
+from .pooled import ALL, pooled
+from .summary import FIRST_METRIC, Row
+from .tables import short, task
+
+OWN = "1x"  # the size that gain by head, by scores and by lam is shown at
+SCORES = {"fixed": "logits, lam 0.1", "fixed_log_softmax": "log_softmax, lam 0.3"}
+COLOURS = {"logits, lam 0.1": "#2a6fb0", "log_softmax, lam 0.3": "#d9822b", "plain": "#5b5f66"}
+WAYS = {  # what each protocol is called among the ways to use a checkpoint
+    **SCORES,
+    "five_crops_mean": "five crops, mean",
+    "five_crops_max": "five crops, maximum",
+    "max_pool": "maximum alone",
+    "test_time_pool": "test-time pooling",
+}
+
+
+def write_figures(records: Sequence[Record], rows: Sequence[Row], out: Path) -> list[Path]:
+    """Write each figure that there is something for, as SVG and PNG, to `out/figures`. Returns the SVG files."""
+    counts = Counter(classes for classes, _ in {(row.get("head_classes"), row["model"]) for row in rows})
+    if not counts:
+        return []
+    most = max(counts, key=lambda classes: (counts[classes], classes or 0))
+    mine = [row for row in rows if row.get("head_classes") == most and row["metric"] == FIRST_METRIC.get(row["task"])]
+    charts = {
+        "heads": _by_head(mine),
+        "scores": _by_scores(mine),
+        "lam": _by_lam([record for record in records if record.get("head_classes") == most]),
+        "compute": _by_compute(mine),
+    }
+    written = []
+    for name, chart in charts.items():
+        if chart is not None:
+            svg = vl_convert.vegalite_to_svg(chart.to_dict())
+            write_text(out / "figures" / f"{name}.svg", svg)
+            (out / "figures" / f"{name}.png").write_bytes(vl_convert.svg_to_png(svg, scale=2))
+            written.append(out / "figures" / f"{name}.svg")
+    return written
+
+
+def _pictures(row: Row) -> str:
+    return f"{row['data']}, {task(row)}, {row['metric']}"
+
+
+def _by_head(rows: Sequence[Row]) -> alt.FacetChart | None:
+    """The mean gain of each kind of head with its interval over images, and the gain of every checkpoint."""
+    own = [row for row in rows if row["requested"] == OWN and row["protocol"] in SCORES]
+    means = [
+        {"pictures": _pictures(one.row), "head": one.kind, "scores": SCORES[one.row["protocol"]], "gain": one.gain}
+        | {"low": one.over_images[0], "high": one.over_images[1]}
+        for one in pooled(own)
+        if one.kind != ALL
+    ]
+    single = [
+        {"pictures": _pictures(row), "head": row["kind"], "scores": SCORES[row["protocol"]], "each": row["gain"]}
+        for row in own
+    ]
+    if not single:
+        return None
+    base = alt.Chart(alt.Data(values=[*means, *single])).encode(
+        y=alt.Y("scores:N", title=None, axis=None), color=_colour("scores", [*SCORES.values()])
+    )
+    zero = base.mark_rule(strokeDash=[3, 3], color="#9aa0a8").encode(x=alt.datum(0), y=alt.value(0), y2=alt.value(34))
+    each = base.mark_point(size=22, opacity=0.7).encode(x=alt.X("each:Q", title="gain, points"))
+    mean = base.mark_tick(thickness=3, size=16).encode(x="gain:Q")
+    bars = base.mark_rule(size=2).encode(x="low:Q", x2="high:Q")
+    return (
+        (zero + each + bars + mean)
+        .properties(width=190, height=34)
+        .facet(row=_facet("pictures"), column=alt.Column("head:N", title="kind of head"))
+        .properties(title="Gain by head and pictures: checkpoints (o), mean (|), its 95 % interval over images")
+    )
+
+
+def _by_scores(rows: Sequence[Row]) -> alt.LayerChart | None:
+    """The gain with log-probabilities against that with logits, a point for each checkpoint and kind of pictures."""
+    gains: dict[tuple[Any, ...], dict[str, float]] = defaultdict(dict)
+    verdicts = {}
+    for row in rows:
+        if row["requested"] == OWN and row["protocol"] in (*SCORES, VERSUS):
+            key = (_pictures(row), short(row["model"]), row["kind"])
+            gains[key][row["protocol"]] = row["gain"]
+            if row["protocol"] == VERSUS:
+                low, high = row["ci_low"], row["ci_high"]
+                verdicts[key] = low is not None and high is not None and (low > 0 or high < 0)
+    values = [
+        {"pictures": pictures, "model": model, "head": head, "differ": "yes" if verdicts.get(key) else "no"}
+        | {"logits": found["fixed"], "log_softmax": found["fixed_log_softmax"]}
+        for key, found in gains.items()
+        for pictures, model, head in [key]
+        if found.keys() >= set(FIXED)
+    ]
+    if not values:
+        return None
+    ends = [min(v[name] for v in values for name in (LOGITS, LOG_SOFTMAX)) - 0.3,
+            max(v[name] for v in values for name in (LOGITS, LOG_SOFTMAX)) + 0.3]  # fmt: skip
+    scale = alt.Scale(domain=ends)
+    same = alt.Chart(alt.Data(values=[{"x": end, "y": end} for end in ends])).mark_line(color="#9aa0a8", strokeWidth=1)
+    points = alt.Chart(alt.Data(values=values)).mark_point(size=55, opacity=0.85)
+    shown = points.encode(
+        x=alt.X("logits:Q", scale=scale, title="gain on logits, lam 0.1, points"),
+        y=alt.Y("log_softmax:Q", scale=scale, title="gain on log-probabilities, lam 0.3, points"),
+        color=alt.Color("pictures:N", title=None, legend=alt.Legend(labelLimit=300)),
+        shape=alt.Shape("head:N", title="kind of head"),
+        fill=alt.condition("datum.differ == 'yes'", alt.Color("pictures:N", legend=None), alt.value("transparent")),
+        tooltip=["model:N", "pictures:N", alt.Tooltip("logits:Q", format="+.2f"),
+                 alt.Tooltip("log_softmax:Q", format="+.2f")],
+    )  # fmt: skip
+    return (same.encode(x=alt.X("x:Q", scale=scale), y=alt.Y("y:Q", scale=scale)) + shown).properties(
+        width=380, height=380, title="The two kinds of scores; filled: the 95 % interval of their difference excludes 0"
+    )
+
+
+def _by_lam(records: Sequence[Record]) -> alt.FacetChart | None:
+    """The mean gain over checkpoints at each lam with T = inf, and that of every checkpoint."""
+    values = [
+        {"pictures": f"{record['data']}, {task(record)}, {result['metric']}", "model": short(record["model"])}
+        | {"scores": result["scores"], "lam": float(result["lam"]), "gain": result["gain"]}
+        for record in records
+        if record["status"] == "ok" and OWN in record["requested"]
+        for result in record["results"]
+        if result["protocol"] == "curve" and result["gain"] is not None
+        if result["metric"] == FIRST_METRIC.get(record["task"])
+    ]
+    if not values:
+        return None
+    colour = alt.Color("scores:N", title=None, scale=alt.Scale(domain=[LOGITS, LOG_SOFTMAX],
+                       range=[*COLOURS.values()][:2]))  # fmt: skip
+    base = alt.Chart(alt.Data(values=values)).encode(
+        x=alt.X("lam:Q", scale=alt.Scale(type="sqrt"), title="lam, T = inf"), color=colour
+    )
+    zero = base.mark_rule(strokeDash=[3, 3], color="#9aa0a8").encode(y=alt.datum(0), x=alt.value(0), x2=alt.value(210))
+    each = base.mark_line(opacity=0.25, strokeWidth=1).encode(
+        y=alt.Y("gain:Q", title="gain, points"), detail=["model:N", "scores:N"]
+    )
+    mean = base.mark_line(strokeWidth=3).encode(y="mean(gain):Q")
+    return (
+        (zero + each + mean)
+        .properties(width=210, height=150)
+        .facet(_wrapped("pictures"), columns=3)
+        .resolve_scale(y="independent")
+        .properties(title="Gain against lam: every checkpoint, and their mean")
+    )
+
+
+def _by_compute(rows: Sequence[Row]) -> alt.FacetChart | None:
+    """What each way to use a checkpoint gains over the plain model at its own size, against what it costs."""
+    values = list(_ways(rows))
+    if not any(value["way"] not in ("plain", *SCORES.values()) for value in values):
+        return None
+    base = alt.Chart(alt.Data(values=values)).encode(
+        x=alt.X("cost:Q", scale=alt.Scale(type="log", domain=[0.9, 6]), title="multiply-accumulates, plain at 1x = 1"),
+        y=alt.Y("gain:Q", title="mean gain, points"),
+    )
+    points = base.mark_point(filled=True, size=60).encode(
+        color=alt.Color("way:N", title=None), shape=alt.Shape("size:N", title="image size"), tooltip=["way:N", "size:N"]
+    )
+    zero = base.mark_rule(strokeDash=[3, 3], color="#9aa0a8").encode(y=alt.datum(0), x=alt.value(0), x2=alt.value(230))
+    return (
+        (zero + points)
+        .properties(width=230, height=170)
+        .facet(_wrapped("pictures"), columns=3)
+        .resolve_scale(y="independent")
+        .properties(title="Accuracy against compute: means over the same checkpoints")
+    )
+
+
+def _ways(rows: Iterable[Row]) -> Iterator[dict[str, Any]]:
+    """Of the checkpoints that have a figure for every way which most of them have: mean cost and gain, for each kind
+    of pictures."""
+    found: dict[str, dict[tuple[str, str], dict[str, tuple[float, float]]]] = defaultdict(lambda: defaultdict(dict))
+    for row in rows:
+        pictures, size, model = _pictures(row), row["requested"], row["model"]
+        macs, extra = float(row["macs"] or 0), float(row["extra_macs"] or 0)
+        if row["protocol"] == "fixed":
+            found[pictures]["plain", size][model] = (macs, row["baseline"])
+        if row["protocol"] in WAYS:
+            cost = float((row.get("rival_macs") or {}).get(row["protocol"], macs + extra))
+            found[pictures][WAYS[row["protocol"]], size][model] = (cost, row["value"])
+    for pictures, ways in found.items():
+        own = ways.get(("plain", OWN), {})
+        most = max(map(len, ways.values()))
+        wanted = {way: models for way, models in ways.items() if 2 * len(models) >= most}
+        common = set(own).intersection(*wanted.values())
+        for (way, size), models in wanted.items() if common else ():
+            costs = [models[model][0] / own[model][0] for model in common]
+            gains = [models[model][1] - own[model][1] for model in common]
+            yield {"pictures": pictures, "way": way, "size": size, "checkpoints": len(common)} | {
+                "cost": sum(costs) / len(common),
+                "gain": sum(gains) / len(common),
+            }
+
+
+def _colour(field: str, domain: Sequence[str]) -> alt.Color:
+    return alt.Color(f"{field}:N", title=None, scale=alt.Scale(domain=list(domain), range=[COLOURS[d] for d in domain]))
+
+
+def _facet(field: str) -> alt.Row:
+    return alt.Row(f"{field}:N", title=None, header=alt.Header(labelAngle=0, labelAlign="left", labelLimit=260))
+
+
+def _wrapped(field: str) -> alt.Facet:
+    return alt.Facet(f"{field}:N", title=None, header=alt.Header(labelLimit=260))

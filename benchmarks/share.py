@@ -1,0 +1,72 @@
+"""Records of a sweep to send to others, one file of JSON lines for each checkpoint; and what is wrong with such files.
+
+Left out are cells that failed, records that later ones replace, and where the data are on the disk. A folder with such
+files in `records/` is read like that of a sweep: `python -m benchmarks.report FOLDER`.
+"""
+
+import argparse
+import sys
+from functools import partial
+from pathlib import Path
+
+from rich.console import Console
+
+from .records.files import LINES, read_records
+from .records.lines import faults, write_lines
+from .reporting.summary import read_folder
+from .scoring.software import EVALUATION
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Write or check. Returns 0; 1 where a file has a fault; 2 where there is nothing to write or check."""
+    args = _parser().parse_args(arguments)
+    screen, log = Console(soft_wrap=True), Console(stderr=True)
+    warn = partial(log.print, markup=False, highlight=False, soft_wrap=True)
+    if args.check:
+        return _check(args.paths, screen, warn)
+    written: list[Path] = []
+    for run in args.paths:
+        folder = read_folder(run, warn)
+        kept = {repr(record["key"]) for record in folder.counted if record["status"] != "failed"}
+        records = [record for record in read_records(run, warn) if repr(record["key"]) in kept]
+        if not records:
+            warn(f"benchmarks.share: no records in {run / 'records'}; expected the --out folder of a sweep.")
+            return 2
+        written += write_lines(args.out / "records", records)
+        if left := len(folder.records) - len(records):
+            warn(f"{run}: {left} records left out, of cells that failed or that later ones replace")
+    return _check(written, screen, warn)
+
+
+def _check(paths: list[Path], screen: Console, warn: partial[None]) -> int:
+    found_in = {path: sorted(path.rglob(f"*{LINES}")) if path.is_dir() else [path] for path in paths if path.exists()}
+    files = [file for found in found_in.values() for file in found]
+    if nothing := [str(path) for path in paths if not found_in.get(path)]:
+        warn(f"benchmarks.share: {', '.join(nothing)}: found no {LINES} file, expected what --out has written")
+        return 2
+    found = [fault for file in files for fault in faults(file, EVALUATION)]
+    for fault in found:
+        screen.print(fault, markup=False, highlight=False)
+    total = sum(file.stat().st_size for file in files)
+    verdict = f"{len(found)} faults" if found else "no fault"
+    screen.print(f"{len(files)} files, {total / 1e6:.1f} MB: {verdict}", markup=False, highlight=False)
+    return 1 if found else 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.share",
+        description=__doc__,
+        epilog="examples:\n  python -m benchmarks.share results --out docs/evidence\n"
+        "  python -m benchmarks.share --check docs/evidence",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("paths", type=Path, nargs="+", metavar="PATH", help="--out folders of sweeps; to check, files")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--out", type=Path, metavar="FOLDER", help="writes FOLDER/records/MODEL.jsonl, and checks them")
+    what.add_argument("--check", action="store_true", help="say what is wrong with files, or with all of a folder")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())
