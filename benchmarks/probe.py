@@ -13,8 +13,8 @@ standardised, the losses of all images summed, half the squared weights added, L
   tuned   lam as `timm_csra.tune` chooses it for each of the two on the half trained on. There heads trained on four
           fifths score the last one: of images that it has been trained on, a head ranks nearly all right.
 
-All with T inf. `python -m benchmarks.probe --models resnet50 --data photos --out probe.csv` runs it. Splits share images: the spread over them says how much a result hangs on the split, and is no
-confidence interval.
+All with T inf. Splits share images: the spread over them says how much a result hangs on the split, and is no
+confidence interval. Example: python -m benchmarks.probe --models resnet50 --data photos --out probe.csv
 """
 
 import argparse
