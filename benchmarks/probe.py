@@ -46,7 +46,7 @@ from timm_csra.layouts import spatial_features
 from timm_csra.locations import location_attention
 from timm_csra.patching import check_supported, plain_head
 
-from .argument_types import natural, positive
+from .argument_types import natural, only, positive
 from .arguments import add_images, asked_cells, asked_options, asked_what
 from .checkpoints import find
 from .checkpoints.find import CheckpointError
@@ -227,6 +227,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         options = asked_options(args, Path())
         models, data, tasks = asked_what(args)
+        only(tasks, "grids")
         memory = Models(options.device)
         print(LINE("checkpoint", "size", "lam", "loss", "plain", *SCORES, " - ".join(SCORES)))
         for cell in (cell for model in models for cell in asked_cells(model, args.img_size, data, tasks, {})):

@@ -164,6 +164,8 @@ def test_mosaics_of_classes_that_the_head_does_not_have(tmp_path: Path, capsys: 
 
 def test_what_does_not_fit_is_told(tmp_path: Path, several: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["--models", save(tmp_path / "model"), "--data", str(several), "--workers", "0", "--img-size", "64"]
+    assert main([*arguments, "--task", "mosaic", "--grid", "2,3"]) == 2
+    assert "found 2 grids; expected one." in capsys.readouterr().err
     assert main([*arguments, "--limit", "12"]) == 2
     assert "several: found 12 images; expected 20 or more." in capsys.readouterr().err
     rows = [
