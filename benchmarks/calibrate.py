@@ -28,7 +28,8 @@ from scipy.stats import binomtest
 from torch import Tensor
 
 from timm_csra.config import LOG_SOFTMAX, SCORES
-from timm_csra.evaluation.metrics import MULTI_LABEL, SINGLE_LABEL, Evaluation, evaluate
+from timm_csra.evaluation.metrics import MULTI_LABEL, SINGLE_LABEL, evaluate
+from timm_csra.evaluation.samples import Evaluation
 from timm_csra.evaluation.scoring import PLAIN, Setting, settings_grid
 from timm_csra.evaluation.statistics import (
     AGREEMENT,

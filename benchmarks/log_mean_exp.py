@@ -28,7 +28,8 @@ from torch import Tensor, nn
 
 from timm_csra.attention import Attention
 from timm_csra.config import LOG_SOFTMAX
-from timm_csra.evaluation.metrics import MULTI_LABEL, evaluate, weights_of
+from timm_csra.evaluation.metrics import MULTI_LABEL, evaluate
+from timm_csra.evaluation.samples import weights_of
 from timm_csra.evaluation.scoring import ALL, PLAIN, Scores, Setting, Term
 from timm_csra.evaluation.statistics import CONFIDENCE, RESAMPLES, Comparison, Table, crossfit, halves
 from timm_csra.evaluation.tuning import LAMS
@@ -37,7 +38,8 @@ from timm_csra.locations import as_kind, location_scores
 from timm_csra.patching import check_supported, plain_head
 
 from .argument_types import natural, positive
-from .arguments import add_images, add_labels, asked_cells, asked_options, asked_what
+from .arguments import add_images, add_labels
+from .asked import asked_cells, asked_options, asked_what
 from .checkpoints import find
 from .checkpoints.find import CheckpointError
 from .data import sources

@@ -38,7 +38,8 @@ from torch import Tensor, nn
 
 from timm_csra.config import LOG_SOFTMAX, LOGITS, SCORES
 from timm_csra.errors import describe
-from timm_csra.evaluation.metrics import FEW, MeanAveragePrecision, Rows
+from timm_csra.evaluation.metrics import FEW, MeanAveragePrecision
+from timm_csra.evaluation.samples import Rows
 from timm_csra.evaluation.scoring import DEFAULT, DEFAULT_LOG_SOFTMAX, PLAIN, Scores, Setting, settings_grid
 from timm_csra.evaluation.statistics import folds_of, halves
 from timm_csra.evaluation.tuning import LAMS, choose
@@ -47,7 +48,8 @@ from timm_csra.locations import location_attention
 from timm_csra.patching import check_supported, plain_head
 
 from .argument_types import natural, only, positive
-from .arguments import add_images, asked_cells, asked_options, asked_what
+from .arguments import add_images
+from .asked import asked_cells, asked_options, asked_what
 from .checkpoints import find
 from .checkpoints.find import CheckpointError
 from .data import sources

@@ -23,11 +23,12 @@ from timm_csra.config import LOG_SOFTMAX, LOGITS, SCORES
 from timm_csra.evaluation.scoring import DEFAULT, DEFAULT_LOG_SOFTMAX, PLAIN, Setting, score
 
 from .argument_types import only
-from .arguments import add_names, asked_names
+from .arguments import add_names
+from .asked import asked_names
 from .checkpoints import find
 from .checkpoints.find import CheckpointError, find_checkpoints
 from .data import sample
-from .data.classes import NotApplicableError, head_classes
+from .data.classes import Classifier, NotApplicableError, head_classes
 from .data.datasets import DataError, open_image
 from .data.presented import mosaic
 from .reporting.tables import origins
@@ -65,7 +66,8 @@ def _show(args: argparse.Namespace) -> None:
     scores, _ = score(model, [(x, torch.zeros(1))], [PLAIN, *wrapped])
     with torch.inference_mode():
         maps = timm_csra.score_maps(model, x, scores=args.scores)[0]
-    head = head_classes(model, len(maps), asked_names(args.class_names))
+    classifier = Classifier.of(len(maps), getattr(model, "pretrained_cfg", {}))
+    head = head_classes(classifier, asked_names(args.class_names))
     names = [_readable(names) for names in head.names] if head else [str(index) for index in range(len(maps))]
     top = min(TOP, len(names))
     order = {

@@ -17,7 +17,8 @@ from huggingface_hub.errors import HfHubHTTPError, HTTPError
 from rich.console import Console
 from rich.prompt import Confirm
 
-from .arguments import asked_calibration, asked_cells, asked_options, asked_what, parser
+from .arguments import EVERY_CELL, parser
+from .asked import asked_calibration, asked_cells, asked_options, asked_what
 from .checkpoints import find
 from .checkpoints.downloads import Downloads
 from .checkpoints.find import Checkpoint, CheckpointError
@@ -33,10 +34,11 @@ from .records.identity import Place, names_apart
 from .records.phases import where_the_time_went
 from .reporting.expected import keep_expected
 from .reporting.overview import print_overview, too_many
+from .reporting.plan import TO_DO, Planned, is_long, print_plan
 from .reporting.pooled import pooled
-from .reporting.push import choose, push
+from .reporting.push import choose, push, told_apart
 from .reporting.summary import Row, headline, kept, write_summary
-from .reporting.tables import print_headline, print_plan, print_pooled, print_prose, print_records
+from .reporting.tables import print_headline, print_pooled, print_prose, print_records
 from .scoring.cells import Cell, Options, show_size
 from .workers import asked_workers
 
@@ -75,18 +77,13 @@ def main(arguments: list[str] | None = None) -> int:
     sizes = f"{args.img_size},1x,2x" if args.rivals else args.img_size
     cells = [cell for model in models for cell in asked_cells(model, sizes, data, tasks, missing, args.crop_pct)]
     run = Run(options, out, missing, args.retry_failed, log)
-    if args.calibration_data and not args.rescore and any(run.state(cell) == "to do" for cell in cells):
+    if args.calibration_data and not args.rescore and any(run.state(cell)[0] == TO_DO for cell in cells):
         with log.status("Looking for calibration pictures among those measured"):
             data = without_measured(data)
         cells = [cell for model in models for cell in asked_cells(model, sizes, data, tasks, missing, args.crop_pct)]
     ask = args.models == "all" and options.device == "cpu" and not args.yes
     if args.dry_run or ask:
-        states = [run.state(cell) for cell in cells]
-        to_do = [cell for cell, state in zip(cells, states, strict=True) if state == "to do"]
-        if args.dry_run:
-            names = names_apart((cell.data.name, cell.data.where) for cell in cells)
-            print_plan([(*_describe(cell, names), state) for cell, state in zip(cells, states, strict=True)], screen)
-        (screen if args.dry_run else log).print(str(estimate(to_do, options)), highlight=False, soft_wrap=True)
+        to_do = _plan(run, cells, args.dry_run, screen if args.dry_run else log)
         if args.dry_run or (to_do and not _confirmed(log, "No accelerator was found", "Run all of this on the CPU?")):
             return 0 if args.dry_run else 2
     try:
@@ -163,10 +160,27 @@ def _engine(
     return RayEngine(options, args.address, args.cpus_per_cell, data)
 
 
-def _describe(cell: Cell, names: Mapping[Place, str]) -> tuple[str, str, str, str, str]:
+def _plan(run: Run, cells: list[Cell], shown: str | None, console: Console) -> int:
+    """Print what a sweep would do with its cells, where that is to be shown, and what it takes; give how many it would
+    compute."""
+    build = not is_long(cells)
+    states = [run.state(cell, build) for cell in cells]
+    to_do = [cell for cell, (state, _) in zip(cells, states, strict=True) if state == TO_DO]
+    if shown:
+        names = names_apart((cell.data.name, cell.data.where) for cell in cells)
+        planned = [_planned(cell, names, *state) for cell, state in zip(cells, states, strict=True)]
+        print_plan(planned, shown == EVERY_CELL, console)
+        if not build and (other := sum(cell.size != cell.own for cell in to_do)):
+            text = f"{other} of them for another size than the checkpoint's own; models that cannot be built for it are"
+            print_prose(f"{text} found out when their turn comes, before they are downloaded.", console)
+    console.print(str(estimate(to_do, run.options)), highlight=False, soft_wrap=True)
+    return len(to_do)
+
+
+def _planned(cell: Cell, names: Mapping[Place, str], state: str, reason: str | None) -> Planned:
     size = cell.size if isinstance(cell.size, str) else show_size(cell.size)
     data = names[cell.data.name, cell.data.where]
-    return cell.checkpoint.name, data, cell.task_name, str(size), str(cell.images)
+    return Planned(cell.checkpoint.name, data, cell.task_name, str(size), cell.images, state, reason)
 
 
 def _confirmed(log: Console, what: str, question: str) -> bool:
@@ -194,6 +208,9 @@ def _pushed(
     if not choices:
         screen.print("Nothing to push: no checkpoint has a significant cross-fitted gain at its own size.")
         return True
+    if clash := told_apart(choices, args.push_best):
+        log.print(clash, markup=False, highlight=False, soft_wrap=True)
+        return False
     what = f"{len(choices)} of {len(measured)} checkpoints would be pushed to {constants.ENDPOINT}"
     if not args.yes and not _confirmed(log, what, "Push them?"):
         return False

@@ -12,7 +12,8 @@ from timm_csra import Explanation
 from timm_csra.config import LOGITS, SCORES
 from timm_csra.evaluation.scoring import Setting, allows_test_time_pool, score
 
-from .arguments import asked_options, parser
+from .arguments import parser
+from .asked import asked_options
 
 PASSES = {"sweep_logits": LOGITS, "sweep": ",".join(SCORES)}  # what the sweep is told by --scores
 

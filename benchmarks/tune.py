@@ -13,6 +13,7 @@ folder of such pictures will do. Pictures of several objects will not: their top
 import argparse
 import sys
 from pathlib import Path
+from typing import Any, cast
 
 from rich.console import Console
 from rich.progress import track
@@ -22,7 +23,8 @@ from timm_csra.config import SCORES
 from timm_csra.evaluation.tuning import LAMS, TEMPERATURES, choose
 
 from .argument_types import natural, only, positive
-from .arguments import add_images, add_labels, asked_cells, asked_options, asked_what
+from .arguments import add_images, add_labels
+from .asked import asked_cells, asked_options, asked_what
 from .checkpoints import find
 from .checkpoints.find import CheckpointError
 from .data import sources
@@ -30,6 +32,7 @@ from .data.classes import COMBINE, NotApplicableError, combined
 from .data.datasets import DataError
 from .engines.worker import Models
 from .reporting.tables import origins, task
+from .scoring.applicable import Applicability
 from .scoring.measure import score_cell
 from .without_labels import UNLABELLED_LAMS, add_without_labels, choose_without_labels, refuse_what_does_not_apply
 
@@ -58,6 +61,8 @@ def main(arguments: list[str] | None = None) -> int:
         models, data, tasks = asked_what(args)
         cells = [cell for model in models for cell in asked_cells(model, args.img_size, data, tasks, {}, args.crop_pct)]
         cell = only(cells, "combinations of checkpoint, data and task")
+        if reason := Applicability(options).why_not(cell):
+            raise NotApplicableError(reason)
         loaded = Models(options.device).get(cell)
         found = score_cell(
             cell,
@@ -85,7 +90,14 @@ def main(arguments: list[str] | None = None) -> int:
     for line in origins([found.facts | {"model": cell.checkpoint.name}]):
         screen.print(line, style="dim", markup=False)
     if args.save:
-        timm_csra.save_pretrained(result.apply(loaded.model), args.save)
+        model = result.apply(loaded.model)
+        if options.class_names:
+            model.pretrained_cfg = {  # type: ignore[assignment]
+                **cast(dict[str, Any], model.pretrained_cfg),
+                "label_names": list(options.class_names.names),
+                "label_descriptions": None,  # of other names
+            }
+        timm_csra.save_pretrained(model, args.save)
         screen.print(f"saved with lam={result.lam:g}, scores={result.scores!r} to {args.save}", markup=False)
     return 0
 
@@ -118,7 +130,9 @@ def _parser() -> argparse.ArgumentParser:
         "--scores", help=f"what is compared over locations (default: {DEFAULT_SCORES}; without labels one, log_softmax)"
     )
     parser.add_argument("--folds", type=positive, default=5, help="default: %(default)s")
-    parser.add_argument("--save", type=Path, metavar="FOLDER", help="save the checkpoint, wrapped as recommended")
+    parser.add_argument(
+        "--save", type=Path, metavar="FOLDER", help="save the checkpoint, wrapped as recommended, with --class-names"
+    )
     add_labels(parser)
     add_images(parser)
     parser.add_argument("--batch-size", type=positive, help="default: 64, on a CPU 16")

@@ -13,7 +13,7 @@ from timm_csra.agreement import LAMS
 from timm_csra.config import LOG_SOFTMAX, SCORES
 
 from .argument_types import only, share
-from .arguments import asked_cells, asked_options
+from .asked import asked_cells, asked_options
 from .checkpoints.find import find_checkpoints
 from .data.presented import Unlabelled
 from .data.sources import load_pictures

@@ -17,17 +17,15 @@ from sklearn.metrics import (
     top_k_accuracy_score,
 )
 
+from timm_csra.evaluation.average_precision import weighted_average_precision
 from timm_csra.evaluation.metrics import (
     ANY_LABEL,
     SIGMOID,
     VOC2007,
-    Evaluation,
-    Rows,
     calibration,
     evaluate,
-    weighted_average_precision,
-    weights_of,
 )
+from timm_csra.evaluation.samples import Evaluation, Rows, weights_of
 
 N, K = 60, 12
 

@@ -7,7 +7,8 @@ import pytest
 import torch
 from scipy import stats
 
-from timm_csra.evaluation.metrics import Evaluation, PerImage, Rows, evaluate, weighted
+from timm_csra.evaluation.metrics import evaluate
+from timm_csra.evaluation.samples import Evaluation, PerImage, Rows, weighted
 from timm_csra.evaluation.scoring import DEFAULT, DEFAULT_LOG_SOFTMAX, PLAIN, Setting
 from timm_csra.evaluation.statistics import Comparison, Table, best, crossfit, halves, without_choice
 

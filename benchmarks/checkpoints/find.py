@@ -50,19 +50,24 @@ class Checkpoint:
         """How records and tables call it."""
         return self.id if self.source == "timm" else f"{self.source}:{self.id}"
 
+    @property
+    def pretrained_cfg(self) -> dict[str, Any]:
+        """What timm knows of the checkpoint before its weights are loaded; of one from the Hub, its config.json."""
+        return self._own_args["pretrained_cfg"]  # type: ignore[no-any-return]
+
     def input_size(self) -> tuple[int, int]:
         """Height and width that the checkpoint was published for."""
-        _, height, width = self._model_args()["pretrained_cfg"]["input_size"]
+        _, height, width = self.pretrained_cfg["input_size"]
         return height, width
 
     def num_classes(self) -> int:
         """As the checkpoint says."""
-        return int(self._model_args()["pretrained_cfg"]["num_classes"])
+        return int(self._own_args.get("num_classes", self.pretrained_cfg["num_classes"]))
 
     def test_input(self) -> tuple[tuple[int, int], float | None]:
         """Height and width at which timm validates the checkpoint, and its crop_pct there where it is another than at
         the own size; the own size where none is published for tests."""
-        cfg = self._model_args()["pretrained_cfg"]
+        cfg = self.pretrained_cfg
         own, test = (resolve_data_config(pretrained_cfg=cfg, use_test_size=use) for use in (False, True))
         _, height, width = test["input_size"]
         return (height, width), None if test["crop_pct"] == own["crop_pct"] else test["crop_pct"]
@@ -175,6 +180,11 @@ class Checkpoint:
     @cached_property
     def _trained(self) -> Trained | None:
         return read_trained(self.id) if self.source == "file" else None
+
+    @cached_property
+    def _own_args(self) -> dict[str, Any]:
+        """Asked once for all cells: of a checkpoint from the Hub that is a request."""
+        return self._model_args()
 
     def _model_args(self, size: tuple[int, int] | None = None) -> dict[str, Any]:
         if self._trained:

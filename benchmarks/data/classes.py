@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from timm.data import ImageNetInfo, infer_imagenet_subset
-from torch import Tensor, nn
+from torch import Tensor
 
 
 class NotApplicableError(Exception):
@@ -31,6 +31,34 @@ class ClassNames:
 
 
 @dataclass(frozen=True)
+class Classifier:
+    """What a checkpoint says of the classes of its head, whether it has been loaded or not: how many logits there are,
+    and for each its name and description, or none at all."""
+
+    count: int
+    names: tuple[str, ...] = ()
+    descriptions: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, count: int, pretrained_cfg: Mapping[str, Any]) -> "Classifier":
+        """By the configuration of a checkpoint, or of the model that was made of it; timm has the same in both.
+
+        Raises:
+            ValueError: `label_names` or `label_descriptions` that are none.
+        """
+        names, descriptions = pretrained_cfg.get("label_names"), pretrained_cfg.get("label_descriptions") or {}
+        if not names:
+            return cls(count)
+        if not isinstance(names, (list, tuple, dict)):
+            raise ValueError(f"label_names: found a {type(names).__name__}, expected a list of names.")
+        if not isinstance(descriptions, dict):
+            raise ValueError(f"label_descriptions: found a {type(descriptions).__name__}, expected them by name.")
+        if isinstance(names, dict):
+            names = [names.get(str(index), names.get(index, "")) for index in range(count)]
+        return cls(count, tuple(map(str, names)), tuple(str(descriptions.get(name, "")) for name in names))
+
+
+@dataclass(frozen=True)
 class Head:
     """All names of each class of a head, in its order, and who says so."""
 
@@ -38,15 +66,14 @@ class Head:
     classes_from: str
 
 
-def head_classes(model: nn.Module, count: int | None = None, given: ClassNames | None = None) -> Head | None:
+def head_classes(classifier: Classifier, given: ClassNames | None = None) -> Head | None:
     """The classes of a head: as they are given, else from the checkpoint's `label_names`, else by timm from the number
-    of classes (ImageNet-1k, 12k, 21k, 22k); None where nobody says. `count` is how many logits the head gives, which
-    `num_classes` does not know where the classifier was replaced.
+    of classes (ImageNet-1k, 12k, 21k, 22k); None where nobody says.
 
     Raises:
         NotApplicableError: the names that are given are not as many.
     """
-    count = count or int(model.num_classes)  # type: ignore[arg-type]
+    count = classifier.count
     if given is not None:
         if len(given.names) != count:
             raise NotApplicableError(
@@ -54,21 +81,20 @@ def head_classes(model: nn.Module, count: int | None = None, given: ClassNames |
                 "Leave out --class-names for checkpoints that know their own."
             )
         return Head([_names(name) | {_normal(name)} for name in given.names], given.file)
-    cfg: dict[str, Any] = getattr(model, "pretrained_cfg", {})
-    names, descriptions = cfg.get("label_names"), cfg.get("label_descriptions") or {}
+    names, descriptions = classifier.names, classifier.descriptions
     classes_from = "label_names of the checkpoint"
-    if isinstance(names, dict):
-        names = [names.get(str(index), names.get(index, "")) for index in range(count)]
     if not names:
         subset = infer_imagenet_subset({"num_classes": count})
         if subset is None:
             return None
         info = ImageNetInfo(subset)
-        names, descriptions = info.label_names(), info.label_descriptions(as_dict=True)
+        names, described = tuple(info.label_names()), info.label_descriptions(as_dict=True)
+        descriptions = tuple(described.get(name, "") for name in names)
         classes_from = f"{subset}, by the number of classes"
     if len(names) != count:
         return None
-    return Head([_names(f"{name} {descriptions.get(name, '')}") | {_normal(name)} for name in names], classes_from)
+    both = zip(names, descriptions, strict=True)
+    return Head([_names(f"{name} {description}") | {_normal(name)} for name, description in both], classes_from)
 
 
 _SYNSET = re.compile(r"(n\d{8})\b\s*(.*)")
@@ -165,9 +191,8 @@ def combined(logits: Tensor, groups: Sequence[Sequence[int]], combine: str) -> T
 def align(
     classes: Sequence[str],
     labels: Iterable[Iterable[int]],
-    model: nn.Module,
+    classifier: Classifier,
     class_map: ClassMap | None = None,
-    count: int | None = None,
     given: ClassNames | None = None,
     order: str | None = None,
     whole: bool = False,
@@ -180,9 +205,8 @@ def align(
     Args:
         classes: names as the data declares them.
         labels: indices into `classes`, for each photograph.
-        model: whose head is to be scored.
+        classifier: the head that is to be scored.
         class_map: matches by it instead.
-        count: how many logits the head gives; None for `model.num_classes`.
         given: the names of the head's classes, see `head_classes`.
         order: what puts `classes` into an order that a training takes too, None where nothing does.
         whole: score all classes of the head, and not only those that the data declares.
@@ -190,8 +214,7 @@ def align(
     Raises:
         NotApplicableError: the head's classes are unknown, or a class that occurs in the data is not among them.
     """
-    count = count or int(model.num_classes)  # type: ignore[arg-type]
-    head = head_classes(model, count, given)
+    count, head = classifier.count, head_classes(classifier, given)
     if head is None and class_map is not None:
         raise NotApplicableError(
             f"the names of the head's {count} classes are unknown, and the class map {class_map.name} needs them: "

@@ -5,6 +5,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -22,10 +23,11 @@ from rich.progress import (
 from ..checkpoints.downloads import Downloads
 from ..checkpoints.find import Checkpoint
 from ..records.files import Record, RecordError, now, read_record, record_path, write_record
+from ..scoring.applicable import Applicability
 from ..scoring.cells import Cell, Options
 from ..scoring.environment import commit
 from ..scoring.kept import scores_file
-from ..scoring.measure import failure
+from ..scoring.measure import failure, refusal
 from .estimate import macs_of
 from .local import Engine, Outcome
 
@@ -67,12 +69,21 @@ class Run:
     retry_failed: bool
     log: Console
 
-    def state(self, cell: Cell) -> str:
-        """What a sweep would do with it."""
+    def state(self, cell: Cell, build: bool = False) -> tuple[str, str | None]:
+        """What a sweep would do with a cell, and why, where that is nothing. `build` as in `Applicability.why_not`."""
         record = self._finished(cell)
-        if record is None:
-            return "not to be had" if cell.checkpoint in self.missing else "to do"
-        return "done" if record["status"] == "ok" else str(record["status"])
+        if record is not None:
+            return (
+                ("done", None) if record["status"] == "ok" else (record["status"].replace("_", " "), record["reason"])
+            )
+        if cell.checkpoint in self.missing:
+            return "not to be had", self.missing[cell.checkpoint]
+        reason = self.applicability.why_not(cell, build)
+        return ("not applicable", reason) if reason else ("to do", None)
+
+    @cached_property
+    def applicability(self) -> Applicability:
+        return Applicability(self.options)
 
     def records(
         self, cells: Iterable[Cell], start: Callable[[Callable[[Cell, int, int], None]], Engine], downloads: Downloads
@@ -146,7 +157,7 @@ class _Schedule:
         self.run, self.engine, self.downloads = run, engine, downloads
         names = list(groups)
         if len(engine.room()) > 1:
-            names.sort(key=lambda checkpoint: -sum(cell.images * macs_of(cell) for cell in groups[checkpoint]))
+            names.sort(key=lambda checkpoint: -sum(map(self._work, groups[checkpoint])))
         self.groups = groups
         self.waiting = deque(names)
         self.open: dict[Checkpoint, _Group] = {}
@@ -171,6 +182,9 @@ class _Schedule:
         finally:
             for group in self.open.values():
                 group.lock.release()
+
+    def _work(self, cell: Cell) -> float:
+        return 0.0 if self.run.applicability.why_not(cell, build=False) else cell.images * macs_of(cell)
 
     def _fill(self) -> None:
         """Give the engine what it has room for."""
@@ -208,8 +222,7 @@ class _Schedule:
             if not group.to_do:
                 self._close(checkpoint, group)
                 continue
-            following = (other for other in self.waiting if other not in self.run.missing)
-            self.downloads.start(checkpoint, next(following, None))
+            self.downloads.start(checkpoint, self._following() if self.downloads.prefetch else None)
             self.open[checkpoint] = group
             return group
         self.look_again = time.monotonic() + 1.0
@@ -219,11 +232,23 @@ class _Schedule:
             self.run.log.print(f"Another sweep works on {names} in {self.run.out}: waiting for it.")
         return None
 
+    def _following(self) -> Checkpoint | None:
+        """The next checkpoint whose weights will be needed."""
+        for checkpoint in self.waiting:
+            if any(self.run.state(cell, build=True)[0] == "to do" for cell in self.groups[checkpoint]):
+                return checkpoint
+        return None
+
     def _sort(self, checkpoint: Checkpoint, group: _Group) -> None:
+        """What is to be computed is put on the group's list, and all else has a record: it was finished before, its
+        checkpoint cannot be had, or it has no answer. For none of these is anything downloaded or loaded."""
         for cell in group.cells:
             record = self.run._finished(cell)
             if record is None and checkpoint in self.run.missing:
                 record = failure(cell, self.run.options, f"CheckpointError: {self.run.missing[checkpoint]}")
+                self.run._write(Outcome(cell, record))
+            elif record is None and (reason := self.run.applicability.why_not(cell)):
+                record = refusal(cell, self.run.options, reason)
                 self.run._write(Outcome(cell, record))
             if record is None:
                 group.to_do.append(cell)

@@ -161,7 +161,7 @@ def _by_lam(records: Sequence[Record]) -> alt.FacetChart | None:
 
 def _by_compute(rows: Sequence[Row]) -> alt.FacetChart | None:
     """What each way to use a checkpoint gains over the plain model at its own size, against what it costs."""
-    values = list(_ways(rows))
+    values = list(ways(rows))
     if not any(value["way"] not in ("plain", *SCORES.values()) for value in values):
         return None
     base = alt.Chart(alt.Data(values=values)).encode(
@@ -181,7 +181,7 @@ def _by_compute(rows: Sequence[Row]) -> alt.FacetChart | None:
     )
 
 
-def _ways(rows: Iterable[Row]) -> Iterator[dict[str, Any]]:
+def ways(rows: Iterable[Row]) -> Iterator[dict[str, Any]]:
     """Of the checkpoints that have a figure for every way which most of them have: mean cost and gain, for each kind
     of pictures."""
     found: dict[str, dict[tuple[str, str], dict[str, tuple[float, float]]]] = defaultdict(lambda: defaultdict(dict))

@@ -1,7 +1,9 @@
 """`--push-best`: each checkpoint that the sweep has shown to gain goes to the Hub, with its figures on the card."""
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import timm_csra
 
@@ -9,6 +11,11 @@ from ..checkpoints.find import Checkpoint
 from ..records.files import Record
 from .summary import FIRST_METRIC, Row
 from .tables import task
+
+ENDINGS = re.compile(r"\.(pth\.tar|pth|pt|bin|ckpt|tar|safetensors)$")
+OF_ANY_TRAINING = re.compile(
+    r"model_best|last|checkpoint(-\d+)?|averaged|model|pytorch_model|weights"
+)  # names of files
 
 
 @dataclass(frozen=True)
@@ -29,15 +36,43 @@ class Choice:
     records: tuple[Record, ...]
 
     def repository(self, prefix: str) -> str:
-        whole = self.checkpoint.id.partition("@")[0] if self.checkpoint.source == "file" else self.checkpoint.id
-        name = whole.rstrip("/").rsplit("/")[-1].partition("@")[0]
-        return f"{prefix}-{name}"
+        return f"{prefix}-{_name(self.checkpoint)}"
 
     def __str__(self) -> str:
         row, heads = self.row, "+".join(f"{head:g}" for head in self.temperature)
         gain = f"{row['metric']} {row['gain']:+.2f} [{row['ci_low']:+.2f}, {row['ci_high']:+.2f}]"
         where = f"{row['data']}, {task(row)} (Holm p = {row['p_holm']:.2g})"
         return f"{self.checkpoint.name}: {gain} on {where}, {self.scores}, lam {self.lam:g}, T {heads}"
+
+
+def _name(checkpoint: Checkpoint) -> str:
+    """A folder's name; of a file its own, or where a training calls every file so, that of the folder it is in."""
+    id, _, path = checkpoint.id.partition("@")
+    if checkpoint.source == "local-dir":
+        return _legal(Path(checkpoint.id).resolve().name) or "model"
+    if checkpoint.source != "file":
+        return id.rsplit("/")[-1]
+    stem = ENDINGS.sub("", Path(path).name)
+    return _legal(Path(path).resolve().parent.name if OF_ANY_TRAINING.fullmatch(stem) else stem) or id
+
+
+def _legal(name: str) -> str:
+    """With nothing that the Hub does not take in the name of a repository."""
+    return re.sub(r"([-.])[-.]+", r"\1", re.sub(r"[^A-Za-z0-9._-]+", "-", name)).strip("-.")
+
+
+def told_apart(choices: Sequence[Choice], prefix: str) -> str | None:
+    """What is wrong where two of them would be pushed to one repository, or None."""
+    first: dict[str, Checkpoint] = {}
+    for choice in choices:
+        name = choice.repository(prefix)
+        if name in first:
+            return (
+                f"--push-best: {first[name].name} and {choice.checkpoint.name} would both go to {name}; expected a "
+                "repository for each. Name one of them in --models, or push them with prefixes of their own."
+            )
+        first[name] = choice.checkpoint
+    return None
 
 
 def choose(rows: Iterable[Row], measured: Mapping[Checkpoint, Sequence[Record]]) -> list[Choice]:

@@ -267,16 +267,6 @@ def print_pooled(found: Sequence[Pooled], console: Console) -> None:
         print_prose(f"{every - len(found)} more pooled gains, by other metrics, are in the report.", console)
 
 
-def print_plan(cells: Iterable[tuple[str, ...]], console: Console) -> None:
-    """What a sweep would do: one line for each cell."""
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for name in ("model", "data", "task", "px", "images", "state"):
-        table.add_column(name, justify="right" if name in ("px", "images") else "left", overflow="fold")
-    for cell in cells:
-        table.add_row(*cell)
-    console.print(table)
-
-
 def short(model: str) -> str:
     if model.startswith("local-dir:"):
         return model.rstrip("/").rsplit("/", 1)[-1]

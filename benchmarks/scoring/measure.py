@@ -12,12 +12,13 @@ from timm.data import create_loader, resolve_input_data_config
 
 from timm_csra import UnsupportedModelError
 
-from ..data.classes import Alignment, NotApplicableError, align
-from ..data.datasets import DataError, real_labels, tilings
+from ..data.classes import Alignment, Classifier, NotApplicableError
+from ..data.datasets import DataError, tilings
 from ..data.presented import Mosaics, Photographs, Streamed
 from ..records.files import Record, now
 from ..records.phases import Phases
 from .agreement import choose, kept_choice
+from .applicable import match_classes, suits_the_task
 from .cells import Cell, Options, show_size
 from .environment import environment
 from .kept import Scored, read_scores, scores_file, write_scores
@@ -68,6 +69,11 @@ def failure(cell: Cell, options: Options, reason: str, seconds: float = 0.0) -> 
     return _complete(cell, options, {"status": "failed", "reason": reason}, seconds)
 
 
+def refusal(cell: Cell, options: Options, reason: str) -> Record:
+    """The record of a cell that has no answer, as it is known before anything is loaded."""
+    return _complete(cell, options, {"status": "not_applicable", "reason": reason}, 0.0)
+
+
 def _complete(cell: Cell, options: Options, record: Record, seconds: float) -> Record:
     key = cell.key(options)
     nothing: Record = {"n": len(cell.data), "columns": None, "kind": None, "results": []}
@@ -92,9 +98,6 @@ def _measure(
         scored = read_scores(file, options.settings)
         scored.facts["agreement"] = kept_choice(cell, scored.facts)
     else:
-        # A size that is not known yet is for `load` to explain.
-        if not isinstance(cell.size, str) and (reason := cell.checkpoint.why_not_at(cell.size)):
-            raise NotApplicableError(f"the model cannot be built for {show_size(cell.size)} pixels: {reason}")
         with phases("load"):
             loaded = _loaded(cell, load)
         scored = score_cell(cell, loaded, options, track, phases)
@@ -125,12 +128,8 @@ def score_cell(
     """Run every image of a cell once, for all settings. `phases` is told where the time goes."""
     phases, options = phases or Phases(), cell.prepared(options)
     model, explanation = loaded.model, loaded.explanation
-    if not model.num_classes:
-        raise NotApplicableError("the checkpoint has no classifier (num_classes=0)")
     with phases("load"):
         loader, preprocessing, alignment = load_images(cell, loaded, options)
-    if len(loader.dataset) == 0 and cell.data.stream is None:
-        raise NotApplicableError(f"{len(cell.data)} images are too few for one mosaic of {cell.grid}x{cell.grid}")
     if explanation.unsupported:
         raise UnsupportedModelError(explanation.unsupported)
     passed, again = the_pass(cell, loaded, loader, preprocessing, alignment, options, track, phases)
@@ -174,35 +173,18 @@ def load_images(
     cell: Cell, loaded: Loaded, options: Options, own: Alignment | None = None
 ) -> tuple[Any, Record, Alignment]:
     """Give loader, preprocessing and alignment; how an image becomes a tensor is timm's and the checkpoint's affair.
-    `own` is an alignment of other outputs than those of the checkpoint's head, None to match the data's classes with
-    these."""
-    data, model, size, options = cell.data, loaded.model, loaded.size, cell.prepared(options)
-    # Of the logits: a classifier may have been replaced. Where they are unknown, `score_cell` says why.
-    count = loaded.explanation.num_classes or int(model.num_classes)  # type: ignore[arg-type]
-    if cell.task != "single" and data.stream:
-        raise NotApplicableError("a stream has no list of its images: it is scored by the task single alone")
-    if cell.task == "single" and data.multilabel:
-        raise NotApplicableError("the task single needs exactly one label for each image")
-    if cell.task == "multilabel" and not data.multilabel:
-        raise NotApplicableError(
-            "the task multilabel needs several labels for each image: labels.csv with a column "
-            "`labels`, COCO or VOC annotations"
-        )
-    if cell.task == "mosaic" and data.multilabel and data.tilings is None:
-        raise NotApplicableError("mosaics are built from images with exactly one label each")
-    if own is None and (order := cell.checkpoint.training_order) and options.class_names is None:
-        raise NotApplicableError(
-            f"the checkpoint was trained with --class-map {order}: give that to --class-names, one name a line in the "
-            "order of the head"
-        )
-    if cell.task == "real":
-        data = real_labels(data)
-    labels = [range(len(data.classes))] if data.stream else data.labels
-    if data.stream and not data.classes:  # labels without names are the head's own
-        data = replace(data, classes=tuple(map(str, range(count))))
-    class_map = options.class_map if cell.task == "multilabel" else None
-    whole = options.score_classes == "head"
-    alignment = own or align(data.classes, labels, model, class_map, count, options.class_names, data.order, whole)
+    With an alignment of one's `own` the classes of the checkpoint's head do not matter.
+
+    Raises:
+        NotApplicableError: see `match_classes`.
+    """
+    model, size, options = loaded.model, loaded.size, cell.prepared(options)
+    if own:
+        data, alignment = suits_the_task(cell), own
+    else:
+        # Of the logits: a classifier may have been replaced. Where they are unknown, `score_cell` says why.
+        count = loaded.explanation.num_classes or int(model.num_classes)  # type: ignore[arg-type]
+        data, alignment = match_classes(cell, options, Classifier.of(count, getattr(model, "pretrained_cfg", {})))
     requested = {"input_size": (3, *size), "crop_mode": options.crop_mode, "crop_pct": options.crop_pct}
     if cell.task == "mosaic":
         requested |= {"crop_mode": "squash", "crop_pct": 1.0}  # the mosaic has the right size already

@@ -13,12 +13,11 @@ from timm_csra.evaluation.metrics import (
     MULTI_LABEL,
     SIGMOID,
     VOC2007,
-    Evaluation,
-    Logits,
     Metric,
     calibration,
     evaluate,
 )
+from timm_csra.evaluation.samples import Evaluation, Logits
 from timm_csra.evaluation.scoring import ALL, PLAIN, Scores, Setting
 from timm_csra.evaluation.statistics import (
     AGREEMENT,

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.arguments import asked_options, parser
+from benchmarks.arguments import parser
+from benchmarks.asked import asked_options
 from benchmarks.show import main as show
 from benchmarks.workers import asked_workers
 

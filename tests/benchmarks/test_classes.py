@@ -2,18 +2,17 @@
 
 import pkgutil
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 from timm.data import ImageNetInfo
 
-from benchmarks.data.classes import ClassNames, NotApplicableError, align, combined, load_class_map
+from benchmarks.data.classes import Classifier, ClassNames, NotApplicableError, align, combined, load_class_map
 
 
-def head(names: list[str] | None, count: int | None = None, descriptions: dict | None = None) -> object:
+def head(names: list[str] | None, count: int | None = None, descriptions: dict | None = None) -> Classifier:
     cfg = {"label_names": names, "label_descriptions": descriptions}
-    return SimpleNamespace(num_classes=count or len(names or ()), pretrained_cfg=cfg)
+    return Classifier.of(count or len(names or ()), cfg)
 
 
 IMAGENET = head(None, 1000)
@@ -33,29 +32,29 @@ ALIGNED = [
 
 
 @pytest.mark.parametrize(("classes", "labels", "model", "columns"), ALIGNED)
-def test_classes_are_aligned(classes: list[str], labels: list[int], model: object, columns: tuple) -> None:
-    alignment = align(classes, [labels], model)  # type: ignore[arg-type]
+def test_classes_are_aligned(classes: list[str], labels: list[int], model: Classifier, columns: tuple) -> None:
+    alignment = align(classes, [labels], model)
     if columns != (None,):
         assert alignment.columns == columns
     assert set(alignment.positions) >= set(labels)
 
 
 def test_the_width_of_the_logits_counts_where_num_classes_is_stale() -> None:
-    stale = head(["dog", "bird", "cat"], 1000)
+    stale = {"label_names": ["dog", "bird", "cat"], "num_classes": 1000}
     with pytest.raises(NotApplicableError, match="the names of the head's 1000 classes are unknown"):
-        align(["cat", "dog"], [[0], [1]], stale)  # type: ignore[arg-type]
-    assert align(["cat", "dog"], [[0], [1]], stale, count=3).columns == (0, 2)  # type: ignore[arg-type]
+        align(["cat", "dog"], [[0], [1]], Classifier.of(1000, stale))
+    assert align(["cat", "dog"], [[0], [1]], Classifier.of(3, stale)).columns == (0, 2)
     with pytest.raises(NotApplicableError, match="the names of the head's 20 classes are unknown"):
-        align(["tench"], [[0]], IMAGENET, count=20)  # type: ignore[arg-type]
+        align(["tench"], [[0]], Classifier.of(20, {"num_classes": 1000}))
 
 
 def test_given_names_come_before_those_of_the_checkpoint() -> None:
     given = ClassNames("names.txt", ("n02123045 tabby", "dog", "cat"))
-    alignment = align(["cat", "dog"], [[0], [1]], head(["cat", "dog", "bird"]), given=given)  # type: ignore[arg-type]
+    alignment = align(["cat", "dog"], [[0], [1]], head(["cat", "dog", "bird"]), given=given)
     assert (alignment.columns, alignment.positions, alignment.classes_from) == ((1, 2), {0: 1, 1: 0}, "names.txt")
-    assert align(["n02123045"], [[0]], head(None, 3), given=given).columns == (0,)  # type: ignore[arg-type]
+    assert align(["n02123045"], [[0]], head(None, 3), given=given).columns == (0,)
     with pytest.raises(NotApplicableError, match="names.txt has 3 names, and the head 4 classes"):
-        align(["cat"], [[0]], head(None, 4), given=given)  # type: ignore[arg-type]
+        align(["cat"], [[0]], head(None, 4), given=given)
 
 
 @pytest.mark.parametrize(
@@ -69,7 +68,7 @@ def test_given_names_come_before_those_of_the_checkpoint() -> None:
     ],
 )
 def test_classes_by_position(classes: list[str], order: str | None, positions: dict) -> None:
-    alignment = align(classes, [range(3)], head(None, 3), order=order)  # type: ignore[arg-type]
+    alignment = align(classes, [range(3)], head(None, 3), order=order)
     assert {index: alignment.columns[place] for index, place in alignment.positions.items()} == positions
 
 
@@ -79,11 +78,11 @@ def test_classes_by_position(classes: list[str], order: str | None, positions: d
 )
 def test_positions_are_not_guessed(classes: list[str], order: str | None) -> None:
     with pytest.raises(NotApplicableError, match=r"the head's 3 classes are unknown, and the data has \d classes"):
-        align(classes, [range(len(classes))], head(None, 3), order=order)  # type: ignore[arg-type]
+        align(classes, [range(len(classes))], head(None, 3), order=order)
 
 
 def test_every_label_meets_the_column_of_its_class() -> None:
-    alignment = align(["cat", "dog"], [[0], [1]], head(["dog", "bird", "cat"]))  # type: ignore[arg-type]
+    alignment = align(["cat", "dog"], [[0], [1]], head(["dog", "bird", "cat"]))
     assert {index: alignment.columns[place] for index, place in alignment.positions.items()} == {0: 2, 1: 0}
 
 
@@ -101,26 +100,26 @@ def test_every_label_meets_the_column_of_its_class() -> None:
         (["a"], head(["a", "b"], 3), "the names of the head's 3 classes are unknown"),
     ],
 )
-def test_what_cannot_be_aligned(classes: list[str], model: object, text: str) -> None:
+def test_what_cannot_be_aligned(classes: list[str], model: Classifier, text: str) -> None:
     with pytest.raises(NotApplicableError, match=text):
-        align(classes, [range(len(classes))], model)  # type: ignore[arg-type]
+        align(classes, [range(len(classes))], model)
 
 
 def test_numbers_are_indices_of_the_head() -> None:
     """The folders of ImageNet-V2 are called 0 to 999, and come in the order 0, 1, 10, 100, ..."""
-    alignment = align(["7", "10", "999"], [[0], [1], [2]], IMAGENET)  # type: ignore[arg-type]
+    alignment = align(["7", "10", "999"], [[0], [1], [2]], IMAGENET)
     assert alignment.columns == (7, 10, 999)
     assert alignment.positions == {0: 0, 1: 1, 2: 2}
-    assert align(["10", "9"], [[0], [1]], IMAGENET).positions == {0: 1, 1: 0}  # type: ignore[arg-type]
+    assert align(["10", "9"], [[0], [1]], IMAGENET).positions == {0: 1, 1: 0}
     with pytest.raises(NotApplicableError, match="classes of the data are not among the head's: 1000"):
-        align(["1000"], [[0]], IMAGENET)  # type: ignore[arg-type]
+        align(["1000"], [[0]], IMAGENET)
 
 
 def test_a_subset_of_imagenet_is_scored_as_timm_scores_it() -> None:
     """timm keeps the logits of ImageNet-A's 200 classes, by `imagenet_a_indices.txt`."""
     synsets = pkgutil.get_data("timm.data", "_info/imagenet_a_synsets.txt").decode().split()
     indices = pkgutil.get_data("timm.data", "_info/imagenet_a_indices.txt").decode().split()
-    alignment = align(synsets, [range(200)], IMAGENET)  # type: ignore[arg-type]
+    alignment = align(synsets, [range(200)], IMAGENET)
     assert alignment.columns == tuple(sorted(map(int, indices)))
 
 
@@ -133,7 +132,7 @@ def test_the_coco_class_map() -> None:
     assert set(every) <= imagenet
     assert class_map.synsets["zebra"] == ("n02391049",)
     assert not class_map.synsets["person"]
-    alignment = align(list(class_map.synsets), [], IMAGENET, class_map)  # type: ignore[arg-type]
+    alignment = align(list(class_map.synsets), [], IMAGENET, class_map)
     assert alignment.count == 62
     assert len(alignment.columns) == 1000
     assert alignment.left_out[:3] == ("person", "fire hydrant", "stop sign")
@@ -164,8 +163,8 @@ def test_class_maps_that_cannot_be_used(tmp_path: Path) -> None:
     (tmp_path / "map.json").write_text('{"classes": {"cat": ["n02123045"], "wolf": []}}')
     class_map = load_class_map(str(tmp_path / "map.json"))
     with pytest.raises(NotApplicableError, match="the class map map does not have the data's dog"):
-        align(["cat", "dog"], [], IMAGENET, class_map)  # type: ignore[arg-type]
+        align(["cat", "dog"], [], IMAGENET, class_map)
     with pytest.raises(NotApplicableError, match="3 classes are unknown, and the class map map needs them: expected"):
-        align(["cat", "wolf"], [], head(None, 3), class_map, order="folders")  # type: ignore[arg-type]
+        align(["cat", "wolf"], [], head(None, 3), class_map, order="folders")
     with pytest.raises(NotApplicableError, match="no class of the class map map is among the head's"):
-        align(["cat", "wolf"], [], head(["a", "b"]), class_map)  # type: ignore[arg-type]
+        align(["cat", "wolf"], [], head(["a", "b"]), class_map)

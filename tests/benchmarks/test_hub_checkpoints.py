@@ -82,6 +82,32 @@ def test_sweep_from_a_hub_and_then_from_the_cache(hub: Hub, tmp_path: Path) -> N
 
 
 @pytest.mark.slow
+def test_weights_of_what_does_not_apply_are_not_downloaded(hub: Hub, tmp_path: Path) -> None:
+    for index, name in enumerate(["cat", "owl"] * 4):
+        folder = tmp_path / "animals" / name
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (64, 64), (30 * index, 99, 200)).save(folder / f"{index}.png")
+    arguments = ["--models", "hf-hub:user/animals,test_resnet.r160_in1k", "--data", str(tmp_path / "animals")]
+    arguments += ["--task", "single,multilabel,mosaic", "--prefetch"]
+    with hub.serve() as url:
+        result, records = sweep(url, tmp_path / "cache", tmp_path / "out", *arguments, "--dry-run")
+        assert (result.returncode, records) == (0, []), result.stderr
+        assert result.stdout.count("not applicable") == 6 + 3  # and three reasons
+        result, records = sweep(url, tmp_path / "cache", tmp_path / "out", *arguments)
+    assert result.returncode == 1  # nothing has been measured
+    assert [record["status"] for record in records] == ["not_applicable"] * 6
+    assert "1 classes of the data are not among the head's: owl" in {
+        record["reason"].partition(";")[0] for record in records
+    }
+    assert not [
+        request
+        for request in hub.requests
+        if request.startswith("GET /blobs/") or ("GET" in request and "model." in request)
+    ]
+    assert not list((tmp_path / "cache").rglob("*.safetensors"))
+
+
+@pytest.mark.slow
 @pytest.mark.xdist_group("cluster")
 @pytest.mark.parametrize("engine", [["--jobs", "2"], ["--engine", "ray", "--cpus-per-cell", "1"]], ids=["local", "ray"])
 def test_workers_of_one_node_download_weights_once(engine: list[str], hub: Hub, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from PIL import Image
 from timm.data import ImageNetInfo
 
 import benchmarks.scoring.passes
-from benchmarks.arguments import asked_cells
+from benchmarks.asked import asked_cells
 from benchmarks.checkpoints.find import find_checkpoints
 from benchmarks.data.datasets import ImageSet
 from benchmarks.data.sources import load_image_set

@@ -274,16 +274,17 @@ def test_dry_run_says_what_would_run(tmp_path: Path, photos: Path, capsys: pytes
     arguments += ["--task", "single,mosaic", "--img-size", "64", "--device", "cpu", "--workers", "0"]
     assert main([*arguments, "--dry-run"]) == 0
     printed = capsys.readouterr().out
-    assert printed.count("to do") == 4
+    assert (printed.count("to do"), printed.count("12  not applicable")) == (2, 1)
+    assert "2 cells not applicable: 2 classes of the data are not among the head's: cat; dog; " in printed
     assert "mosaic 2x2" in printed
-    assert "4 cells, 30 images" in printed
+    assert "2 cells, 15 images" in printed
     assert "T multiply-accumulates: about" in printed
     assert not (tmp_path / "out").exists()
     sweep(tmp_path / "out", model, photos)
     capsys.readouterr()
     main([*arguments, "--dry-run"])
     printed = capsys.readouterr().out
-    assert (printed.count("to do"), printed.count("done")) == (3, 1)
+    assert (printed.count("to do"), printed.count("done")) == (1, 1)
 
 
 def test_all_models_on_a_cpu_are_asked_for(
@@ -293,6 +294,8 @@ def test_all_models_on_a_cpu_are_asked_for(
     monkeypatch.setattr("benchmarks.sweep._not_to_be_had", lambda _: {})
     monkeypatch.setattr("benchmarks.checkpoints.find.etag", lambda *_: ("a hash", None))
     monkeypatch.setattr("benchmarks.checkpoints.hub.unreachable_hub", lambda: "no network here")
+    for name, synset in (("cat", "n02123045"), ("dog", "n02099601")):
+        (photos / name).rename(photos / synset)
     arguments = ["--models", "all", "--data", str(photos), "--out", str(tmp_path / "out"), "--device", "cpu"]
     assert main(arguments) == 2
     told = " ".join(capsys.readouterr().err.split())

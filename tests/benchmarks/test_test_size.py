@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from timm.data import create_transform, resolve_data_config
 
-from benchmarks.arguments import asked_cells
+from benchmarks.asked import asked_cells
 from benchmarks.checkpoints.find import Checkpoint
 from benchmarks.data.sources import load_image_set
 from benchmarks.reporting.expected import check

@@ -1,6 +1,8 @@
 """`python -m benchmarks.tune`, from photographs on disk to a saved checkpoint."""
 
+import json
 import math
+import re
 import shutil
 from pathlib import Path
 
@@ -30,6 +32,27 @@ def test_no_evidence_on_noise(tmp_path: Path, photos: Path, capsys: pytest.Captu
     plain = timm.create_model(model, pretrained=True).eval()
     with torch.inference_mode():
         assert torch.equal(saved(x), plain(x))
+
+
+def test_the_names_given_for_the_classes_are_saved(
+    tmp_path: Path, photos: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The checkpoint names its classes in another order, and describes them."""
+    torch.manual_seed(0)
+    labels = {"label_names": ["one", "two", "three"], "label_descriptions": {"one": "the first"}}
+    timm.models.save_for_hf(
+        timm.create_model("test_resnet", num_classes=3), str(tmp_path / "model"), model_config=labels
+    )
+    (tmp_path / "names.txt").write_text("dog\nowl\ncat\n")
+    arguments = ["--data", str(photos), "--workers", "0", "--folds", "3", "--img-size", "64"]
+    given = ["--models", f"local-dir:{tmp_path / 'model'}", "--class-names", str(tmp_path / "names.txt")]
+    assert main([*given, *arguments, "--save", str(tmp_path / "tuned")]) == 0
+    found = re.search(r"on held-out images .*", capsys.readouterr().out)
+    config = json.loads((tmp_path / "tuned" / "config.json").read_text())
+    assert config["label_names"] == ["dog", "owl", "cat"]
+    assert "label_descriptions" not in config
+    assert main(["--models", f"local-dir:{tmp_path / 'tuned'}", *arguments]) == 0  # which needs no file any more
+    assert found and found[0] in capsys.readouterr().out
 
 
 def test_what_does_not_fit_is_told(tmp_path: Path, photos: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -18,7 +18,7 @@ from scipy.stats import DegenerateDataWarning, bootstrap, norm, ttest_1samp
 from statsmodels.stats.contingency_tables import mcnemar
 
 from ..config import SCORES
-from .metrics import Evaluation, PerImage, Rows, Weights, weighted, weights_of
+from .samples import Evaluation, PerImage, Rows, Weights, weighted, weights_of
 from .scoring import DEFAULT, DEFAULT_LOG_SOFTMAX, PLAIN, Setting
 
 CONFIDENCE = 0.95

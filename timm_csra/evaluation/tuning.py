@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from ..config import SCORES
 from ..patching import wrap
 from .batches import checked
-from .metrics import MULTI_LABEL, SINGLE_LABEL, Evaluation, Logits, Metric, Weights, evaluate
+from .metrics import MULTI_LABEL, SINGLE_LABEL, Metric, evaluate
+from .samples import Evaluation, Logits, Weights
 from .scoring import ALL, PLAIN, Scores, Setting, score, settings_grid
 from .statistics import Comparison, Table, chosen, folds_of
 
