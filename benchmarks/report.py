@@ -1,9 +1,9 @@
 """One self-contained page from the records of a sweep, with plots and tables to take along.
 
 Writes to RUN_DIR/report: `index.html` (no network needed), each plot as PNG and SVG, figures of the whole run in
-`figures`, `results.md`, `results.csv` with timm's column names, and `pooled.csv`, mean gains over checkpoints. Gains
-are in percentage points over lam = 0, intervals 95 %, p-values corrected by Holm's method over the checkpoints of the
-same data, task, requested size, metric and protocol.
+`figures`, `results.md`, `results.csv` with timm's column names, `pooled.csv`, mean gains over checkpoints, and
+`compute.csv`, what rivals gain and cost. Gains are in percentage points over lam = 0, intervals 95 %, p-values
+corrected by Holm's method over the checkpoints of the same data, task, requested size, metric and protocol.
 """
 
 import argparse
@@ -17,7 +17,7 @@ from timm_csra.evaluation.statistics import AGREEMENT
 
 from .records.files import write_table, write_text
 from .reporting.documents import RESULT_COLUMNS, TIMM_COLUMNS, has_agreement, markdown, timm_rows
-from .reporting.figures import write_figures
+from .reporting.figures import COSTS, ways, write_figures
 from .reporting.page import page, page_data, write_plots
 from .reporting.pooled import COLUMNS, pooled
 from .reporting.summary import read_folder
@@ -48,13 +48,14 @@ def main(arguments: list[str] | None = None) -> int:
     columns = [name for name in RESULT_COLUMNS if has_agreement(records) or AGREEMENT not in name]
     write_table(out / "results.csv", (*TIMM_COLUMNS, *columns), timm_rows(records))
     write_table(out / "pooled.csv", COLUMNS, [one.as_row() for one in pooled(rows)])
+    write_table(out / "compute.csv", COSTS, ways(rows))
     plots = [] if args.no_plots else write_plots(data, out)
-    figures = [] if args.no_plots else write_figures(records, rows, out)
+    figures = write_figures(records, rows, out)
     screen.print(f"{out / 'index.html'}: {len(records)} records", highlight=False, soft_wrap=True)
     if replaced := len(folder.records) - len(records):
         screen.print(f"{replaced} records left out, which later ones replace: summary.csv names them", soft_wrap=True)
     screen.print(
-        f"{len(plots)} plots, {len(figures)} figures, results.md, results.csv and pooled.csv beside it",
+        f"{len(plots)} plots, {len(figures)} figures, results.md, results.csv, pooled.csv and compute.csv beside it",
         highlight=False,
         soft_wrap=True,
     )
@@ -70,7 +71,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="the --out folder of a sweep")
     parser.add_argument("--out", type=Path, help="folder (default: RUN_DIR/report)")
-    parser.add_argument("--no-plots", action="store_true", help="the page and the tables alone")
+    parser.add_argument("--no-plots", action="store_true", help="no plot of each data set, task and size by itself")
     return parser
 
 

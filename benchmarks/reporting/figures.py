@@ -4,7 +4,7 @@ Each shows the first metric of a task. `write_figures` draws them from the rows 
 """
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from .pooled import ALL, pooled
 from .summary import FIRST_METRIC, Row
 from .tables import short, task
 
+COSTS = ("pictures", "way", "size", "checkpoints", "cost", "gain")  # cost: multiply-accumulates, plain at `OWN` = 1
 OWN = "1x"  # the size that gain by head, by scores and by lam is shown at
 SCORES = {"fixed": "logits, lam 0.1", "fixed_log_softmax": "log_softmax, lam 0.3"}
 COLOURS = {"logits, lam 0.1": "#2a6fb0", "log_softmax, lam 0.3": "#d9822b", "plain": "#5b5f66"}
@@ -33,16 +34,13 @@ WAYS = {  # what each protocol is called among the ways to use a checkpoint
 
 def write_figures(records: Sequence[Record], rows: Sequence[Row], out: Path) -> list[Path]:
     """Write each figure that there is something for, as SVG and PNG, to `out/figures`. Returns the SVG files."""
-    counts = Counter(classes for classes, _ in {(row.get("head_classes"), row["model"]) for row in rows})
-    if not counts:
-        return []
-    most = max(counts, key=lambda classes: (counts[classes], classes or 0))
-    mine = [row for row in rows if row.get("head_classes") == most and row["metric"] == FIRST_METRIC.get(row["task"])]
+    mine = _of_most(rows)
+    models = {row["model"] for row in mine}
     charts = {
         "heads": _by_head(mine),
         "scores": _by_scores(mine),
-        "lam": _by_lam([record for record in records if record.get("head_classes") == most]),
-        "compute": _by_compute(mine),
+        "lam": _by_lam([record for record in records if record["model"] in models]),
+        "compute": _by_compute(list(ways(rows))),
     }
     written = []
     for name, chart in charts.items():
@@ -52,6 +50,13 @@ def write_figures(records: Sequence[Record], rows: Sequence[Row], out: Path) -> 
             (out / "figures" / f"{name}.png").write_bytes(vl_convert.svg_to_png(svg, scale=2))
             written.append(out / "figures" / f"{name}.svg")
     return written
+
+
+def _of_most(rows: Sequence[Row]) -> list[Row]:
+    """The rows that are drawn."""
+    counts = Counter(classes for classes, _ in {(row.get("head_classes"), row["model"]) for row in rows})
+    most = max(counts, key=lambda classes: (counts[classes], classes or 0), default=None)
+    return [row for row in rows if row.get("head_classes") == most and row["metric"] == FIRST_METRIC.get(row["task"])]
 
 
 def _pictures(row: Row) -> str:
@@ -159,9 +164,8 @@ def _by_lam(records: Sequence[Record]) -> alt.FacetChart | None:
     )
 
 
-def _by_compute(rows: Sequence[Row]) -> alt.FacetChart | None:
+def _by_compute(values: Sequence[Row]) -> alt.FacetChart | None:
     """What each way to use a checkpoint gains over the plain model at its own size, against what it costs."""
-    values = list(ways(rows))
     if not any(value["way"] not in ("plain", *SCORES.values()) for value in values):
         return None
     base = alt.Chart(alt.Data(values=values)).encode(
@@ -181,11 +185,11 @@ def _by_compute(rows: Sequence[Row]) -> alt.FacetChart | None:
     )
 
 
-def ways(rows: Iterable[Row]) -> Iterator[dict[str, Any]]:
-    """Of the checkpoints that have a figure for every way which most of them have: mean cost and gain, for each kind
-    of pictures."""
+def ways(rows: Sequence[Row]) -> Iterator[Row]:
+    """Give the mean cost and gain of each way to use a checkpoint, named as `COSTS`, for each kind of pictures: over
+    the checkpoints that have a figure for every way which most of them have."""
     found: dict[str, dict[tuple[str, str], dict[str, tuple[float, float]]]] = defaultdict(lambda: defaultdict(dict))
-    for row in rows:
+    for row in _of_most(rows):
         pictures, size, model = _pictures(row), row["requested"], row["model"]
         macs, extra = float(row["macs"] or 0), float(row["extra_macs"] or 0)
         if row["protocol"] == "fixed":
