@@ -191,7 +191,7 @@ def ways(rows: Sequence[Row]) -> Iterator[Row]:
     found: dict[str, dict[tuple[str, str], dict[str, tuple[float, float]]]] = defaultdict(lambda: defaultdict(dict))
     for row in _of_most(rows):
         pictures, size, model = _pictures(row), row["requested"], row["model"]
-        macs, extra = float(row["macs"] or 0), float(row["extra_macs"] or 0)
+        macs, extra = (float(row.get(name) or 0) for name in ("macs", "extra_macs"))
         if row["protocol"] == "fixed":
             found[pictures]["plain", size][model] = (macs, row["baseline"])
         if row["protocol"] in WAYS:
