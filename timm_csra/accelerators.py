@@ -1,0 +1,54 @@
+"""How forward passes run on a device: in which precision, and how images lie in its memory."""
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import nn
+
+AMP = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+AUTO = "auto"  # bf16 where the device has it
+
+
+def default_device() -> str:
+    """Name the accelerator of this machine, `cpu` where there is none."""
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    return accelerator.type if accelerator else "cpu"
+
+
+def precision(asked: str, device: torch.device | str) -> str:
+    """Give the name in `AMP` that is meant by it on a device: `auto` is `bf16` on an accelerator that computes in it,
+    `none` on those that only emulate it, and on a CPU."""
+    if asked != AUTO:
+        return asked
+    kind = torch.device(device).type
+    if kind == "cuda":
+        with torch.cuda.device(device):  # the question is of the current one
+            supported = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        supported = kind == "xpu" and torch.xpu.is_bf16_supported()
+    return "bf16" if supported else "none"
+
+
+def autocast(device: torch.device | str, amp: str) -> AbstractContextManager[Any]:
+    """Make operations run in the precision called so."""
+    dtype = AMP[amp]
+    return torch.autocast(torch.device(device).type, dtype) if dtype else nullcontext()
+
+
+def is_convolutional(model: nn.Module) -> bool:
+    """Whether windows of a convolution overlap: those of a patch embedding do not."""
+    return any(
+        isinstance(module, nn.Conv2d)
+        and any(kernel > stride for kernel, stride in zip(module.kernel_size, module.stride, strict=True))
+        for module in model.modules()
+    )
+
+
+def to_device(model: nn.Module, device: torch.device | str, channels_last: bool) -> nn.Module:
+    """Move a model, in place. With `channels_last` the weights of a convolutional one are laid out so; what its
+    convolutions make of images follows, however the images lie in memory."""
+    model = model.to(device)
+    if channels_last and is_convolutional(model):
+        nn.utils.convert_conv2d_weight_memory_format(model, torch.channels_last)  # type: ignore[arg-type]
+    return model
