@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from timm_csra.accelerators import to_device
+
 from ..checkpoints.find import Checkpoint, CheckpointError
 from ..records.files import Record
 from ..scoring.cells import Cell, Options
@@ -28,8 +30,8 @@ def compute(cell: Cell, options: Options, models: "Models", track: Track) -> Rec
 class Models:
     """The one model in memory: neighbouring cells of a checkpoint and size share it."""
 
-    def __init__(self, device: str) -> None:
-        self.device = device
+    def __init__(self, device: str, channels_last: bool = False) -> None:
+        self.device, self.channels_last = device, channels_last
         self._checkpoint: Checkpoint | None = None
         self._loaded: Loaded | None = None
 
@@ -41,7 +43,8 @@ class Models:
             self._loaded = None  # free the last one first
             if torch.device(self.device).type != "cpu":
                 torch.accelerator.empty_cache()
-            self._loaded = Loaded(cell.checkpoint.create(cell.size).to(self.device), cell.size)
+            model = to_device(cell.checkpoint.create(cell.size), self.device, self.channels_last)
+            self._loaded = Loaded(model, cell.size)
             self._checkpoint = cell.checkpoint
         return self._loaded
 
