@@ -204,7 +204,7 @@ def parser(description: str) -> argparse.ArgumentParser:
         "--expected",
         metavar="FILE_OR_URL",
         help="timm's results-imagenet.csv: lam = 0 on all 50,000 images must agree with it within 0.1 points of top-1, "
-        "else the checkpoint is flagged and kept out of the counts",
+        "else the checkpoint is flagged and kept out of the counts; whether --amp moves top-1 by as much is said too",
     )
     how.add_argument("--prefetch", action="store_true", help="download the next checkpoint while one computes")
     how.add_argument("--free-cache", action="store_true", help="after its cells remove what this run has downloaded")
