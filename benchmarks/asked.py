@@ -6,9 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from timm_csra.accelerators import precision
+from timm_csra.accelerators import on_accelerator, precision
 from timm_csra.config import LOGITS, SCORES
 from timm_csra.evaluation.scoring import settings_grid
 from timm_csra.trained import read_class_names
@@ -47,7 +45,7 @@ def asked_options(args: argparse.Namespace, out: Path) -> Options:
         workers=asked_loaders(args),
         device=device,
         amp=precision(args.amp, device),
-        channels_last=args.channels_last and torch.device(device).type != "cpu",
+        channels_last=args.channels_last and on_accelerator(device),
         seed=args.seed,
         activation=args.activation,
         average_precision=args.average_precision,

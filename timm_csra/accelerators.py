@@ -16,6 +16,11 @@ def default_device() -> str:
     return accelerator.type if accelerator else "cpu"
 
 
+def on_accelerator(device: torch.device | str) -> bool:
+    """Whether it is one: a CPU keeps float32, and the layout of its models."""
+    return torch.device(device).type != "cpu"
+
+
 def precision(asked: str, device: torch.device | str) -> str:
     """Give the name in `AMP` that is meant by it on a device: `auto` is `bf16` on an accelerator that computes in it,
     `none` on those that only emulate it, and on a CPU."""
