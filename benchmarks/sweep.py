@@ -127,8 +127,8 @@ def main(arguments: list[str] | None = None) -> int:
         print_records(in_order, screen)
         print_headline(headline(mine), screen)
         print_pooled(pooled(mine), screen)
-    for line in precision_said(folder.counted):
-        print_prose(line, screen)
+    for said in precision_said(folder.counted):
+        print_prose(said, screen)
     if line := where_the_time_went(in_order):
         print_prose(line, screen)
     if args.sample:
