@@ -19,7 +19,7 @@ examples:
   python -m benchmarks.sweep --sample
   python -m benchmarks.sweep --models 'resnet50*' --data imagenet/val --task single,mosaic --img-size 1x,2x
   python -m benchmarks.sweep --models file:resnet50@output/train/model_best.pth.tar --data photos/val
-  python -m benchmarks.sweep --models local-dir:my-checkpoint --data photos --task multilabel --device cuda --amp bf16
+  python -m benchmarks.sweep --models local-dir:my-checkpoint --data photos --task multilabel --device cuda
   python -m benchmarks.sweep --models all --data coco/annotations/instances_val2017.json --task multilabel \\
       --class-map coco80-to-imagenet1k
 """

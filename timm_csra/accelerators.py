@@ -50,10 +50,15 @@ def is_convolutional(model: nn.Module) -> bool:
     )
 
 
-def to_device(model: nn.Module, device: torch.device | str, channels_last: bool) -> nn.Module:
-    """Move a model, in place. With `channels_last` the weights of a convolutional one are laid out so; what its
-    convolutions make of images follows, however the images lie in memory."""
-    model = model.to(device)
-    if channels_last and is_convolutional(model):
+def in_channels_last(model: nn.Module) -> nn.Module:
+    """Lay out the weights of a convolutional model so, in place. What its convolutions make of images follows, however
+    the images lie in memory."""
+    if is_convolutional(model):
         nn.utils.convert_conv2d_weight_memory_format(model, torch.channels_last)  # type: ignore[arg-type]
     return model
+
+
+def to_device(model: nn.Module, device: torch.device | str, channels_last: bool) -> nn.Module:
+    """Move a model, in place."""
+    model = model.to(device)
+    return in_channels_last(model) if channels_last else model

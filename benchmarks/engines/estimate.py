@@ -56,7 +56,8 @@ def estimate(cells: Iterable[Cell], options: Options) -> Estimate:
         if cell.data.calibration and not cell.data.calibration.reason
     }
     macs += sum(count * macs_of(cell) for cell, count in passes.values())
-    seconds = macs / _macs_per_second(options.device, options.amp, options.channels_last) + START * len({cell.checkpoint for cell in cells})
+    speed = _macs_per_second(options.device, options.amp, options.channels_last)
+    seconds = macs / speed + START * len({cell.checkpoint for cell in cells})
     return Estimate(len(cells), sum(images), macs, seconds, sum(count for _, count in passes.values()))
 
 
