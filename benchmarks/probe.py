@@ -284,7 +284,8 @@ def _parser() -> argparse.ArgumentParser:
     unused = ("sample", "devices", "keep_scores", "rescore", "rivals", "time_plain", "class_map", "class_names",
               "split", "data_dir")  # fmt: skip
     parser.set_defaults(also=(), activation="softmax", average_precision="continuous", **dict.fromkeys(unused))
-    parser.set_defaults(lams="0.1", temperatures="inf", scores=LOGITS, amp="none", score_classes="data", engine="local", channels_last=False)
+    parser.set_defaults(lams="0.1", temperatures="inf", scores=LOGITS, amp="none", score_classes="data")
+    parser.set_defaults(engine="local", channels_last=False)
     return parser
 
 
