@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from timm_csra.accelerators import AMP, AUTO
 from timm_csra.config import SCORES
 from timm_csra.evaluation.statistics import FIXED
 
@@ -11,14 +12,14 @@ from .argument_types import natural, positive, share
 from .checkpoints import find
 from .data import sources
 from .data.classes import COMBINE
-from .scoring.cells import AMP, SCORE_CLASSES, TASKS
+from .scoring.cells import SCORE_CLASSES, TASKS
 
 EXAMPLES = """
 examples:
   python -m benchmarks.sweep --sample
   python -m benchmarks.sweep --models 'resnet50*' --data imagenet/val --task single,mosaic --img-size 1x,2x
   python -m benchmarks.sweep --models file:resnet50@output/train/model_best.pth.tar --data photos/val
-  python -m benchmarks.sweep --models local-dir:my-checkpoint --data photos --task multilabel --device cuda --amp bf16
+  python -m benchmarks.sweep --models local-dir:my-checkpoint --data photos --task multilabel --device cuda
   python -m benchmarks.sweep --models all --data coco/annotations/instances_val2017.json --task multilabel \\
       --class-map coco80-to-imagenet1k
 """
@@ -93,6 +94,34 @@ def add_images(parser: argparse.ArgumentParser) -> None:
     images.add_argument("--grid", default="2", metavar="G", help="mosaics of G x G, e.g. 2,3 (default: %(default)s)")
     images.add_argument(
         "--skip-bad-images", action="store_true", help="leave out what cannot be read, and say how many"
+    )
+
+
+def add_reading(group: Any) -> None:
+    group.add_argument("--batch-size", type=positive, help="default: 64, on a CPU 16")
+    group.add_argument(
+        "--workers",
+        type=natural,
+        metavar="N",
+        help="processes that read images, for each device or job: results do not depend on it (default: the cores that "
+        "may be used divided among them, at most 32)",
+    )
+
+
+def add_device(group: Any) -> None:
+    """Options about where a model runs, and how."""
+    group.add_argument("--device", default="auto", metavar="auto|cpu|cuda[:i]|mps|xpu", help="default: %(default)s")
+    group.add_argument(
+        "--amp",
+        choices=(AUTO, *AMP),
+        default=AUTO,
+        help="autocast. auto: bf16 on a GPU that computes in it, none on others and on a CPU (default: %(default)s)",
+    )
+    group.add_argument(
+        "--no-channels-last",
+        dest="channels_last",
+        action="store_false",
+        help="leave the layout of convolutional models as it is, which on an accelerator is channels_last otherwise",
     )
 
 
@@ -175,7 +204,7 @@ def parser(description: str) -> argparse.ArgumentParser:
         "--expected",
         metavar="FILE_OR_URL",
         help="timm's results-imagenet.csv: lam = 0 on all 50,000 images must agree with it within 0.1 points of top-1, "
-        "else the checkpoint is flagged and kept out of the counts",
+        "else the checkpoint is flagged and kept out of the counts; whether --amp moves top-1 by as much is said too",
     )
     how.add_argument("--prefetch", action="store_true", help="download the next checkpoint while one computes")
     how.add_argument("--free-cache", action="store_true", help="after its cells remove what this run has downloaded")
@@ -201,12 +230,14 @@ def parser(description: str) -> argparse.ArgumentParser:
         "--address", metavar="auto|ray://...", help="ray: of the cluster (default: start one on this machine)"
     )
     engine.add_argument(
-        "--cpus-per-cell", type=positive, default=2, metavar="N", help="ray: for each cell (default: %(default)s)"
+        "--cpus-per-cell",
+        type=positive,
+        default=2,
+        metavar="N",
+        help="ray: for each cell, and its --workers unless given (default: %(default)s)",
     )
-    how.add_argument("--batch-size", type=positive, help="default: 64, on a CPU 16")
-    how.add_argument("--workers", type=natural, default=2, help="processes that read images (default: %(default)s)")
-    how.add_argument("--device", default="auto", metavar="auto|cpu|cuda[:i]|mps|xpu", help="default: %(default)s")
-    how.add_argument("--amp", choices=tuple(AMP), default="none", help="default: %(default)s")
+    add_reading(how)
+    add_device(how)
     how.add_argument(
         "--seed", type=int, default=0, help="of samples, mosaics, halves, bootstrap (default: %(default)s)"
     )

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from timm_csra.accelerators import on_accelerator, precision
 from timm_csra.config import LOGITS, SCORES
 from timm_csra.evaluation.scoring import settings_grid
 from timm_csra.trained import read_class_names
@@ -18,7 +19,7 @@ from .data.datasets import ImageSet
 from .data.sources import load_image_set, load_pictures
 from .scoring.cells import TASKS, Cell, Options
 from .sizes import check_sizes, own_size, sizes_of
-from .workers import usable_device
+from .workers import asked_loaders, usable_device
 
 Task = tuple[str, int | None]  # a task, and the grid of a mosaic
 
@@ -41,9 +42,10 @@ def asked_options(args: argparse.Namespace, out: Path) -> Options:
         crop_mode=args.crop_mode,
         crop_pct=args.crop_pct,
         batch_size=args.batch_size or (16 if device == "cpu" else 64),
-        workers=args.workers,
+        workers=asked_loaders(args),
         device=device,
-        amp=args.amp,
+        amp=precision(args.amp, device),
+        channels_last=args.channels_last and on_accelerator(device),
         seed=args.seed,
         activation=args.activation,
         average_precision=args.average_precision,

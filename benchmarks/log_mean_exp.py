@@ -37,8 +37,7 @@ from timm_csra.layouts import spatial_features
 from timm_csra.locations import as_kind, location_scores
 from timm_csra.patching import check_supported, plain_head
 
-from .argument_types import natural, positive
-from .arguments import add_images, add_labels
+from .arguments import add_images, add_labels, add_reading
 from .asked import asked_cells, asked_options, asked_what
 from .checkpoints import find
 from .checkpoints.find import CheckpointError
@@ -72,7 +71,7 @@ def main(arguments: list[str] | None = None) -> int:
         models, data, mosaics = asked_what(args)
         every = (c for m in models for c in asked_cells(m, args.img_size, data, [("multilabel", None), *mosaics], {}))
         cells = [cell for cell in every if (cell.task == "multilabel") == cell.data.multilabel]
-        memory = Models(options.device)
+        memory = Models(options.device, options.channels_last)
         print(COLUMNS("checkpoint", "data", "task", "size", "metric", "n", "plain", *NAMES, "difference"))
         for cell in cells:
             progress = partial(track, description=cell.checkpoint.name, console=log, transient=True)
@@ -187,15 +186,15 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--temperatures", default="1,5", help="finite ones (default: %(default)s)")
     add_labels(parser)
     add_images(parser)
-    parser.add_argument("--batch-size", type=positive, help="default: 64, on a CPU 16")
-    parser.add_argument("--workers", type=natural, default=2, help="processes that read images (default: %(default)s)")
+    add_reading(parser)
     parser.add_argument("--device", default="auto", help="default: %(default)s")
     parser.add_argument(
         "--seed", type=int, default=0, help="of samples, mosaics, halves, bootstrap (default: %(default)s)"
     )
     unused = ("sample", "devices", "keep_scores", "rescore", "rivals", "time_plain")
-    parser.set_defaults(also=(), activation="softmax", average_precision="continuous", **dict.fromkeys(unused, False))
-    parser.set_defaults(task="mosaic", scores=LOG_SOFTMAX, amp="none")
+    parser.set_defaults(also=(), activation="softmax", average_precision="continuous", engine="local")
+    parser.set_defaults(**dict.fromkeys(unused, False))
+    parser.set_defaults(task="mosaic", scores=LOG_SOFTMAX, amp="none", channels_last=False)
     return parser
 
 

@@ -47,8 +47,8 @@ from timm_csra.layouts import spatial_features
 from timm_csra.locations import location_attention
 from timm_csra.patching import check_supported, plain_head
 
-from .argument_types import natural, only, positive
-from .arguments import add_images
+from .argument_types import only, positive
+from .arguments import add_images, add_reading
 from .asked import asked_cells, asked_options, asked_what
 from .checkpoints import find
 from .checkpoints.find import CheckpointError
@@ -278,13 +278,14 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--out", type=Path, help="a CSV file with two rows for each split, one for each loss")
     parser.add_argument("--limit", type=positive, metavar="N", help="a sample of N photographs by --seed")
     add_images(parser)
-    parser.add_argument("--workers", type=natural, default=2, help="processes that read images (default: %(default)s)")
+    add_reading(parser)
     parser.add_argument("--device", default="auto", help="default: %(default)s")
     parser.add_argument("--seed", type=int, default=0, help="of samples, mosaics, splits (default: %(default)s)")
     unused = ("sample", "devices", "keep_scores", "rescore", "rivals", "time_plain", "class_map", "class_names",
-              "batch_size", "split", "data_dir")  # fmt: skip
+              "split", "data_dir")  # fmt: skip
     parser.set_defaults(also=(), activation="softmax", average_precision="continuous", **dict.fromkeys(unused))
     parser.set_defaults(lams="0.1", temperatures="inf", scores=LOGITS, amp="none", score_classes="data")
+    parser.set_defaults(engine="local", channels_last=False)
     return parser
 
 

@@ -19,11 +19,12 @@ from PIL import Image
 from timm.data import create_transform, resolve_input_data_config, str_to_pil_interp
 
 import timm_csra
+from timm_csra.accelerators import AMP, autocast, on_accelerator, precision, to_device
 from timm_csra.config import LOG_SOFTMAX, LOGITS, SCORES
 from timm_csra.evaluation.scoring import DEFAULT, DEFAULT_LOG_SOFTMAX, PLAIN, Setting, score
 
 from .argument_types import only
-from .arguments import add_names
+from .arguments import add_device, add_names
 from .asked import asked_names
 from .checkpoints import find
 from .checkpoints.find import CheckpointError, find_checkpoints
@@ -33,6 +34,7 @@ from .data.datasets import DataError, open_image
 from .data.presented import mosaic
 from .reporting.tables import origins
 from .sizes import check_sizes, size_of
+from .workers import usable_device
 
 TOP = 6
 
@@ -55,7 +57,9 @@ def _show(args: argparse.Namespace) -> None:
     checkpoint = only(find_checkpoints(args.model), "checkpoints")
     check_sizes(args.img_size)
     size, _ = size_of(checkpoint, args.img_size)
-    model = checkpoint.create(size)
+    device = usable_device(args.device)
+    amp = precision(args.amp, device)
+    model = to_device(checkpoint.create(size), device, args.channels_last and on_accelerator(device))
     requested = {"input_size": (3, *size), "crop_mode": "squash", "crop_pct": 1.0}
     config = resolve_input_data_config(model, args=requested)
     tiles = [_path(args.image)] if args.image else [sample.path_of(photo) for photo in sample.PHOTOGRAPHS[:4]]
@@ -63,9 +67,9 @@ def _show(args: argparse.Namespace) -> None:
     picture = mosaic([open_image(path) for path in tiles], 1 if args.image else 2, size, interpolation)
 
     x = create_transform(**config)(picture)[None]
-    scores, _ = score(model, [(x, torch.zeros(1))], [PLAIN, *wrapped])
-    with torch.inference_mode():
-        maps = timm_csra.score_maps(model, x, scores=args.scores)[0]
+    scores, _ = score(model, [(x, torch.zeros(1))], [PLAIN, *wrapped], device=device, amp_dtype=AMP[amp])
+    with torch.inference_mode(), autocast(device, amp):
+        maps = timm_csra.score_maps(model, x.to(device), scores=args.scores)[0].float().cpu()
     classifier = Classifier.of(len(maps), getattr(model, "pretrained_cfg", {}))
     head = head_classes(classifier, asked_names(args.class_names))
     names = [_readable(names) for names in head.names] if head else [str(index) for index in range(len(maps))]
@@ -184,6 +188,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help="a picture; PNG where its name has no ending (default: %(default)s)",
     )
+    add_device(parser)
     return parser
 
 

@@ -32,7 +32,7 @@ from .engines.schedule import Run
 from .records.files import Record
 from .records.identity import Place, names_apart
 from .records.phases import where_the_time_went
-from .reporting.expected import keep_expected
+from .reporting.expected import keep_expected, precision_said
 from .reporting.overview import print_overview, too_many
 from .reporting.plan import TO_DO, Planned, is_long, print_plan
 from .reporting.pooled import pooled
@@ -127,6 +127,8 @@ def main(arguments: list[str] | None = None) -> int:
         print_records(in_order, screen)
         print_headline(headline(mine), screen)
         print_pooled(pooled(mine), screen)
+    for said in precision_said(folder.counted):
+        print_prose(said, screen)
     if line := where_the_time_went(in_order):
         print_prose(line, screen)
     if args.sample:

@@ -22,8 +22,8 @@ import timm_csra
 from timm_csra.config import SCORES
 from timm_csra.evaluation.tuning import LAMS, TEMPERATURES, choose
 
-from .argument_types import natural, only, positive
-from .arguments import add_images, add_labels
+from .argument_types import only, positive
+from .arguments import add_device, add_images, add_labels, add_reading
 from .asked import asked_cells, asked_options, asked_what
 from .checkpoints import find
 from .checkpoints.find import CheckpointError
@@ -63,7 +63,7 @@ def main(arguments: list[str] | None = None) -> int:
         cell = only(cells, "combinations of checkpoint, data and task")
         if reason := Applicability(options).why_not(cell):
             raise NotApplicableError(reason)
-        loaded = Models(options.device).get(cell)
+        loaded = Models(options.device, options.channels_last).get(cell)
         found = score_cell(
             cell,
             loaded,
@@ -135,13 +135,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     add_labels(parser)
     add_images(parser)
-    parser.add_argument("--batch-size", type=positive, help="default: 64, on a CPU 16")
-    parser.add_argument("--workers", type=natural, default=2, help="processes that read images (default: %(default)s)")
-    parser.add_argument("--device", default="auto", help="default: %(default)s")
-    parser.add_argument("--amp", choices=("none", "bf16", "fp16"), default="none", help="default: %(default)s")
+    add_reading(parser)
+    add_device(parser)
     parser.add_argument("--seed", type=int, default=0, help="of --limit, folds and bootstrap (default: %(default)s)")
     sweeps = ("sample", "devices", "keep_scores", "rescore", "rivals", "time_plain")
-    parser.set_defaults(also=(), activation="softmax", average_precision="continuous", **dict.fromkeys(sweeps, False))
+    parser.set_defaults(also=(), activation="softmax", average_precision="continuous", engine="local")
+    parser.set_defaults(**dict.fromkeys(sweeps, False))
     return parser
 
 

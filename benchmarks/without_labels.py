@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.progress import track
 
 import timm_csra
+from timm_csra.accelerators import autocast
 from timm_csra.agreement import LAMS
 from timm_csra.config import LOG_SOFTMAX, SCORES
 
@@ -21,7 +22,6 @@ from .engines.worker import Models
 from .reporting.tables import origins
 from .scoring.cells import Cell
 from .scoring.loading import describe_bad_images, unlabelled
-from .scoring.rivals import autocast
 
 UNLABELLED_LAMS = ",".join(f"{lam:g}" for lam in LAMS)
 
@@ -73,11 +73,11 @@ def choose_without_labels(args: argparse.Namespace, screen: Console, log: Consol
         raise ValueError(f"--temperatures: found {args.temperatures}; expected one with --without-labels, such as inf.")
     temperature = tuple(float(T) for T in temperatures[0].split("+"))
     cell = _cell(args)
-    loaded = Models(options.device).get(cell)
+    loaded = Models(options.device, options.channels_last).get(cell)
     given = {} if args.agreement is None else {"agreement": args.agreement}
     shown = partial(track, description=cell.checkpoint.name, console=log, transient=True)
     bad: list[int] = []
-    with warnings.catch_warnings(record=True) as told, autocast(options):
+    with warnings.catch_warnings(record=True) as told, autocast(options.device, options.amp):
         result = timm_csra.choose_lam(
             loaded.model,
             unlabelled(cell.data, loaded, cell.prepared(options), bad, shown),

@@ -4,8 +4,23 @@ import argparse
 from dataclasses import replace
 
 import torch
+from joblib import cpu_count
+
+from timm_csra.accelerators import AUTO, default_device, precision
 
 from .scoring.cells import Options
+
+MOST_LOADERS = 32  # each is a process, with two batches in shared memory: of 64 images of 448 pixels, 308 MB
+
+
+def asked_loaders(args: argparse.Namespace, processes: int = 1) -> int:
+    """How many processes read images for each of those that compute. By default they share the cores that this process
+    may use, by its affinity and its container; what Ray counts for a cell is the cell's."""
+    if args.workers is not None:
+        return int(args.workers)
+    if args.engine == "ray":
+        return int(args.cpus_per_cell)
+    return max(1, min(MOST_LOADERS, cpu_count() // processes))
 
 
 def asked_workers(args: argparse.Namespace, options: Options) -> list[Options]:
@@ -14,6 +29,12 @@ def asked_workers(args: argparse.Namespace, options: Options) -> list[Options]:
     Raises:
         ValueError: what does not go together, or a device that is not there.
     """
+    found = _workers(args, options)
+    loaders = asked_loaders(args, max(1, len(found)))
+    return [replace(worker, workers=loaders) for worker in found]
+
+
+def _workers(args: argparse.Namespace, options: Options) -> list[Options]:
     if args.engine == "ray":
         given = {"--devices": args.devices, "--jobs": args.jobs, "--prefetch": args.prefetch}
         given |= {"--free-cache": args.free_cache, "--keep-scores": args.keep_scores, "--rescore": args.rescore}
@@ -34,14 +55,20 @@ def asked_workers(args: argparse.Namespace, options: Options) -> list[Options]:
         count = torch.accelerator.device_count()
         if not count:
             raise ValueError("--devices all: found no accelerator; use --jobs N for several workers on the CPU.")
-        kind = torch.accelerator.current_accelerator()
-        return [replace(options, device=f"{kind.type if kind else 'cuda'}:{index}") for index in range(count)]
-    if args.devices:
+        devices = [f"{default_device()}:{index}" for index in range(count)]
+    elif args.devices:
         devices = [usable_device(name.strip()) for name in args.devices.split(",")]
         if len({torch.device(device).type for device in devices}) > 1:
             raise ValueError(f"--devices: found {args.devices}; expected devices of one kind, whose figures agree.")
-        return [replace(options, device=device) for device in devices]
-    return [options]
+    else:
+        return [options]
+    for device in devices[1:]:
+        if args.amp == AUTO and (its := precision(AUTO, device)) != options.amp:
+            raise ValueError(
+                f"--amp auto: found {options.amp} for {devices[0]} and {its} for {device}; expected one for all. Say "
+                "which with --amp, or leave a device out."
+            )
+    return [replace(options, device=device) for device in devices]
 
 
 def usable_device(name: str) -> str:
@@ -56,5 +83,4 @@ def usable_device(name: str) -> str:
         except (RuntimeError, AssertionError) as error:  # torch says it in many ways
             raise ValueError(f"--device {name}: cannot be used here: {str(error).splitlines()[0]}") from error
         return name
-    accelerator = torch.accelerator.current_accelerator(check_available=True)
-    return accelerator.type if accelerator else "cpu"
+    return default_device()

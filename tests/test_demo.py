@@ -70,6 +70,25 @@ def test_tables_and_maps(scores: str, photo: str, random_model: torch.nn.Module)
     assert demo.show(None, 1.0, 1.0, True, scores) == (None, None, [])
 
 
+def test_the_precision_of_the_device_is_used(
+    photo: str, random_model: torch.nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    float32 = demo.look("any", photo)
+    monkeypatch.setattr(demo, "precision", lambda asked, device: "bf16")
+    seen = demo.look("any", photo)
+    for found, expected in ((seen.base, float32.base), (seen.maps, float32.maps)):
+        assert found.dtype == torch.float32 and found.device.type == "cpu"
+        assert 0 < (found - expected).abs().max() < 0.03 * expected.abs().max()
+
+
+@pytest.mark.cuda
+def test_a_model_is_on_the_gpu_and_what_is_seen_is_not(photo: str, cuda: torch.device) -> None:
+    name = demo.installed_wheels()[0]
+    model, seen = demo.load(name), demo.look(name, photo)
+    assert {weight.device.type for weight in model.parameters()} == {cuda.type}
+    assert seen.base.device.type == seen.maps.device.type == "cpu"
+
+
 def test_each_kind_of_scores_has_its_usual_lam() -> None:
     assert {setting.scores: setting.lam for setting in (DEFAULT, DEFAULT_LOG_SOFTMAX)} == demo.USUAL_LAM
 

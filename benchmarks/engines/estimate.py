@@ -12,6 +12,7 @@ import torch
 from timm.models import split_model_name_tag
 
 import timm_csra
+from timm_csra.accelerators import autocast, to_device
 
 from ..checkpoints.find import Checkpoint
 from ..scoring.cells import Cell, Options
@@ -55,7 +56,8 @@ def estimate(cells: Iterable[Cell], options: Options) -> Estimate:
         if cell.data.calibration and not cell.data.calibration.reason
     }
     macs += sum(count * macs_of(cell) for cell, count in passes.values())
-    seconds = macs / _macs_per_second(options.device) + START * len({cell.checkpoint for cell in cells})
+    speed = _macs_per_second(options.device, options.amp, options.channels_last)
+    seconds = macs / speed + START * len({cell.checkpoint for cell in cells})
     return Estimate(len(cells), sum(images), macs, seconds, sum(count for _, count in passes.values()))
 
 
@@ -102,14 +104,14 @@ def _measured(checkpoint: Checkpoint, size: tuple[int, int]) -> float:
 
 
 @cache
-def _macs_per_second(device: str) -> float:
-    """Of a convolutional network in float32, after one batch to warm up."""
+def _macs_per_second(device: str, amp: str, channels_last: bool) -> float:
+    """Of a convolutional network, after one batch to warm up."""
     name, images = PROBE
-    model = timm.create_model(name).eval().to(device)
+    model = to_device(timm.create_model(name).eval(), device, channels_last)
     x = torch.randn(images, 3, 224, 224, device=device)
     macs = timm_csra.explain(model, 224).macs
     seconds = []
-    with torch.inference_mode():
+    with torch.inference_mode(), autocast(device, amp):
         for _ in range(3):
             started = time.perf_counter()
             model(x).sum().item()  # waits for the device

@@ -211,7 +211,7 @@ def _serve(connection: Connection, options: Options, threads: int | None, comput
     threading.Thread(target=_end_with_parent, daemon=True).start()
     if threads is not None:
         torch.set_num_threads(threads)
-    models, data = Models(options.device), {}
+    models, data = Models(options.device, options.channels_last), {}
     while True:
         try:
             number, news, cell, log = connection.recv()

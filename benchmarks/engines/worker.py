@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from timm_csra.accelerators import to_device
+
 from ..checkpoints.find import Checkpoint, CheckpointError
 from ..records.files import Record
 from ..scoring.cells import Cell, Options
@@ -26,10 +28,11 @@ def compute(cell: Cell, options: Options, models: "Models", track: Track) -> Rec
 
 
 class Models:
-    """The one model in memory: neighbouring cells of a checkpoint and size share it."""
+    """The one model in memory: neighbouring cells of a checkpoint share it, those of another size too where the model
+    would be built alike for it."""
 
-    def __init__(self, device: str) -> None:
-        self.device = device
+    def __init__(self, device: str, channels_last: bool = False) -> None:
+        self.device, self.channels_last = device, channels_last
         self._checkpoint: Checkpoint | None = None
         self._loaded: Loaded | None = None
 
@@ -37,13 +40,18 @@ class Models:
         if isinstance(cell.size, str):  # it could not be asked for its size; now the reason comes out
             cell.checkpoint.input_size()
             raise CheckpointError(f"could not tell the input size at first; run again for {cell.size}")
-        if self._loaded is None or (self._checkpoint, self._loaded.size) != (cell.checkpoint, cell.size):
+        kept = self._loaded if self._checkpoint == cell.checkpoint else None
+        if kept is not None and kept.size != cell.size:
+            same = cell.checkpoint.is_built_alike(kept.size, cell.size)
+            self._loaded = kept = Loaded(kept.model, cell.size) if same else None
+        if kept is None:
             self._loaded = None  # free the last one first
             if torch.device(self.device).type != "cpu":
                 torch.accelerator.empty_cache()
-            self._loaded = Loaded(cell.checkpoint.create(cell.size).to(self.device), cell.size)
+            model = to_device(cell.checkpoint.create(cell.size), self.device, self.channels_last)
+            self._loaded = kept = Loaded(model, cell.size)
             self._checkpoint = cell.checkpoint
-        return self._loaded
+        return kept
 
 
 @contextmanager

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Sequence
 from timm_csra.evaluation.statistics import AGREEMENT, FIXED, VERSUS
 
 from ..records.files import Record
+from .expected import precision_said
 from .page import failures, group_name
 from .pooled import LEGEND as LEGEND_OF_POOLED
 from .pooled import pooled
@@ -95,6 +96,7 @@ def markdown(records: Sequence[Record], rows: Sequence[Row]) -> str:
             f"- flagged, and left out of these counts: {', '.join(flagged)}, whose lam = 0 disagrees with the "
             "published figure by more than 0.1 points of top-1."
         )
+    lines += [f"- {line}" for line in precision_said(records)]
     lines += [
         "",
         "`fixed`: logits, lam 0.1. `fixed_log_softmax`: lam 0.3. Both with T inf. n: images that count for the metric.",

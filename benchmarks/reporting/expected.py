@@ -2,11 +2,16 @@
 
 import csv
 import io
+import json
 import urllib.error
 import urllib.request
+from collections import defaultdict
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from ..records.files import Record, write_text
+from ..records.identity import QUESTION
 
 TOLERANCE = 0.1  # percentage points of top-1
 IMAGES = 50_000
@@ -69,8 +74,60 @@ def check(record: Record, expected: Expected) -> str:
         if found != published:
             hint = "" if name == "interpolation" else " (see --img-size test)"
             return f"not compared: {name} {found}, published for {published}{hint}"
-    tops = (r["baseline"] for r in record["results"] if (r["metric"], r["protocol"]) == ("top1", "fixed"))
-    baseline = next(tops, None)
+    baseline = _top1(record)
     if baseline is None:
         return "not compared: the record has no top1"
-    return "agrees" if abs(baseline - float(row["top1"])) <= TOLERANCE + 1e-9 else "flagged"
+    return "agrees" if _near(baseline, float(row["top1"])) else "flagged"
+
+
+def precision_said(records: Iterable[Record]) -> list[str]:
+    """Say whether autocast or channels_last move top-1 at lam = 0 by more than 0.1 points, for records with a
+    `baseline_check`: by the same pass in float32 where `records` have that too, else by the published figure."""
+    compared = [r for r in records if r.get("baseline_check") in ("agrees", "flagged") and _top1(r) is not None]
+    float32 = {_pixels(record): _top1(record) for record in compared if not _how(record)}
+    same, moved, unknown = (defaultdict[str, list[str]](list) for _ in range(3))
+    for record in compared:
+        name, how, found, exact = record["model"], _how(record), _top1(record), float32.get(_pixels(record))
+        if exact is not None and not _near(found, exact):
+            moved[how].append(f"{name} ({found:.2f}, in float32 {exact:.2f})")
+        elif exact is None and record["baseline_check"] == "flagged":
+            unknown[how].append(name)
+        else:
+            same[how].append(name)
+    lines = []
+    for how in sorted({*same, *moved, *unknown} - {""}):
+        if same[how]:
+            lines.append(
+                f"Measured in {how}: top-1 at lam = 0 of {len(same[how])} checkpoints is within {TOLERANCE} points of "
+                "what float32 has here or, where it was not measured, of the published figure."
+            )
+        if moved[how]:
+            names = ", ".join(sorted(moved[how]))
+            lines.append(f"{how} moves top-1 at lam = 0 by more than {TOLERANCE} points: {names}.")
+        if unknown[how]:
+            lines.append(
+                f"Flagged, and measured in {how}: {', '.join(sorted(unknown[how]))}. Run these again with --amp none "
+                "--no-channels-last, into the same folder, to see whether that is why."
+            )
+    return lines
+
+
+def _how(record: Record) -> str:
+    """Precision and layout in words, nothing for float32 in the usual layout."""
+    amp, channels_last = record["key"].get("amp", "none"), record["key"].get("channels_last")
+    return " and ".join([*([amp] if amp != "none" else []), *(["channels_last"] if channels_last else [])])
+
+
+def _pixels(record: Record) -> str:
+    """What a pass runs on, in whatever precision."""
+    free = ("amp", "channels_last", *QUESTION)
+    return json.dumps({name: value for name, value in record["key"].items() if name not in free}, sort_keys=True)
+
+
+def _near(one: float, other: float) -> bool:
+    return abs(one - other) <= TOLERANCE + 1e-9
+
+
+def _top1(record: Record) -> Any:
+    tops = (r["baseline"] for r in record["results"] if (r["metric"], r["protocol"]) == ("top1", "fixed"))
+    return next(tops, None)

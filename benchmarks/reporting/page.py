@@ -24,7 +24,7 @@ FIELDS = (  # of a row of the page
     *("model", "group", "metric", "protocol", "img_size", "n", "baseline", "gain", "ci_low", "ci_high"),
     *("p_holm", "verdict", "scores", "lam", "kind", "macs"),
 )
-FROM_FILES = ("classes of the head", "weights of files")  # said where there is something to say
+SOMETIMES = ("channels_last", "classes of the head", "weights of files")  # said where there is something to say
 NOT_TESTED = "not tested"
 FLAGGED = "flagged"
 NAMED = (("scores", ""), ("lam", ""), ("kind", ""))  # and what stands for none
@@ -125,6 +125,7 @@ def _measured(records: Sequence[Record]) -> list[list[str]]:
         said = {
             **{name: environment.get(name) for name in ("device", "platform", "python", "commit")},
             "autocast": key.get("amp"),
+            "channels_last": key.get("channels_last"),
             "seed": key.get("seed"),
             "classes of the head": record.get("classes_from"),
             "weights of files": record.get("weights_from"),
@@ -132,7 +133,7 @@ def _measured(records: Sequence[Record]) -> list[list[str]]:
             **environment.get("packages", {}),
         }
         for name, value in said.items():
-            if value is None and name in FROM_FILES:
+            if value is None and name in SOMETIMES:
                 continue
             counts.setdefault(name, Counter())[str(value)] += 1
     return [

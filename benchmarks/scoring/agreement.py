@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import timm_csra
+from timm_csra.accelerators import autocast
 from timm_csra.evaluation.scoring import Setting
 
 from ..data.datasets import Calibration, DataError
@@ -12,7 +13,6 @@ from ..data.presented import Unlabelled
 from ..records.files import Record
 from .cells import Cell, Options, show_temperature
 from .loading import Loaded, unlabelled
-from .rivals import autocast
 
 
 def choose(
@@ -52,7 +52,7 @@ def _choose(
 ) -> Record:
     pictures = Unlabelled(calibration.pictures)
     bad: list[int] = []
-    with autocast(options):
+    with autocast(options.device, options.amp):
         choice = timm_csra.choose_lam(
             loaded.model, unlabelled(calibration.pictures, loaded, options, bad, track), temperature=math.inf
         )

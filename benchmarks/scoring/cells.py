@@ -16,13 +16,13 @@ from . import software
 
 TASKS = ("single", "real", "multilabel", "mosaic")
 SCORE_CLASSES = ("data", "head")  # the classes that the data declares, or all of the head
-AMP = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
 class Options:
     """How cells are run; everything here that can change a result is part of a record's key.
 
+    `amp` is a name in `timm_csra.accelerators.AMP`. `channels_last` is the layout of convolutional models.
     `kept_scores` is the folder where scores are kept, if they are; with `rescore` they are read from there.
     """
 
@@ -33,6 +33,7 @@ class Options:
     workers: int = 2
     device: str = "cpu"
     amp: str = "none"
+    channels_last: bool = False
     seed: int = 0
     activation: str = "softmax"
     average_precision: str = "continuous"
@@ -102,6 +103,7 @@ class Cell:
         calibrated = {"calibration_data": calibration.fingerprint} if calibration else {}
         named = {"class_names": options.class_names.fingerprint} if options.class_names else {}
         scored = {"score_classes": options.score_classes} if options.score_classes != SCORE_CLASSES[0] else {}
+        layout = {"channels_last": True} if options.channels_last else {}
         cropped = {"test_crop_pct": self.test_crop_pct} if self.test_crop_pct and not options.crop_pct else {}
         size = self.size if isinstance(self.size, str) else show_size(self.size)
         return {
@@ -132,6 +134,7 @@ class Cell:
             **named,
             **scored,
             **cropped,
+            **layout,
         }
 
     def identity(self, options: Options) -> Identity:

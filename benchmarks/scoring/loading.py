@@ -1,5 +1,6 @@
 """A checkpoint in memory, and the pictures that it gets to see."""
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -58,11 +59,12 @@ def unlabelled(
         DataError: some cannot be read, unless they are to be skipped; their indices go to `bad`.
     """
     requested = {"input_size": (3, *loaded.size), "crop_mode": options.crop_mode, "crop_pct": options.crop_pct}
+    dataset = Unlabelled(pictures)
     loader = create_loader(
-        Unlabelled(pictures),
+        dataset,
         **resolve_input_data_config(loaded.model, args=requested),
         batch_size=options.batch_size,
-        num_workers=options.workers,
+        num_workers=loaders(options, len(dataset), options.batch_size),
         pin_memory=torch.device(options.device).type == "cuda",
         use_prefetcher=False,
     )
@@ -70,6 +72,11 @@ def unlabelled(
         yield images
     if bad and not options.skip_bad_images:
         raise DataError(describe_bad_images(loader.dataset, bad))
+
+
+def loaders(options: Options, images: int, batch_size: int) -> int:
+    """How many processes read that many images: one for each batch at most, since others would have nothing to do."""
+    return min(options.workers, math.ceil(images / batch_size))
 
 
 def readable(

@@ -22,7 +22,7 @@ from .applicable import match_classes, suits_the_task
 from .cells import Cell, Options, show_size
 from .environment import environment
 from .kept import Scored, read_scores, scores_file, write_scores
-from .loading import Loaded, describe_bad_images
+from .loading import Loaded, describe_bad_images, loaders
 from .passes import BatchTooLargeError, forward_passes, the_pass
 from .results import results
 
@@ -197,12 +197,13 @@ def load_images(
         dataset = Mosaics(data, alignment, groups, cell.grid, size, config["interpolation"])
     else:
         dataset = Photographs(data, alignment)
+    workers = loaders(options, len(dataset), options.batch_size)
     loader = create_loader(
         dataset,
         **config,
         batch_size=options.batch_size,
-        num_workers=options.workers,
-        persistent_workers=options.workers > 0,
+        num_workers=workers,
+        persistent_workers=workers > 0,
         pin_memory=torch.device(options.device).type == "cuda",
         use_prefetcher=False,
     )

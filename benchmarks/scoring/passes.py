@@ -10,12 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from timm_csra.accelerators import AMP
 from timm_csra.evaluation.scoring import Scores, allows_test_time_pool, score
 
 from ..data.classes import Alignment
 from ..records.files import Record
 from ..records.phases import Phases
-from .cells import AMP, Cell, Options
+from .cells import Cell, Options
 from .loading import Loaded, readable
 from .rivals import five_crops, plain_seconds
 

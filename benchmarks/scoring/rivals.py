@@ -1,7 +1,6 @@
 """The plain model beside the wrapped one: on five crops, and its time for one pass."""
 
 import time
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -9,22 +8,20 @@ from timm.data import create_transform
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from timm_csra.accelerators import autocast
+
 from ..data.classes import Alignment
 from ..data.presented import FiveCrops
 from ..records.files import Record
-from .cells import AMP, Options
-
-
-def autocast(options: Options) -> AbstractContextManager[Any]:
-    amp = AMP[options.amp]
-    return torch.autocast(torch.device(options.device).type, amp) if amp else nullcontext()
+from .cells import Options
+from .loading import loaders
 
 
 def plain_seconds(model: nn.Module, loader: Any, options: Options) -> float:
     """One evaluation pass of the plain model over the same loader."""
     started = time.perf_counter()
     for images, *_ in loader:
-        with torch.inference_mode(), autocast(options):
+        with torch.inference_mode(), autocast(options.device, options.amp):
             model(images.to(options.device, non_blocking=True)).float().cpu()
     return time.perf_counter() - started
 
@@ -39,8 +36,9 @@ def five_crops(
     batch_size = max(1, options.batch_size // 5)
     columns = torch.as_tensor(alignment.columns)
     kept: list[Tensor] = []
-    for crops, index in DataLoader(dataset, batch_size=batch_size, num_workers=options.workers):
-        with torch.inference_mode(), autocast(options):
+    workers = loaders(options, len(dataset), batch_size)
+    for crops, index in DataLoader(dataset, batch_size=batch_size, num_workers=workers):
+        with torch.inference_mode(), autocast(options.device, options.amp):
             logits = model(crops.flatten(0, 1).to(options.device))
         kept.append(logits.float().cpu()[:, columns].unflatten(0, (-1, 5))[index >= 0])
     every = torch.cat(kept)

@@ -1,19 +1,32 @@
 """Which workers the command line asks for, and what it refuses."""
 
+import os
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
+import benchmarks.asked
+import benchmarks.workers
 from benchmarks.arguments import parser
 from benchmarks.asked import asked_options
+from benchmarks.scoring.cells import Options
 from benchmarks.show import main as show
-from benchmarks.workers import asked_workers
+from benchmarks.workers import MOST_LOADERS, asked_workers
+
+
+def options(*arguments: str) -> tuple[Options, list[Options]]:
+    """What is asked, and each worker's part of it."""
+    args = parser("").parse_args(["--models", "x", "--data", "y", *arguments])
+    asked = asked_options(args, Path())
+    return asked, asked_workers(args, asked)
 
 
 def workers(*arguments: str) -> list[str]:
-    args = parser("").parse_args(["--models", "x", "--data", "y", *arguments])
-    return [options.device for options in asked_workers(args, asked_options(args, Path()))]
+    return [worker.device for worker in options(*arguments)[1]]
 
 
 def test_one_worker_for_each_device_or_job() -> None:
@@ -38,6 +51,70 @@ def test_one_worker_for_each_device_or_job() -> None:
 def test_what_does_not_go_together(arguments: list[str], text: str) -> None:
     with pytest.raises(ValueError, match=text):
         workers(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("cores", "arguments", "expected"),
+    [
+        (2, ["--device", "cpu"], [2]),
+        (1, ["--device", "cpu"], [1]),
+        (16, ["--device", "cpu"], [16]),
+        (256, ["--device", "cpu"], [MOST_LOADERS]),
+        (16, ["--device", "cpu", "--jobs", "3"], [5, 5, 5]),
+        (16, ["--devices", "meta,meta"], [8, 8]),  # a device that every torch has stands for an accelerator
+        (2, ["--device", "cpu", "--jobs", "3"], [1, 1, 1]),
+        (16, ["--devices", "meta,meta", "--workers", "0"], [0, 0]),
+        (16, ["--device", "cpu", "--workers", "40"], [40]),
+    ],
+)
+def test_cores_read_images_for_each_worker(
+    cores: int, arguments: list[str], expected: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(benchmarks.workers, "cpu_count", lambda: cores)
+    assert [worker.workers for worker in options(*arguments)[1]] == expected
+
+
+def test_a_task_of_ray_reads_with_its_own_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(benchmarks.workers, "cpu_count", lambda: 64)  # of the driver
+    asked = ["--device", "cpu", "--engine", "ray"]
+    assert options(*asked)[0].workers == 2
+    assert options(*asked, "--cpus-per-cell", "8")[0].workers == 8
+    assert options(*asked, "--cpus-per-cell", "8", "--workers", "3")[0].workers == 3
+
+
+def test_cores_are_those_that_this_process_may_use() -> None:
+    own = os.sched_getaffinity(0)
+    code = "from benchmarks.workers import cpu_count; print(cpu_count())"
+    one = ["taskset", "-c", str(min(own))] if shutil.which("taskset") else []
+    found = subprocess.run([*one, sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert 1 <= int(found) <= (1 if one else len(own))
+
+
+def test_precision_and_layout_are_those_of_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    on_cpu, _ = options("--device", "cpu")
+    assert (on_cpu.amp, on_cpu.channels_last) == ("none", False)
+    bf16 = ["meta"]  # devices that have it
+    monkeypatch.setattr(benchmarks.asked, "precision", lambda amp, device: fake_precision(amp, device, bf16))
+    (asked, (worker,)) = options("--device", "meta")
+    assert asked == worker and (asked.amp, asked.channels_last) == ("bf16", True)
+    asked, _ = options("--device", "meta", "--amp", "none", "--no-channels-last")
+    assert (asked.amp, asked.channels_last) == ("none", False)
+    bf16.clear()
+    assert options("--device", "meta")[0].amp == "none"
+
+
+def fake_precision(amp: str, device: str, bf16: list[str]) -> str:
+    return amp if amp != "auto" else "bf16" if device in bf16 else "none"
+
+
+def test_devices_that_disagree_about_auto_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (benchmarks.asked, benchmarks.workers):
+        monkeypatch.setattr(module, "precision", lambda amp, device: fake_precision(amp, device, ["meta:0"]))
+    monkeypatch.setattr(benchmarks.workers, "usable_device", lambda name: name)
+    monkeypatch.setattr(benchmarks.asked, "usable_device", lambda name: name)
+    with pytest.raises(ValueError, match="--amp auto: found bf16 for meta:0 and none for meta:1; expected one for all"):
+        options("--devices", "meta:0,meta:1")
+    assert {worker.amp for worker in options("--devices", "meta:0,meta:1", "--amp", "bf16")[1]} == {"bf16"}
 
 
 @pytest.mark.skipif(torch.accelerator.is_available(), reason="there is an accelerator: all of them can be used")

@@ -64,6 +64,13 @@ def test_mosaics_are_not_cropped_again(data: ImageSet, model: torch.nn.Module, o
     torch.testing.assert_close(load(data, model, "mosaic", **options), torch.stack(expected))
 
 
+@pytest.mark.parametrize(("workers", "expected"), [(0, 0), (2, 2), (8, 3)])
+def test_a_batch_is_read_by_one_process(data: ImageSet, model: torch.nn.Module, workers: int, expected: int) -> None:
+    cell = Cell(Checkpoint("timm", "test_resnet"), data, "single", (96, 96))
+    how = Options((PLAIN, DEFAULT), workers=workers, batch_size=3)
+    assert load_images(cell, Loaded(model, (96, 96)), how)[0].num_workers == expected
+
+
 def test_images_are_counted_as_they_are_loaded(data: ImageSet, model: torch.nn.Module) -> None:
     every = itertools.combinations(range(6), 4)
     for tiled, count in ((data, 2), (replace(data, tilings=tuple(every)), 15)):

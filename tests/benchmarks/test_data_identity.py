@@ -16,14 +16,15 @@ import webdataset
 from PIL import Image
 from safetensors.torch import load_file
 
+import benchmarks.workers
 from benchmarks.data.sources import load_image_set
 from benchmarks.sweep import main
 
 
-def pictures(root: Path, seed: int) -> Path:
-    """Four pictures; the names do not depend on the seed, and neither do the sizes of the files."""
+def pictures(root: Path, seed: int, count: int = 4) -> Path:
+    """The names do not depend on the seed, and neither do the sizes of the files."""
     rng = np.random.default_rng(seed)
-    for index in range(4):
+    for index in range(count):
         file = root / ("cat", "dog")[index % 2] / f"{index}.bmp"
         file.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(rng.integers(0, 256, (20, 30, 3), dtype=np.uint8)).save(file)
@@ -142,17 +143,27 @@ def test_two_places_are_two_records_with_scores_of_their_own(
     assert "run the cell with --keep-scores first, on the same data" in capsys.readouterr().out
 
 
-def test_a_stream_has_one_order_whatever_reads_it(tmp_path: Path, checkpoint: str) -> None:
-    """The halves of crossfit, and with them all its figures, hang on the order."""
-    root = shards(tmp_path / "shards", 3, count=30, number=5)
+@pytest.mark.parametrize("kind", ["stream", "folder"])
+def test_figures_do_not_depend_on_how_many_processes_read_images(
+    kind: str, tmp_path: Path, checkpoint: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The halves of crossfit, and with them all its figures, hang on the order of the images, which a stream gives in
+    another one for every number of processes."""
+    monkeypatch.setattr(benchmarks.workers, "cpu_count", lambda: 9)  # more than shards
+    if kind == "stream":
+        data = ["--data", "wds/x", "--data-dir", str(shards(tmp_path / "shards", 3, count=30, number=5))]
+    else:
+        data = ["--data", str(pictures(tmp_path / "photos", 3, count=30)), "--task", "single,mosaic"]
     found = []
-    for workers in ("0", "1", "3"):
-        arguments = ("--models", checkpoint, "--data", "wds/x", "--data-dir", str(root), "--workers", workers)
-        (record,) = sweep(tmp_path / workers, *arguments, "--keep-scores")
-        assert record["n"] == 30
-        (file,) = (tmp_path / workers / "scores").iterdir()
-        found.append((record["results"], load_file(file)))
+    for workers in ("0", "1", "3", "default"):
+        out, told = tmp_path / workers, [] if workers == "default" else ["--workers", workers]
+        records = sweep(out, "--models", checkpoint, *data, *told, "--keep-scores")
+        assert [record["n"] for record in records] == ([30] if kind == "stream" else [7, 30])
+        scores = {file.name: load_file(file) for file in (out / "scores").iterdir()}
+        found.append(({record["task"]: (record["key"], record["results"]) for record in records}, scores))
     for results, scores in found[1:]:
         assert results == found[0][0]
-        assert torch.equal(scores["targets"], found[0][1]["targets"])
-        torch.testing.assert_close(scores["base"], found[0][1]["base"], rtol=0, atol=2e-3)
+        assert scores.keys() == found[0][1].keys()
+        for name, kept in scores.items():
+            assert torch.equal(kept["targets"], found[0][1][name]["targets"])
+            torch.testing.assert_close(kept["base"], found[0][1][name]["base"], rtol=0, atol=2e-3)

@@ -9,13 +9,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+import timm
 import torch
 from PIL import Image
 from timm.data import ImageNetInfo
 
 import benchmarks.scoring.passes
 from benchmarks.asked import asked_cells
-from benchmarks.checkpoints.find import find_checkpoints
+from benchmarks.checkpoints.find import Checkpoint, find_checkpoints
 from benchmarks.data.datasets import ImageSet
 from benchmarks.data.sources import load_image_set
 from benchmarks.engines.worker import Models
@@ -98,6 +99,35 @@ def test_a_pass_serves_no_other_pixels(
     data = [load_image_set(photos), load_image_set(tmp_path)]
     counted, _ = in_process(monkeypatch, checkpoint, data, "single,real", 0.8, 0.9)
     assert counted == [12, 4] * 4
+
+
+@pytest.mark.parametrize(("architecture", "built"), [("test_resnet", 1), ("test_convnext", 1), ("test_vit", 3)])
+def test_a_model_serves_all_sizes_where_its_weights_do_not_depend_on_them(
+    architecture: str, built: int, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    model = timm.create_model(architecture, num_classes=4)
+    labels = {"label_names": ImageNetInfo().label_names()[:4]}
+    timm.models.save_for_hf(model, str(tmp_path / "model"), model_config=labels, safe_serialization=True)
+    created: list[tuple[int, int]] = []
+
+    def creating(self: Checkpoint, size: tuple[int, int]) -> torch.nn.Module:
+        created.append(size)
+        return create(self, size)
+
+    create = Checkpoint.create
+    monkeypatch.setattr(Checkpoint, "create", creating)
+    (checkpoint,), data = find_checkpoints(f"local-dir:{tmp_path / 'model'}"), [load_image_set(photos)]
+    options, models = Options((PLAIN, DEFAULT), batch_size=8, workers=0), Models("cpu")
+    cells = list(asked_cells(checkpoint, "64,96,160", data, [("single", None), ("mosaic", 2)], {}))
+    together = [run_cell(cell, partial(models.get, cell), options) for cell in cells]
+    assert len(created) == built
+    alone = [run_cell(cell, partial(Models("cpu").get, cell), options) for cell in cells]
+    assert len(created) == built + len(cells) == built + 6
+    for one, other in zip(together, alone, strict=True):
+        assert one["status"] == "ok", one["reason"]
+        for name in ("key", "n", "results", "all_settings", "macs", "extra_macs", "weights_sha256", "preprocessing"):
+            assert one[name] == other[name], name
 
 
 def test_a_sweep_says_how_many_images_were_run(photos: Path, checkpoint: str, tmp_path: Path) -> None:

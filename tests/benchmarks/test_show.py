@@ -7,6 +7,7 @@ import timm
 import torch
 from PIL import Image
 
+import benchmarks.show
 import timm_csra
 from benchmarks.checkpoints import find
 from benchmarks.data import sample
@@ -14,6 +15,7 @@ from benchmarks.data.datasets import open_image
 from benchmarks.data.presented import mosaic
 from benchmarks.show import main
 from timm_csra.config import SCORES
+from timm_csra.evaluation.scoring import score
 
 
 def test_the_picture_of_the_readme(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -36,6 +38,22 @@ def test_the_picture_of_the_readme(tmp_path: Path, capsys: pytest.CaptureFixture
     told = [name.strip() for name in log_softmax.removeprefix("log_softmax").split(",")]
     names = [synsets.index_to_description(index).lower() for index in top]
     assert all(name.lower() in whole for name, whole in zip(told, names, strict=True))
+
+
+def test_precision_is_that_of_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = []
+
+    def scored(*args: object, **kwargs: object) -> object:
+        found.append(score(*args, **kwargs))  # type: ignore[arg-type]
+        return found[-1]
+
+    monkeypatch.setattr(benchmarks.show, "score", scored)
+    for amp in ("auto", "none", "bf16"):
+        out = ["--out", str(tmp_path / f"{amp}.png")]
+        assert main(["sample:coffee", "--device", "cpu", "--amp", amp, *out]) == 0
+    auto, none, bf16 = (scores.base for scores, _ in found)
+    assert torch.equal(auto, none)
+    assert 0 < (bf16 - none).abs().max() < 0.1 * none.abs().max()
 
 
 def test_the_maps_are_those_of_the_scores_that_were_asked_for(tmp_path: Path) -> None:

@@ -1,7 +1,9 @@
 """Figures of other software are other figures; what is asked of the same scores needs no forward pass."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -10,6 +12,8 @@ import timm
 import torch
 from PIL import Image
 
+from benchmarks.arguments import parser
+from benchmarks.asked import asked_options
 from benchmarks.checkpoints.find import Checkpoint
 from benchmarks.data.datasets import ImageSet
 from benchmarks.records.files import record_path
@@ -112,3 +116,37 @@ def test_new_evaluation_code_answers_from_kept_scores(tmp_path: Path, monkeypatc
     assert versions.keys() == {software.EVALUATION, NOW["evaluation"][0]}
     assert "model" in versions[NOW["evaluation"][0]]["phases"] and "model" not in versions[99]["phases"]
     assert len(list((out / "scores").iterdir())) == 1
+
+
+NAMES = """
+    model weights data data_fingerprint task img_size grid settings crop_mode crop_pct seed device amp activation
+    average_precision class_map skip_bad_images kept_scores rivals tf32 versions scoring evaluation
+"""
+
+
+def test_the_key_of_a_cell_on_a_cpu_has_the_names_that_it_always_had(tmp_path: Path) -> None:
+    """Records made on a CPU before there were `--amp auto` and channels_last are found again."""
+    asked = asked_options(parser("").parse_args(["--device", "cpu"]), Path())
+    key = cell(tmp_path).key(asked)
+    assert list(key) == NAMES.split()
+    assert (key["device"], key["amp"]) == ("cpu", "none")
+
+
+def test_the_record_of_a_cell_on_a_cpu_has_the_name_that_it_always_had(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(software, "versions", lambda *packages: dict.fromkeys(packages, "1.0"))
+    monkeypatch.setattr(software, "SCORING", 1)
+    monkeypatch.setattr(software, "EVALUATION", 1)
+    checkpoint = SimpleNamespace(name="one", fingerprint="1234")
+    of = Cell(checkpoint, ImageSet("d", (), (), ("a",)), "single", (64, 64))  # type: ignore[arg-type]
+    asked = replace(asked_options(parser("").parse_args(["--device", "cpu"]), Path()), settings=(PLAIN, DEFAULT))
+    name = "one--d--single--64--1fcba76a91c12511.json"  # before there was `--amp auto`
+    assert record_path(Path("out"), of.key(asked)) == Path("out", "records", name)
+
+
+def test_precision_and_layout_are_in_the_key_of_an_accelerator(tmp_path: Path) -> None:
+    of, plain = cell(tmp_path), Options((PLAIN, DEFAULT), device="meta")
+    ways = [plain, replace(plain, amp="bf16"), replace(plain, channels_last=True)]
+    keys = [of.key(options) for options in ways]
+    assert [(key["amp"], key.get("channels_last")) for key in keys] == [("none", None), ("bf16", None), ("none", True)]
+    assert len({of.identity(options).scores for options in ways}) == 3
+    assert len({of.identity(options).compared for options in ways}) == 3

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from benchmarks.records.files import record_path, write_record
-from benchmarks.reporting.expected import check, keep_expected
-from benchmarks.reporting.summary import headline, rows_of, versus, write_summary
+from benchmarks.reporting.documents import markdown
+from benchmarks.reporting.expected import check, keep_expected, precision_said
+from benchmarks.reporting.summary import headline, read_folder, rows_of, versus, write_summary
 
 PUBLISHED = """model,top1,top1_err,top5,top5_err,param_count,img_size,crop_pct,interpolation
 one,80.000,20.000,95.000,5.000,25.0,224,0.875,bicubic
@@ -101,6 +102,63 @@ def test_baselines_against_published_ones(tmp_path: Path) -> None:
     assert check(records[0], table) == "flagged"
     table["one"]["interpolation"] = "bilinear"
     assert check(records[0], table) == "not compared: interpolation bicubic, published for bilinear"
+
+
+def measured(model: str, top1: float, baseline_check: str | None, **key: object) -> dict:
+    """A record whose lam = 0 has this top-1."""
+    found = record(model, 1.0, 1e-9) | {"baseline_check": baseline_check}
+    found["results"] = [result | {"baseline": top1} for result in found["results"]]
+    found["key"] = found["key"] | {"amp": "none", "settings": [top1]} | key
+    return found
+
+
+BF16 = {"amp": "bf16", "channels_last": True}
+WITHIN = "Measured in bf16 and channels_last: top-1 at lam = 0 of {} checkpoints is within 0.1 points of what float32"
+
+
+def test_whether_precision_moves_top1_is_said() -> None:
+    lines = precision_said(
+        [
+            measured("published", 80.05, "agrees", **BF16),
+            measured("both", 79.85, "flagged", **BF16),  # for another reason
+            measured("both", 79.80, "flagged"),
+            measured("moved", 79.80, "flagged", **BF16),
+            measured("moved", 80.00, "agrees"),
+            measured("unknown", 79.80, "flagged", **BF16),
+            measured("elsewhere", 79.80, "flagged", **BF16),
+            measured("elsewhere", 80.00, "agrees", device="cpu"),
+            measured("half", 70.00, "flagged", amp="fp16"),
+            measured("float32", 70.00, "flagged"),
+        ]
+    )
+    assert lines == [
+        WITHIN.format(2) + " has here or, where it was not measured, of the published figure.",
+        "bf16 and channels_last moves top-1 at lam = 0 by more than 0.1 points: moved (79.80, in float32 80.00).",
+        "Flagged, and measured in bf16 and channels_last: elsewhere, unknown. Run these again with --amp none "
+        "--no-channels-last, into the same folder, to see whether that is why.",
+        "Flagged, and measured in fp16: half. Run these again with --amp none --no-channels-last, into the same folder, "
+        "to see whether that is why.",
+    ]
+
+
+def test_nothing_is_said_of_precision_in_float32_or_without_published_figures() -> None:
+    assert precision_said([measured("one", 70.0, "flagged"), measured("two", 80.0, "agrees")]) == []
+    assert precision_said([measured("one", 70.0, None, **BF16), measured("one", 80.0, None)]) == []
+    assert precision_said([measured("one", 70.0, "not compared: 500 images", **BF16)]) == []
+    assert precision_said([record("old", 1.0, 1e-9) | {"baseline_check": "flagged"}]) == []
+
+
+def test_the_report_says_it_too(tmp_path: Path) -> None:
+    keep_expected(str(_written(tmp_path / "published.csv", PUBLISHED)), tmp_path)
+    one = measured("one", 79.0, None, **BF16)
+    write_record(record_path(tmp_path, one["key"]), one)
+    found = read_folder(tmp_path)
+    assert "- Flagged, and measured in bf16 and channels_last: one. Run these" in markdown(found.counted, found.rows)
+
+
+def _written(file: Path, text: str) -> Path:
+    file.write_text(text)
+    return file
 
 
 def test_refused_tables(tmp_path: Path) -> None:

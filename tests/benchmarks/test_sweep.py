@@ -16,6 +16,7 @@ import pytest
 import timm
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 from timm.data import ImageNetInfo, create_loader, resolve_data_config
 
 import timm_csra
@@ -404,3 +405,24 @@ def test_ten_classes_on_dogs_are_not_applicable(real_data: Path, real_weights: P
     status, (record,), _ = sweep(tmp_path, models, real_data / "imagewoof500", "--limit", "20")
     assert (status, record["status"]) == (1, "not_applicable")
     assert "classes of the data are not among the head's: n02" in record["reason"]
+
+
+@pytest.mark.cuda
+def test_a_sweep_on_a_gpu_says_how_it_computed_and_agrees_with_a_cpu(
+    tmp_path: Path, photos: Path, checkpoint: str, cuda: torch.device
+) -> None:
+    amp = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "none"
+    ways = [
+        ("cpu", [], ("none", None)),
+        ("default", ["--device", "cuda"], (amp, True)),
+        ("float32", ["--device", "cuda", "--amp", "none", "--no-channels-last"], ("none", None)),
+    ]
+    found = []
+    for name, more, expected in ways:
+        _, records, _ = sweep(tmp_path / name, checkpoint, photos, "--img-size", "64,96", "--keep-scores", *more)
+        assert [(record["key"]["amp"], record["key"].get("channels_last")) for record in records] == [expected] * 2
+        files = sorted((tmp_path / name / "scores").iterdir())  # of 64 pixels, then of 96
+        found.append([load_file(file)["base"] for file in files])
+    for of_a_gpu in found[1:]:
+        for logits, expected in zip(of_a_gpu, found[0], strict=True):
+            assert (logits - expected).abs().max() <= 0.03 * expected.abs().max()
