@@ -192,6 +192,8 @@ def ways(rows: Sequence[Row]) -> Iterator[Row]:
     for row in _of_most(rows):
         pictures, size, model = _pictures(row), row["requested"], row["model"]
         macs, extra = (float(row.get(name) or 0) for name in ("macs", "extra_macs"))
+        if not macs:  # an old record does not say what it cost
+            continue
         if row["protocol"] == "fixed":
             found[pictures]["plain", size][model] = (macs, row["baseline"])
         if row["protocol"] in WAYS:
