@@ -109,7 +109,7 @@ class Schedule:
             group.in_flight += 1
             self.in_flight += 1
             self.engine.submit(cell, self.store.log_file(cell))
-        if self.waiting and not self.open and not self.told:
+        if self.locked and not self.open and not self.told:
             self.told = True
             self.store.wait_for(list(self.waiting))
 
