@@ -1,10 +1,10 @@
 """How near a sweep on many devices comes to the least time that it could take, by simulation.
 
 The schedule is that of a sweep. It gives cells to nodes of eight devices that compute nothing: a cell takes the
-multiply-accumulates of its images (docs/coverage.csv) at a given speed, on a virtual clock, and a checkpoint some seconds
-to load. Nodes are lost at random; their cells come back unfinished, and minutes later another node takes the place.
-Cells are the pretrained checkpoints of timm that have a classifier, again from the first where they are too few, on five
-sets of photographs at 1x, 1.5x and 2x.
+multiply-accumulates of its images (docs/coverage.csv) at a given speed, on a virtual clock, and a checkpoint some
+seconds to load. Nodes are lost at random; their cells come back unfinished, and minutes later another node takes the
+place. The driver takes its time, too. Cells are the pretrained checkpoints of timm that have a classifier, again from
+the first where they are too few, on five sets of photographs at 1x, 1.5x and 2x.
 
 The least time is the larger of two: all computing, repeated work included, spread evenly over the devices; and the cell
 that took longest, with what was lost of it.
@@ -16,13 +16,14 @@ import random
 import sys
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import timm
 from rich.console import Console
+from rich.table import Table
 
-from .argument_types import positive
+from .argument_types import above_zero, from_zero, natural, positive
 from .checkpoints.downloads import Downloads
 from .checkpoints.find import Checkpoint
 from .data.datasets import ImageSet
@@ -34,6 +35,8 @@ from .records.files import Record
 from .scoring.cells import Cell
 
 SETS, SIZES = 5, (1.0, 1.5, 2.0)
+HOUR = 3600.0
+AHEAD = 1  # cells that wait with Ray, for each device: see `engines/cluster.py`, which Ray is needed for
 
 
 @dataclass(frozen=True)
@@ -48,7 +51,9 @@ class _Photographs(ImageSet):
 class _Memory:
     """A folder of records that nobody reads: their number, and that of the checkpoints that are open, are kept."""
 
-    records: dict[int, Record]
+    engine: SimulatedEngine
+    asking: float
+    records: dict[int, Record] = field(default_factory=dict)
     again: int = 0
     open: int = 0
     most_open: int = 0
@@ -63,6 +68,7 @@ class _Memory:
         return None
 
     def lock(self, checkpoint: Checkpoint) -> "_Memory":
+        self.engine.passes(self.asking)
         self.open += 1
         self.most_open = max(self.most_open, self.open)
         return self
@@ -90,7 +96,7 @@ class Simulation:
     Attributes:
         lost: cells without a record of what they found.
         open: checkpoints that were locked at a time, at most.
-        driver: seconds of the schedule's own, and of this simulation, on this machine.
+        seconds: of this machine, for the simulation.
     """
 
     cells: int
@@ -99,7 +105,7 @@ class Simulation:
     spent: Spent
     lost: int
     open: int
-    driver: float
+    seconds: float
 
     @property
     def even(self) -> float:
@@ -137,21 +143,26 @@ def cells_of(count: int, images: int, seed: int) -> list[Cell]:
     return cells[:count]
 
 
-def simulate(cells: list[Cell], cluster: Cluster) -> Simulation:
-    """Run a sweep of the cells on a cluster that is only simulated."""
+def simulate(cells: list[Cell], cluster: Cluster, asking: float = 0.0) -> Simulation:
+    """Run a sweep of the cells on a cluster that is only simulated.
+
+    Args:
+        cells: what to compute.
+        cluster: where.
+        asking: seconds of the driver in which it finds out which cells of a checkpoint have an answer.
+    """
     groups: dict[Checkpoint, list[Cell]] = {}
     for cell in cells:
         groups.setdefault(cell.checkpoint, []).append(cell)
-    store, began = _Memory({}), time.perf_counter()
+    began = time.perf_counter()
     with SimulatedEngine(cluster) as engine, Downloads(False, False) as downloads:
+        store = _Memory(engine, asking)
         for _ in Schedule(store, groups, engine, downloads).pairs():
             pass
-        found = sum(record["status"] == "ok" for record in store.records.values())
-        largest = max(map(cluster.seconds, cells))
-        taken = time.perf_counter() - began
-        return Simulation(
-            len(cells), cluster.devices, largest, engine.spent, len(cells) - found, store.most_open, taken
-        )
+    found = sum(record["status"] == "ok" for record in store.records.values())
+    largest = max(map(cluster.seconds, cells))
+    taken = time.perf_counter() - began
+    return Simulation(len(cells), cluster.devices, largest, engine.spent, len(cells) - found, store.most_open, taken)
 
 
 def durations(cells: list[Cell], speed: float, spread: float, seed: int) -> Mapping[int, float]:
@@ -167,44 +178,61 @@ def main(arguments: list[str] | None = None) -> int:
     args = _parser().parse_args(arguments)
     cells = cells_of(args.cells, args.images, args.seed)
     taken = durations(cells, args.speed, args.spread, args.seed)
-    ahead = None if args.engine == "local" else args.ahead
     cluster = Cluster(
-        args.devices, lambda cell: taken[id(cell)], args.failures / 100, 60 * args.back, args.load, ahead, args.seed
+        devices=args.devices,
+        seconds=lambda cell: taken[id(cell)],
+        failures=args.failures / 100,
+        back=60 * args.back,
+        load=args.load,
+        giving=args.giving,
+        ahead=AHEAD if args.engine == "ray" else None,
+        seed=args.seed,
     )
-    found = simulate(cells, cluster)
-    spent, hour = found.spent, 3600.0
-    screen = Console(highlight=False, soft_wrap=True)
-    screen.print(f"makespan      {spent.makespan / hour:9.2f} h, {found.cells:,} cells on {found.devices} devices")
-    screen.print(
-        f"ideal         {found.ideal / hour:9.2f} h: all computing on {found.devices} devices {found.even / hour:.2f} h, "
-        f"the longest cell {spent.longest / hour:.2f} h (alone {found.largest / hour:.2f} h)"
-    )
-    screen.print(f"ratio         {found.ratio:9.3f}; of the ideal without failures {found.plain_ratio:.3f}")
-    screen.print(
-        f"repeated work {spent.repeated / hour:9.2f} device hours of {spent.computing / hour:.2f}: {spent.lost_nodes} nodes "
-        f"lost, and with them {spent.lost_cells} cells in flight"
-    )
-    screen.print(f"loading       {spent.loading / hour:9.2f} device hours")
-    screen.print(f"cells lost    {found.lost:9}")
-    screen.print(f"open at most  {found.open:9} checkpoints; the simulation took {found.driver:.1f} s")
-    line = {
-        "cells": found.cells,
-        "devices": found.devices,
-        "speed": args.speed,
-        "failures": args.failures,
-        "seed": args.seed,
-        "engine": args.engine,
-        "makespan_hours": round(spent.makespan / hour, 4),
-        "ideal_hours": round(found.ideal / hour, 4),
-        "ratio": round(found.ratio, 4),
-        "ratio_without_failures": round(found.plain_ratio, 4),
-        "repeated_device_hours": round(spent.repeated / hour, 4),
-        "loading_device_hours": round(spent.loading / hour, 4),
-        "nodes_lost": spent.lost_nodes,
-        "cells_lost": found.lost,
+    found = simulate(cells, cluster, args.asking)
+    _print(found, Console(highlight=False, soft_wrap=True))
+    asked = {name: getattr(args, name) for name in ("cells", "devices", "speed", "failures", "engine", "seed")}
+    figures = {
+        "makespan_hours": found.spent.makespan / HOUR,
+        "ideal_hours": found.ideal / HOUR,
+        "ratio": found.ratio,
+        "ratio_without_failures": found.plain_ratio,
+        "repeated_device_hours": found.spent.repeated / HOUR,
+        "loading_device_hours": found.spent.loading / HOUR,
     }
-    print(json.dumps(line))
+    counts = {"nodes_lost": found.spent.lost_nodes, "cells_lost": found.lost}
+    print(json.dumps(asked | {name: round(figure, 4) for name, figure in figures.items()} | counts))
     return 1 if found.lost else 0
+
+
+def _print(found: Simulation, screen: Console) -> None:
+    spent = found.spent
+    table = Table(box=None, pad_edge=False, show_header=False)
+    table.add_column(no_wrap=True)
+    table.add_column(no_wrap=True, justify="right")
+    table.add_column(no_wrap=True)
+    for row in (
+        ("makespan", f"{spent.makespan / HOUR:.2f}", f"hours: {found.cells:,} cells on {found.devices} devices"),
+        ("ideal", f"{found.ideal / HOUR:.2f}", "hours, the larger of"),
+        ("  all", f"{found.even / HOUR:.2f}", "hours: computing, repeated work too, spread evenly"),
+        (
+            "  longest",
+            f"{spent.longest / HOUR:.2f}",
+            f"hours: a cell, {found.largest / HOUR:.2f} without what was repeated",
+        ),
+        ("ratio", f"{found.ratio:.3f}", f"{found.plain_ratio:.3f} of the ideal if no node were lost"),
+        ("computing", f"{spent.computing / HOUR:,.1f}", "device hours"),
+        (
+            "repeated",
+            f"{spent.repeated / HOUR:,.1f}",
+            f"device hours: {spent.lost_cells} cells on {spent.lost_nodes} nodes",
+        ),
+        ("loading", f"{spent.loading / HOUR:,.1f}", "device hours"),
+        ("cells lost", f"{found.lost}", ""),
+        ("open", f"{found.open}", "checkpoints at most"),
+        ("simulated in", f"{found.seconds:.1f}", "seconds"),
+    ):
+        table.add_row(*row)
+    screen.print(table)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -213,29 +241,22 @@ def _parser() -> argparse.ArgumentParser:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--cells", type=positive, default=27_000, help="default: %(default)s")
-    parser.add_argument("--devices", type=positive, default=256, help="default: %(default)s")
-    parser.add_argument("--images", type=positive, default=50_000, help="of each set (default: %(default)s)")
-    parser.add_argument(
-        "--speed", type=float, default=1e13, help="multiply-accumulates a second of a device (default: %(default)g)"
-    )
-    parser.add_argument(
-        "--spread", type=float, default=0.0,
-        help="deviation of the logarithm of a checkpoint's speed, of which the schedule knows nothing (default: 0)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--failures", type=float, default=1.0, help="percent of the nodes that are lost in an hour (default: %(default)g)"
-    )
-    parser.add_argument("--back", type=float, default=10.0, help="minutes until another node joins (default: %(default)g)")
-    parser.add_argument("--load", type=float, default=START, help="seconds for a checkpoint (default: %(default)g)")
-    parser.add_argument(
-        "--engine", choices=("ray", "local"), default="ray",
-        help="ray: whoever is free takes the next cell; local: a cell goes where its checkpoint is (default: ray)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--ahead", type=int, default=1, help="with ray: cells that wait, for each device (default: %(default)s)"
-    )
-    parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+    add = parser.add_argument
+    add("--cells", type=positive, default=27_000, help="default: %(default)s")
+    add("--devices", type=positive, default=256, help="default: %(default)s")
+    add("--images", type=positive, default=50_000, help="of each set (default: %(default)s)")
+    add("--speed", type=above_zero, default=1e13, help="multiply-accumulates a second, of a device (default: 1e13)")
+    add("--spread", type=from_zero, default=0.0, help="how far checkpoints are from that speed, of which the schedule "
+        "knows nothing: the deviation of its logarithm (default: 0)")  # fmt: skip
+    add("--failures", type=from_zero, default=1.0, help="percent of the nodes that are lost in an hour (default: 1)")
+    add("--back", type=from_zero, default=10.0, help="minutes until another node joins (default: 10)")
+    add("--load", type=from_zero, default=START, help="seconds for loading a checkpoint (default: %(default)g)")
+    add("--asking", type=from_zero, default=2.0, help="seconds of the driver in which it finds out which cells of a "
+        "checkpoint have an answer (default: 2)")  # fmt: skip
+    add("--giving", type=from_zero, default=0.005, help="seconds of the driver for each cell (default: 0.005)")
+    add("--engine", choices=("ray", "local"), default="ray", help="ray: whoever is free takes the next cell, and one "
+        "waits for each device; local: a cell goes where its checkpoint is (default: ray)")  # fmt: skip
+    add("--seed", type=natural, default=0, help="of checkpoints and failures (default: 0)")
     return parser
 
 

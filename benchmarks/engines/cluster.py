@@ -17,7 +17,14 @@ from typing import Any, Self
 
 import ray
 import torch
-from ray.exceptions import GetTimeoutError, NodeDiedError, ObjectLostError, RayError, RayTaskError, TaskUnschedulableError
+from ray.exceptions import (
+    GetTimeoutError,
+    NodeDiedError,
+    ObjectLostError,
+    RayError,
+    RayTaskError,
+    TaskUnschedulableError,
+)
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 import timm_csra

@@ -31,6 +31,11 @@ from .estimate import macs_of
 from .local import Engine, Outcome
 from .schedule import Schedule
 
+try:
+    import resource
+except ModuleNotFoundError:  # Windows, which has no such limit
+    resource = None  # type: ignore[assignment]
+
 BAR = (
     TextColumn("{task.description}"),
     BarColumn(),
@@ -90,6 +95,7 @@ class Run:
         groups: dict[Checkpoint, list[Cell]] = {}
         for cell in cells:
             groups.setdefault(cell.checkpoint, []).append(cell)
+        _allow_files(len(groups))
         with Progress(*BAR, console=self.log, transient=True) as progress:
             shown = _Shown(progress, sum(map(len, groups.values())))
             with start(shown.batches) as engine:
@@ -183,6 +189,17 @@ class Run:
     def log_file(self, cell: Cell) -> Path:
         """Where the output of a cell goes."""
         return self.out / "logs" / f"{record_path(self.out, cell.key(self.options)).stem}.log"
+
+
+def _allow_files(checkpoints: int) -> None:
+    """Raise the soft limit of open files, often 1,024, as far as the hard one allows: every checkpoint that is begun
+    has its lock open, and on many devices most may be."""
+    if resource is None:
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    needed = checkpoints + 1024 if hard == resource.RLIM_INFINITY else min(checkpoints + 1024, hard)
+    if resource.RLIM_INFINITY != soft < needed:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
 
 
 class _Shown:

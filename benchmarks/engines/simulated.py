@@ -43,6 +43,7 @@ class Cluster:
         failures: how many of the nodes are lost in an hour, as a share.
         back: until another node takes the place of a lost one.
         load: for a checkpoint and size that are not in memory.
+        giving: of the driver, for each cell that it gives out. What comes out meanwhile waits for it.
         ahead: cells that wait where they are given out, for each device; the one that is free first takes the next, as
             Ray does. None: none waits, and a cell goes where its checkpoint is, as on one machine.
     """
@@ -52,6 +53,7 @@ class Cluster:
     failures: float = 0.01
     back: float = 600.0
     load: float = START
+    giving: float = 0.0
     ahead: int | None = None
     seed: int = 0
 
@@ -89,7 +91,8 @@ class SimulatedEngine:
         self._waiting: deque[Cell] = deque()
         self._computing = 0
         self._random, self._number = random.Random(cluster.seed), itertools.count()
-        self._events: list[tuple[float, int, Callable[[], Outcome | list[Outcome]]]] = []
+        self._events: list[tuple[float, int, Callable[[], list[Outcome]]]] = []
+        self._out: list[Outcome] = []  # while the driver did something else
         for node in self._nodes:
             self._will_be_lost(node)
 
@@ -100,18 +103,26 @@ class SimulatedEngine:
         return [None] * (max(up, 1) * (1 + self._cluster.ahead) - self._computing - len(self._waiting))
 
     def submit(self, cell: Cell, log: Path) -> None:
+        self.passes(self._cluster.giving)
         self._waiting.append(cell)
         self._give_out()
 
     def poll(self, seconds: float) -> list[Outcome]:
-        """What comes out next, and at the same time; the clock goes on to then however far that is."""
-        outcomes: list[Outcome] = []
-        moment = self._events[0][0]
-        while self._events and self._events[0][0] == moment:
-            self.now = moment
-            outcomes += heapq.heappop(self._events)[2]()
-        self._give_out()
+        """What has come out, or else what comes out next: the clock goes on to then however far that is."""
+        if not self._out:
+            moment = self._events[0][0]
+            self.passes(moment - self.now)
+        outcomes, self._out = self._out, []
         return outcomes
+
+    def passes(self, seconds: float) -> None:
+        """Let time pass in which the driver does something else; nodes go on with what they have."""
+        until = self.now + seconds
+        while self._events and self._events[0][0] <= until:
+            self.now, _, then = heapq.heappop(self._events)
+            self._out += then()
+            self._give_out()
+        self.now = until
 
     def __enter__(self) -> Self:
         return self
