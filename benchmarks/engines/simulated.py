@@ -17,7 +17,7 @@ from .local import Outcome
 DEVICES = 8  # of a node
 
 
-@dataclass
+@dataclass(eq=False)
 class _Device:
     """What it computes, since when, and what is in its memory."""
 
@@ -27,7 +27,7 @@ class _Device:
     attempt: int = 0  # tells the end of this cell from that of one which was lost
 
 
-@dataclass
+@dataclass(eq=False)
 class _Node:
     devices: list[_Device]
     up: bool = True

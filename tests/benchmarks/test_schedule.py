@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -118,7 +119,7 @@ def test_workers_keep_their_checkpoint_where_nothing_is_late(tmp_path: Path) -> 
     engine = Scripted(3)
     run(tmp_path / "out", cells, engine)
     workers = [(engine.given[i::3]) for i in range(3)]  # they finish in turn
-    loads = sum(a.checkpoint != b.checkpoint for given in workers for a, b in zip(given, given[1:], strict=False))
+    loads = sum(a.checkpoint != b.checkpoint for given in workers for a, b in pairwise(given))
     assert loads <= 40 + 3 * 3
 
 
