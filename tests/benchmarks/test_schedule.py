@@ -230,7 +230,7 @@ def sweeps(draw: st.DrawFn, failures: float = 0.0) -> Drawn:
     return Drawn(cells, Cluster(devices, seconds, failures, load=0.0, ahead=ahead, seed=seed))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(sweeps())
 def test_no_device_idles_while_a_cell_waits(drawn: Drawn) -> None:
     """Graham's bound for whatever gives a free machine something to do, and the times that nothing can beat."""
@@ -243,7 +243,7 @@ def test_no_device_idles_while_a_cell_waits(drawn: Drawn) -> None:
     assert found.spent.makespan <= (even + (1 - 1 / devices) * largest) * (1 + 1e-9)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(sweeps(failures=0.5))
 def test_nothing_is_lost_with_the_nodes(drawn: Drawn) -> None:
     found = simulate(drawn.cells, drawn.cluster)
