@@ -53,7 +53,7 @@ class Applicability:
 def _why_not(cell: Cell, options: Options, classifier: Classifier | None) -> str | None:
     try:
         if classifier is None:
-            _suits_the_task(cell)
+            suits_the_task(cell)
         else:
             match_classes(cell, options, classifier)
     except NotApplicableError as reason:
@@ -67,7 +67,7 @@ def match_classes(cell: Cell, options: Options, classifier: Classifier) -> tuple
     Raises:
         NotApplicableError: the data does not suit the task, or their classes not the head's.
     """
-    data = _suits_the_task(cell)
+    data = suits_the_task(cell)
     if not classifier.count:
         raise NotApplicableError("the checkpoint has no classifier (num_classes=0)")
     if (order := cell.checkpoint.training_order) and options.class_names is None:
@@ -83,7 +83,7 @@ def match_classes(cell: Cell, options: Options, classifier: Classifier) -> tuple
     return data, align(data.classes, labels, classifier, class_map, options.class_names, data.order, whole)
 
 
-def _suits_the_task(cell: Cell) -> ImageSet:
+def suits_the_task(cell: Cell) -> ImageSet:
     """The data, with ReaL labels for the task `real`; raises NotApplicableError where it is not for this task."""
     data = cell.data
     if cell.task != "single" and data.stream:

@@ -18,7 +18,7 @@ from ..data.presented import Mosaics, Photographs, Streamed
 from ..records.files import Record, now
 from ..records.phases import Phases
 from .agreement import choose, kept_choice
-from .applicable import match_classes
+from .applicable import match_classes, suits_the_task
 from .cells import Cell, Options, show_size
 from .environment import environment
 from .kept import Scored, read_scores, scores_file, write_scores
@@ -169,16 +169,22 @@ def score_cell(
     return Scored(scores, targets, facts, 0 if again else len(targets) + len(passed.bad))
 
 
-def load_images(cell: Cell, loaded: Loaded, options: Options) -> tuple[Any, Record, Alignment]:
+def load_images(
+    cell: Cell, loaded: Loaded, options: Options, own: Alignment | None = None
+) -> tuple[Any, Record, Alignment]:
     """Give loader, preprocessing and alignment; how an image becomes a tensor is timm's and the checkpoint's affair.
+    With an alignment of one's `own` the classes of the checkpoint's head do not matter.
 
     Raises:
         NotApplicableError: see `match_classes`.
     """
     model, size, options = loaded.model, loaded.size, cell.prepared(options)
-    # Of the logits: a classifier may have been replaced. Where they are unknown, `score_cell` says why.
-    count = loaded.explanation.num_classes or int(model.num_classes)  # type: ignore[arg-type]
-    data, alignment = match_classes(cell, options, Classifier.of(count, getattr(model, "pretrained_cfg", {})))
+    if own:
+        data, alignment = suits_the_task(cell), own
+    else:
+        # Of the logits: a classifier may have been replaced. Where they are unknown, `score_cell` says why.
+        count = loaded.explanation.num_classes or int(model.num_classes)  # type: ignore[arg-type]
+        data, alignment = match_classes(cell, options, Classifier.of(count, getattr(model, "pretrained_cfg", {})))
     requested = {"input_size": (3, *size), "crop_mode": options.crop_mode, "crop_pct": options.crop_pct}
     if cell.task == "mosaic":
         requested |= {"crop_mode": "squash", "crop_pct": 1.0}  # the mosaic has the right size already

@@ -1,0 +1,79 @@
+"""Labels of one's own: train only the classifier of a timm model, wrap it, choose lam, save it.
+
+    python examples/own_labels.py photos --model resnet50 --out my-model --push user/my-model
+
+`photos/labels.csv` has the columns `file`, and `labels` with the names of what is in the picture, separated by spaces.
+Needs pip install 'timm-csra[tune]' pillow.
+"""
+
+import argparse
+import csv
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import timm
+import torch
+from PIL import Image
+from timm.data import create_transform, resolve_model_data_config
+from torch import Tensor, nn
+
+import timm_csra
+
+
+def batches(
+    folder: Path, model: nn.Module, names: list[str], rows: list[dict[str, str]], size: int = 32
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Images as the model takes them, with 1 for each class in the picture and 0 for the others."""
+    transform = create_transform(**resolve_model_data_config(model), is_training=False)
+    for some in (rows[start : start + size] for start in range(0, len(rows), size)):
+        images = [transform(Image.open(folder / row["file"]).convert("RGB")) for row in some]
+        labels = [[name in row["labels"].split() for name in names] for row in some]
+        yield torch.stack(images), torch.tensor(labels).float()
+
+
+def train_classifier(model: nn.Module, loader: Iterable[tuple[Tensor, Tensor]], steps: int = 300) -> None:
+    """With a sigmoid for each class. The backbone is not trained: its features are computed once."""
+    with torch.no_grad():
+        found = [(model.forward_head(model.forward_features(x), pre_logits=True), y) for x, y in loader]
+    features, targets = (torch.cat(part) for part in zip(*found, strict=True))
+    classifier = model.get_classifier()
+    optimizer = torch.optim.AdamW(classifier.parameters(), lr=1e-2, weight_decay=1e-2)
+    for _ in range(steps):
+        loss = nn.functional.binary_cross_entropy_with_logits(classifier(features), targets)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+
+def main(arguments: list[str] | None = None) -> nn.Module:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("photos", type=Path)
+    parser.add_argument("--model", default="resnet50", help="as timm.create_model takes it (default: %(default)s)")
+    parser.add_argument("--out", type=Path, default=Path("my-model"), help="default: %(default)s")
+    parser.add_argument("--push", metavar="USER/NAME", help="also to the Hugging Face Hub")
+    args = parser.parse_args(arguments)
+    torch.manual_seed(0)
+
+    with (args.photos / "labels.csv").open(encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    names = sorted({name for row in rows for name in row["labels"].split()})
+    order = torch.randperm(len(rows)).tolist()
+    train, held_out = ([rows[i] for i in part] for part in (order[::2], order[1::2]))
+
+    model = timm.create_model(args.model, pretrained=True, num_classes=len(names)).eval()  # with a new classifier
+    model.pretrained_cfg["label_names"] = names  # saved with the model
+    train_classifier(model, batches(args.photos, model, names, train))
+
+    # On logits, because the classifier was trained with a sigmoid; lam is 0 where nothing says that another one helps.
+    found = timm_csra.tune(model, batches(args.photos, model, names, held_out), scores="logits")
+    print(found)
+    timm_csra.wrap(model, lam=found.lam, temperature=found.temperature, scores="logits")
+
+    timm_csra.save_pretrained(model, args.out)  # timm_csra.from_pretrained(args.out) loads it
+    if args.push:
+        print(timm_csra.push_to_hub(model, args.push).commit_url)
+    return model
+
+
+if __name__ == "__main__":
+    main()

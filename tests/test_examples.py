@@ -1,0 +1,85 @@
+"""The scripts of `examples/`, as somebody would run them."""
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+from torch import nn
+
+import timm_csra
+from examples.own_labels import batches, main
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    """Each label is a disc of its colour somewhere on grey noise."""
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    rng, rows = np.random.default_rng(0), ["file,labels"]
+    rows_of_pixels, columns = np.mgrid[:96, :96]
+    for index in range(80):
+        pixels, labels = rng.integers(90, 120, (96, 96, 3), dtype=np.uint8), []
+        for channel, name in enumerate(("red", "green", "blue")):
+            if rng.random() < 0.5:
+                y, x = rng.integers(12, 84, 2)
+                pixels[(rows_of_pixels - y) ** 2 + (columns - x) ** 2 < 144] = 255 * np.eye(3)[channel]
+                labels.append(name)
+        Image.fromarray(pixels).save(folder / f"{index}.png")
+        rows.append(f"{index}.png,{' '.join(labels)}")
+    (folder / "labels.csv").write_text("\n".join(rows), encoding="utf-8")
+    return folder
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> str:
+    torch.manual_seed(0)
+    model = timm.create_model("test_resnet", num_classes=7)
+    model.pretrained_cfg |= {"input_size": (3, 96, 96), "label_names": list("abcdefg")}
+    timm.models.save_for_hf(model, str(tmp_path / "checkpoint"), safe_serialization=True)
+    return f"local-dir:{tmp_path / 'checkpoint'}"
+
+
+def test_own_labels(
+    tmp_path: Path, photos: Path, checkpoint: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pushed = []
+
+    def push(model: nn.Module, name: str) -> SimpleNamespace:
+        pushed.append((model, name))
+        return SimpleNamespace(commit_url=f"https://hub/{name}/commit")
+
+    monkeypatch.setattr(timm_csra, "push_to_hub", push)
+    arguments = [str(photos), "--model", checkpoint, "--out", str(tmp_path / "out")]
+    model = main([*arguments, "--push", "user/colours"])
+    assert pushed == [(model, "user/colours")]
+    printed = capsys.readouterr().out
+    assert "on held-out images  mAP" in printed and printed.endswith("https://hub/user/colours/commit\n")
+    assert timm_csra.is_wrapped(model) and model.csra.scores == "logits"
+
+    again = timm_csra.from_pretrained(tmp_path / "out")
+    assert again.csra == model.csra and again.pretrained_cfg["label_names"] == ["blue", "green", "red"]
+    rows = [{"file": f"{index}.png", "labels": ""} for index in range(4)]
+    ((images, _),) = batches(photos, again, ["blue", "green", "red"], rows)
+    for lam in (model.csra.lam, 0.2):
+        model.csra.lam = again.csra.lam = lam
+        with torch.inference_mode():
+            assert torch.equal(again(images), model(images))
+
+
+def test_the_classifier_learns_and_the_backbone_stays(tmp_path: Path, photos: Path, checkpoint: str) -> None:
+    """On a backbone that was not trained at all, colours are told apart all the same."""
+    model = timm_csra.unwrap(main([str(photos), "--model", checkpoint, "--out", str(tmp_path / "out")]))
+    before = timm.create_model(checkpoint, pretrained=True).state_dict()
+    after = {name: weight for name, weight in model.state_dict().items() if not name.startswith("fc.")}
+    assert all(torch.equal(weight, before[name]) for name, weight in after.items()) and len(after) > 10
+    rows = [line.split(",") for line in (photos / "labels.csv").read_text().splitlines()[1:]]
+    loader = batches(
+        photos, model, ["blue", "green", "red"], [dict(zip(("file", "labels"), row, strict=True)) for row in rows]
+    )
+    with torch.inference_mode():
+        right = torch.cat([(model(images) > 0) == (targets > 0) for images, targets in loader])
+    assert right.float().mean() > 0.8
