@@ -222,8 +222,8 @@ class Drawn:
 
 
 @st.composite
-def sweeps(draw: st.DrawFn, failures: float = 0.0) -> Drawn:
-    groups = draw(st.lists(st.lists(st.integers(1, 10_000), min_size=1, max_size=6), min_size=1, max_size=12))
+def sweeps(draw: st.DrawFn, failures: float = 0.0, longest: int = 10_000) -> Drawn:
+    groups = draw(st.lists(st.lists(st.integers(1, longest), min_size=1, max_size=6), min_size=1, max_size=12))
     cells = cells_with({f"m{i}": group for i, group in enumerate(groups)})
     devices, ahead, seed = draw(st.integers(1, 30)), draw(st.sampled_from([None, 0])), draw(st.integers(0, 99))
     seconds = lambda cell: float(cell.images)  # noqa: E731
@@ -244,8 +244,10 @@ def test_no_device_idles_while_a_cell_waits(drawn: Drawn) -> None:
 
 
 @settings(max_examples=30, deadline=None)
-@given(sweeps(failures=0.5))
+@given(sweeps(failures=0.5, longest=2_000))
 def test_nothing_is_lost_with_the_nodes(drawn: Drawn) -> None:
+    """One node in two is lost in an hour. That one cell of 2,000 s loses ten of them, after which it is given up, has a
+    probability below 1e-6."""
     found = simulate(drawn.cells, drawn.cluster)
     assert found.lost == 0
     assert found.spent.computing == pytest.approx(sum(cell.images for cell in drawn.cells))
