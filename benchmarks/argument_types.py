@@ -2,6 +2,7 @@
 before anything is run."""
 
 import argparse
+import math
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
@@ -19,6 +20,14 @@ def natural(text: str) -> int:
 
 def share(text: str) -> float:
     return _number(text, float, lambda number: 0 < number <= 1, "a share above 0, at most 1")
+
+
+def above_zero(text: str) -> float:
+    return _number(text, float, lambda number: 0 < number < math.inf, "a number above 0")
+
+
+def from_zero(text: str) -> float:
+    return _number(text, float, lambda number: 0 <= number < math.inf, "0 or a number above it")
 
 
 def _number(text: str, kind: type[Number], fits: Callable[[Number], bool], expected: str) -> Number:

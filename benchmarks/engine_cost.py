@@ -31,7 +31,7 @@ from .checkpoints.downloads import Downloads
 from .checkpoints.find import Checkpoint
 from .data.datasets import ImageSet
 from .engines.local import Engine, LocalEngine
-from .engines.schedule import Run
+from .engines.run import Run
 from .engines.worker import Models
 from .memory import peak_of
 from .records.files import Record, read_records

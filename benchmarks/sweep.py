@@ -28,7 +28,7 @@ from .data.calibration import without_measured
 from .data.datasets import DataError, ImageSet
 from .engines.estimate import estimate
 from .engines.local import Engine, EngineError, LocalEngine, Progress
-from .engines.schedule import Run
+from .engines.run import Run
 from .records.files import Record
 from .records.identity import Place, names_apart
 from .records.phases import where_the_time_went

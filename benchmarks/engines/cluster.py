@@ -17,7 +17,14 @@ from typing import Any, Self
 
 import ray
 import torch
-from ray.exceptions import GetTimeoutError, NodeDiedError, RayError, RayTaskError, TaskUnschedulableError
+from ray.exceptions import (
+    GetTimeoutError,
+    NodeDiedError,
+    ObjectLostError,
+    RayError,
+    RayTaskError,
+    TaskUnschedulableError,
+)
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 import timm_csra
@@ -30,7 +37,7 @@ from ..scoring.environment import PACKAGES
 from ..scoring.measure import failure
 from ..scoring.software import versions
 from .estimate import memory_of
-from .local import ATTEMPTS, KEEP_MEMORY, EngineError, Outcome
+from .local import KEEP_MEMORY, EngineError, Lost, Outcome
 from .worker import Compute, Models, compute, output_to
 
 AHEAD = 2  # cells that a slot of the cluster has at a time, one of them waiting, so that none idles
@@ -68,9 +75,7 @@ class RayEngine:
         self._needed = _software()
         self._images = {id(images): (images, ray.put(images)) for images in data}
         self._compute = ray.put(compute)
-        self._task = ray.remote(num_cpus=cpus, num_gpus=self._gpus, max_retries=ATTEMPTS - 1, retry_exceptions=False)(
-            _compute_cell
-        )
+        self._task = ray.remote(num_cpus=cpus, num_gpus=self._gpus, max_retries=0)(_compute_cell)
         self._in_flight: dict[Any, tuple[Cell, Path, float]] = {}
         self._slots, self._looked = 1, -1.0
         self._check_nodes(data)
@@ -115,10 +120,11 @@ class RayEngine:
             if isinstance(error.cause, EngineError):
                 raise EngineError(str(error.cause)) from None
             raise
-        except RayError as error:  # the worker or its node is gone, also after it was tried again
+        except RayError as error:  # the worker is gone, or its node, and with it maybe a record that was there
             first = str(error).strip().splitlines()[0]
-            why = f"the process of this cell died, {ATTEMPTS} times: {type(error).__name__}: {first}"
-            return Outcome(cell, failure(cell, self._options, why, time.perf_counter() - started))
+            why = f"the process of this cell died: {type(error).__name__}: {first}"
+            lost: Lost = "node" if isinstance(error, (NodeDiedError, ObjectLostError)) else "worker"
+            return Outcome(cell, failure(cell, self._options, why, time.perf_counter() - started), lost)
         if said:
             log.parent.mkdir(parents=True, exist_ok=True)
             with log.open("ab") as file:

@@ -85,6 +85,12 @@ def memory_of(cell: Cell, options: Options) -> float:
     return 2 * 2**30 + 3 * 4.0 * cell.images * classes * (1 + len(terms))
 
 
+def architectures() -> dict[str, tuple[int, int]]:
+    """Height and width of the architectures whose multiply-accumulates `docs/coverage.csv` has."""
+    rows = ((name, row["input_size"]) for name, row in _table().items() if row["input_size"] and row["macs"])
+    return {name: (int(size.split("x")[-2]), int(size.split("x")[-1])) for name, size in rows}
+
+
 @cache
 def _table() -> dict[str, dict[str, str]]:
     if not TABLE.is_file():

@@ -2,7 +2,7 @@
 of the records is the caller's affair (`run.py`). Here is the one of this machine: a worker process for each device.
 
 A segmentation fault, a kill for memory or a broken CUDA context ends a worker, and nothing else: another takes its
-place, the cell in flight is recorded as failed, and is computed once more. A worker in which a cell has failed is
+place, and the cell in flight comes back as lost. A worker in which a cell has failed is
 replaced too, so that no cell inherits a damaged process.
 """
 
@@ -17,7 +17,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from typing import Any, Protocol, Self
+from typing import Any, Literal, Protocol, Self
 
 import torch
 
@@ -29,7 +29,7 @@ from ..scoring.measure import failure
 from .worker import Compute, Models, compute, output_to
 
 Progress = Callable[[Cell, int, int], None]  # a cell, batches done, batches in all
-ATTEMPTS = 2  # of a cell whose worker dies
+Lost = Literal["worker", "node"]
 
 
 class EngineError(RuntimeError):
@@ -38,11 +38,11 @@ class EngineError(RuntimeError):
 
 @dataclass(frozen=True)
 class Outcome:
-    """The record of a cell. Not `final`: its worker has died, and the cell is computed once more."""
+    """The record of a cell; `lost`: what has died under it."""
 
     cell: Cell
     record: Record
-    final: bool = True
+    lost: Lost | None = None
 
 
 class Engine(Protocol):
@@ -71,8 +71,6 @@ class _Worker:
     sent: set[int] = field(default_factory=set)  # ids of the image sets that it has
     checkpoint: Checkpoint | None = None
     cell: Cell | None = None
-    log: Path = Path()
-    attempt: int = 1
     started: float = 0.0
 
 
@@ -102,7 +100,7 @@ class LocalEngine:
         idle = [worker for worker in self._workers if worker.cell is None]
         # The one that has the checkpoint in memory, else one that has none.
         worker = min(idle, key=lambda w: 0 if w.checkpoint == cell.checkpoint else 1 if w.checkpoint is None else 2)
-        self._start(worker, cell, log, attempt=1)
+        self._start(worker, cell, log)
 
     def poll(self, seconds: float) -> list[Outcome]:
         busy = {worker.connection: worker for worker in self._workers if worker.cell is not None}
@@ -135,8 +133,8 @@ class LocalEngine:
         for process in self._ending:
             process.join()
 
-    def _start(self, worker: _Worker, cell: Cell, log: Path, attempt: int) -> None:
-        worker.cell, worker.log, worker.attempt, worker.started = cell, log, attempt, time.perf_counter()
+    def _start(self, worker: _Worker, cell: Cell, log: Path) -> None:
+        worker.cell, worker.started = cell, time.perf_counter()
         worker.checkpoint = cell.checkpoint
         if worker.process is None:
             worker.connection, theirs = self._context.Pipe()
@@ -156,13 +154,10 @@ class LocalEngine:
     def _died(self, worker: _Worker) -> Outcome:
         assert worker.cell is not None
         worker.process.join()
-        why, cell, log, attempt = _why(worker.process.exitcode), worker.cell, worker.log, worker.attempt
-        record = failure(cell, worker.options, why, time.perf_counter() - worker.started) | {"attempts": attempt}
+        cell, why = worker.cell, _why(worker.process.exitcode)
         worker.cell = None
         self._retire(worker)
-        if attempt < ATTEMPTS:
-            self._start(worker, cell, log, attempt + 1)
-        return Outcome(cell, record, final=attempt >= ATTEMPTS)
+        return Outcome(cell, failure(cell, worker.options, why, time.perf_counter() - worker.started), lost="worker")
 
     def _retire(self, worker: _Worker) -> None:
         """Another process will take its place."""

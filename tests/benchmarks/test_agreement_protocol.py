@@ -22,7 +22,7 @@ from benchmarks.data.datasets import ImageSet, Source
 from benchmarks.data.sources import load_image_set, load_pictures
 from benchmarks.engines.estimate import estimate
 from benchmarks.engines.local import LocalEngine
-from benchmarks.engines.schedule import Run
+from benchmarks.engines.run import Run
 from benchmarks.engines.worker import Models
 from benchmarks.report import main as report
 from benchmarks.reporting.tables import print_records

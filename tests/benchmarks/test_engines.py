@@ -33,7 +33,7 @@ from benchmarks.engine_cost import Named
 from benchmarks.engines import cluster as cluster_engine
 from benchmarks.engines.cluster import RayEngine
 from benchmarks.engines.local import EngineError, LocalEngine
-from benchmarks.engines.schedule import Run
+from benchmarks.engines.run import Run
 from benchmarks.engines.worker import Models
 from benchmarks.records.files import read_records
 from benchmarks.scoring.cells import Cell, Options

@@ -14,12 +14,15 @@ import pytest
 import timm
 import torch
 from PIL import Image
+from rich.console import Console
 from timm.data import create_transform, resolve_data_config
 from torch import nn
 
+from benchmarks.checkpoints.downloads import Downloads
 from benchmarks.checkpoints.find import Checkpoint
 from benchmarks.data.sources import load_image_set
-from benchmarks.engines.local import Engine, LocalEngine, Outcome
+from benchmarks.engines.local import LocalEngine, Outcome
+from benchmarks.engines.run import Run
 from benchmarks.scoring.cells import Cell, Options
 from benchmarks.sweep import main
 from timm_csra.evaluation.scoring import DEFAULT, PLAIN
@@ -78,21 +81,35 @@ class Silent(Checkpoint):
         return model
 
 
+class Heard(LocalEngine):
+    """Keeps what has come out, also where its cell is computed once more."""
+
+    def __init__(self, options: Options) -> None:
+        super().__init__([options])
+        self.outcomes: list[Outcome] = []
+
+    def poll(self, seconds: float) -> list[Outcome]:
+        outcomes = super().poll(seconds)
+        self.outcomes += outcomes
+        return outcomes
+
+
 def run(tmp_path: Path, photos: Path, checkpoint: Checkpoint, count: int = 2) -> list[dict]:
+    """All records of the cells: one, or two where its process has died."""
     data = load_image_set(photos)
     cells = [Cell(checkpoint, data, "single", (64 + 32 * i,) * 2) for i in range(count)]
     options = Options((PLAIN, DEFAULT), workers=0, batch_size=12)
-    with LocalEngine([options]) as engine:
-        return [record for cell in cells for record in computed(engine, cell, tmp_path / "logs" / f"{cell.size}.log")]
+    out = tmp_path / "out" / type(checkpoint).__name__
+    engine, run = Heard(options), Run(options, out, {}, False, Console(quiet=True))
+    for _ in run.records(cells, lambda _: engine, Downloads(False, False)):
+        pass
+    return [outcome.record for outcome in engine.outcomes]
 
 
-def computed(engine: Engine, cell: Cell, log: Path) -> list[dict]:
-    """All records of a cell: one, or two where its process has died."""
-    engine.submit(cell, log)
-    outcomes: list[Outcome] = []
-    while not outcomes or not outcomes[-1].final:
-        outcomes += engine.poll(1)
-    return [outcome.record for outcome in outcomes]
+def said(tmp_path: Path) -> str:
+    """The output of the cell of 64 pixels."""
+    (log,) = (tmp_path / "out").glob("*/logs/*--64--*.log")
+    return log.read_text()
 
 
 @pytest.mark.parametrize("name", ["SIGSEGV", "SIGKILL"])
@@ -100,7 +117,7 @@ def test_a_dead_process_is_a_failed_record_and_is_tried_once_more(tmp_path: Path
     records = run(tmp_path, photos, Dies("local-dir", folder(tmp_path / name)))
     assert [record["status"] for record in records] == ["failed"] * 4
     assert all(f"the process of this cell died of {name}" in record["reason"] for record in records)
-    assert (tmp_path / "logs" / "(64, 64).log").read_text().count("last words") == 2
+    assert said(tmp_path).count("last words") == 2
     assert [(record["img_size"], record["attempts"]) for record in records] == [(64, 1), (64, 2), (96, 1), (96, 2)]
 
 
@@ -124,7 +141,7 @@ def test_logits_that_are_no_numbers_fail(tmp_path: Path, photos: Path) -> None:
     (record,) = run(tmp_path, photos, Silent("local-dir", path), count=1)
     assert record["status"] == "failed"
     assert "found NaN or infinite logits" in record["reason"]
-    assert "Traceback" in (tmp_path / "logs" / "(64, 64).log").read_text()
+    assert "Traceback" in said(tmp_path)
 
 
 def sweep(out: Path, models: str, data: Path, *more: str) -> tuple[int, list[dict]]:
