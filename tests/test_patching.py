@@ -256,7 +256,8 @@ def test_explain_reads_well() -> None:
     assert "locations         5 x 5 for an input of 3x160x160" in text
     assert "extra MACs        2.40 M" in text  # 25 locations x 96 channels x 1000 classes
     assert (
-        "settings          not wrapped. For weights trained with softmax cross entropy: wrap(model, lam=0.3, sc" in text
+        "settings          not wrapped. Pictures of several objects, weights trained with softmax cross entropy: wrap(m"
+        in text
     )
     wrapped = timm_csra.wrap(create("test_resnet"), lam=0.3, scores="log_softmax")
     text = str(timm_csra.explain(wrapped, 160))
