@@ -27,15 +27,15 @@ _KINDS = {
 # With the evidence of docs/results.md, seven ImageNet-1k checkpoints.
 _SEVERAL = (
     "not wrapped. Pictures of several objects, weights trained with softmax cross entropy: "
-    'wrap(model, lam=0.3, scores="log_softmax") (mosaics gained 2 to 4 points of mAP, COCO 0.5); with a sigmoid for each '
-    "class: wrap(model, lam=0.1) (small heads alone were measured). One object each: leave it plain (no gain, up to 1.4 "
-    "points lost). timm_csra.tune decides on labelled pictures"
+    'wrap(model, lam=0.3, scores="log_softmax") (mosaics gained 2 to 4 points of mAP, COCO 0.5); with a sigmoid for '
+    "each class: wrap(model, lam=0.1) (small heads alone were measured). One object each: leave it plain (no gain, up "
+    "to 1.4 points lost). timm_csra.tune decides on labelled pictures"
 )
 _ADVICE = {
     "exact": _SEVERAL,
     "nonlinear": _SEVERAL,
-    "token": "not wrapped. A class token or attention pooling decides: leave it plain, unless timm_csra.tune finds a gain on "
-    "labelled pictures (of one ViT, mosaics did not gain; COCO gained 1 point of mAP)",
+    "token": "not wrapped. A class token or attention pooling decides: leave it plain, unless timm_csra.tune finds a "
+    "gain on labelled pictures (of one ViT, mosaics did not gain; COCO gained 1 point of mAP)",
 }
 
 

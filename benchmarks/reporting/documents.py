@@ -6,6 +6,7 @@ from timm_csra.evaluation.statistics import AGREEMENT, FIXED, VERSUS
 
 from ..records.files import Record
 from .expected import precision_said
+from .nominal import deficits
 from .page import failures, group_name
 from .pooled import LEGEND as LEGEND_OF_POOLED
 from .pooled import pooled
@@ -111,7 +112,7 @@ def markdown(records: Sequence[Record], rows: Sequence[Row]) -> str:
             cells += [known(by["fixed"]["n"]), number(by["fixed"]["baseline"])]
             cells += [_interval(by.get(protocol)) for protocol in protocols]
             lines.append(f"| {' | '.join(map(str, cells))} |")
-    lines += ["", *(f"- {line}" for line in (*agreement_notes(records), *left_out(records)))]
+    lines += ["", *(f"- {line}" for line in (*agreement_notes(records), *left_out(records), *deficits(records)))]
     if without := failures(records):
         lines += ["", "Without a result:", ""]
         lines += [f"- {len(f['cells'])} cells, {f['status']}: {f['reason']}" for f in without]

@@ -14,6 +14,7 @@ import vl_convert
 from timm_csra.evaluation.statistics import AGREEMENT, CONFIDENCE, VERSUS
 
 from ..records.files import Record, write_text
+from .nominal import deficits
 from .pooled import LEGEND as LEGEND_OF_POOLED
 from .pooled import pooled
 from .summary import FIRST_METRIC, OVER_PLAIN, VERDICTS, Row, headline
@@ -93,7 +94,7 @@ def page_data(records: Sequence[Record], rows: Sequence[Row]) -> Record:
         ],
         "pooled_legend": LEGEND_OF_POOLED,
         "versus": VERSUS,
-        "left_out": left_out(records),
+        "left_out": [*left_out(records), *deficits(records)],
         "first_metrics": FIRST_METRIC,
         "failures": failures(records),
         "measured": [*_measured(records), *(["lam without labels", note] for note in agreement_notes(records))],

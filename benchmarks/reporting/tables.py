@@ -13,6 +13,7 @@ from timm_csra.agreement import FEW
 from timm_csra.evaluation.statistics import AGREEMENT, FIXED, VERSUS
 
 from ..records.files import Record
+from .nominal import deficits
 from .pooled import LEGEND as LEGEND_OF_POOLED
 from .pooled import Pooled
 from .summary import FIRST_METRIC, OVER_PLAIN, VERDICTS, over, versus
@@ -70,7 +71,7 @@ def print_notes(finished: Sequence[Record], console: Console) -> None:
     """What has to be said of the figures of finished cells beside them."""
     if any(record.get("agreement") for record in finished):
         print_prose(LEGEND_OF_AGREEMENT, console)
-    for line in origins(finished):
+    for line in (*origins(finished), *deficits(finished)):
         print_prose(line, console)
     for line in (*agreement_notes(finished), *left_out(finished)):
         console.print(line, style="yellow", markup=False, highlight=False, soft_wrap=True)
