@@ -73,7 +73,7 @@ def _by_head(rows: Sequence[Row]) -> alt.FacetChart | None:
         if one.kind != ALL
     ]
     single = [
-        {"pictures": _pictures(row), "head": row["kind"], "scores": SCORES[row["protocol"]], "each": row["gain"]}
+        {"pictures": _pictures(row), "head": row.get("kind"), "scores": SCORES[row["protocol"]], "each": row["gain"]}
         for row in own
     ]
     if not single:
@@ -99,7 +99,7 @@ def _by_scores(rows: Sequence[Row]) -> alt.LayerChart | None:
     verdicts = {}
     for row in rows:
         if row["requested"] == OWN and row["protocol"] in (*SCORES, VERSUS):
-            key = (_pictures(row), short(row["model"]), row["kind"])
+            key = (_pictures(row), short(row["model"]), row.get("kind"))
             gains[key][row["protocol"]] = row["gain"]
             if row["protocol"] == VERSUS:
                 low, high = row["ci_low"], row["ci_high"]
