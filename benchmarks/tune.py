@@ -31,7 +31,8 @@ from .data import sources
 from .data.classes import COMBINE, NotApplicableError, combined
 from .data.datasets import DataError
 from .engines.worker import Models
-from .reporting.tables import origins, task
+from .reporting.summary import task
+from .reporting.tables import origins
 from .scoring.applicable import Applicability
 from .scoring.measure import score_cell
 from .without_labels import UNLABELLED_LAMS, add_without_labels, choose_without_labels, refuse_what_does_not_apply

@@ -7,10 +7,10 @@ from timm_csra.evaluation.statistics import AGREEMENT, FIXED, VERSUS
 from ..records.files import Record
 from .expected import precision_said
 from .nominal import deficits
-from .page import failures, group_name
+from .page import failures
 from .pooled import LEGEND as LEGEND_OF_POOLED
 from .pooled import pooled
-from .summary import OVER_PLAIN, VERDICTS, Row, headline, versus
+from .summary import OVER_PLAIN, VERDICTS, Row, group_name, headline, versus
 from .tables import LEGEND_OF_AGREEMENT, agreement_notes, by_metric, known, left_out, number, short
 
 TIMM_COLUMNS = ("model", "img_size", "top1", "top1_err", "top5", "top5_err", "param_count", "crop_pct", "interpolation")

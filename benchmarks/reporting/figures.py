@@ -16,8 +16,8 @@ from timm_csra.evaluation.statistics import FIXED, VERSUS
 
 from ..records.files import Record, write_text
 from .pooled import ALL, pooled
-from .summary import FIRST_METRIC, Row
-from .tables import short, task
+from .summary import FIRST_METRIC, Row, task
+from .tables import short
 
 COSTS = ("pictures", "way", "size", "checkpoints", "cost", "gain")  # cost: multiply-accumulates, plain at `OWN` = 1
 OWN = "1x"  # the size that gain by head, by scores and by lam is shown at
@@ -135,7 +135,7 @@ def _by_scores(rows: Sequence[Row]) -> alt.LayerChart | None:
 def _by_lam(records: Sequence[Record]) -> alt.FacetChart | None:
     """The mean gain over checkpoints at each lam with T = inf, and that of every checkpoint."""
     values = [
-        {"pictures": f"{record['data']}, {task(record)}, {result['metric']}", "model": short(record["model"])}
+        {"pictures": _pictures(record | result), "model": short(record["model"])}
         | {"scores": result["scores"], "lam": float(result["lam"]), "gain": result["gain"]}
         for record in records
         if record["status"] == "ok" and OWN in record["requested"]

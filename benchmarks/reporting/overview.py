@@ -8,8 +8,8 @@ from rich.console import Console
 from rich.table import Table
 
 from ..records.files import Record
-from .summary import FIRST_METRIC, OVER_PLAIN, Row
-from .tables import LEGEND, MANY, by_metric, gain, known, number, print_failure, print_notes, print_prose, short, task
+from .summary import FIRST_METRIC, OVER_PLAIN, Row, task
+from .tables import LEGEND, MANY, by_metric, gain, known, number, print_failure, print_notes, print_prose, short
 
 EXTREMES = 10  # cells with the largest gains, and as many with the largest losses
 REASONS = 10  # why cells have no result, the most frequent ones

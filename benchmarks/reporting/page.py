@@ -17,8 +17,8 @@ from ..records.files import Record, write_text
 from .nominal import deficits
 from .pooled import LEGEND as LEGEND_OF_POOLED
 from .pooled import pooled
-from .summary import FIRST_METRIC, OVER_PLAIN, VERDICTS, Row, headline
-from .tables import agreement_notes, left_out, short, task
+from .summary import FIRST_METRIC, OVER_PLAIN, VERDICTS, Row, group_name, headline
+from .tables import agreement_notes, left_out, short
 
 PAGE = Path(__file__).with_name("page.html")
 FIELDS = (  # of a row of the page
@@ -32,13 +32,6 @@ NAMED = (("scores", ""), ("lam", ""), ("kind", ""))  # and what stands for none
 COLOURS = {
     "better": "#1c9b69", "worse": "#dd5a3c", "no evidence": "#878d96", FLAGGED: "#b8860b", NOT_TESTED: "#5b8fc9"
 }  # fmt: skip
-
-
-def group_name(row: Record) -> str:
-    """What belongs together: data, task with the grid of a mosaic, and the size in the words of the request; of a
-    record, in all the words that it was asked in."""
-    requested = row["requested"] if isinstance(row["requested"], str) else "/".join(row["requested"])
-    return f"{row['data']} · {task(row)} · {requested}"
 
 
 def page_data(records: Sequence[Record], rows: Sequence[Row]) -> Record:

@@ -11,7 +11,7 @@ from scipy.stats import norm, t
 from timm_csra.evaluation.statistics import CONFIDENCE, VERSUS
 
 from ..records.resampled import unpacked
-from .summary import OVER_PLAIN, Row, over
+from .summary import OVER_PLAIN, Row, group_name, over
 
 LEGEND = (
     "Pooled gains: unweighted means over checkpoints whose heads are of one kind and have as many classes, with 95 % "
@@ -53,8 +53,7 @@ class Pooled:
     @property
     def where(self) -> str:
         """Data, task with the grid of a mosaic, and size in the words of the request."""
-        grid = f" {self.row['grid']}x{self.row['grid']}" if self.row.get("grid") else ""
-        return f"{self.row['data']} · {self.row['task']}{grid}{over(self.row)} · {self.row['requested']}"
+        return group_name(self.row)
 
     @property
     def heads(self) -> str:

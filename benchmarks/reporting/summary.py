@@ -210,6 +210,19 @@ def over(row: Mapping[str, Any]) -> str:
     return " (all classes)" if row.get("score_classes") == "head" else ""
 
 
+def task(row: Mapping[str, Any]) -> str:
+    """With the grid of a mosaic, and over which classes it is where these are not the data's."""
+    grid = f" {row['grid']}x{row['grid']}" if row.get("grid") else ""
+    return f"{row['task']}{grid}{over(row)}"
+
+
+def group_name(row: Record) -> str:
+    """What belongs together: data, task with the grid of a mosaic, and the size in the words of the request; of a
+    record, in all the words that it was asked in."""
+    requested = row["requested"] if isinstance(row["requested"], str) else "/".join(row["requested"])
+    return f"{row['data']} · {task(row)} · {requested}"
+
+
 def versus(counts: Mapping[tuple[str, ...], Mapping[str, int]]) -> list[str]:
     """What a headline says of the two fixed settings compared with each other."""
     lines = []

@@ -16,7 +16,7 @@ from ..records.files import Record
 from .nominal import deficits
 from .pooled import LEGEND as LEGEND_OF_POOLED
 from .pooled import Pooled
-from .summary import FIRST_METRIC, OVER_PLAIN, VERDICTS, over, versus
+from .summary import FIRST_METRIC, OVER_PLAIN, VERDICTS, task, versus
 
 LEGEND = (
     "Percent, and points of gain over lam=0 with 95 % paired bootstrap intervals over the n images that count for the "
@@ -162,12 +162,6 @@ def _cells(record: Record, metric: str, found: dict[str, Any]) -> dict[str, Any]
     }
 
 
-def task(row: Mapping[str, Any]) -> str:
-    """With the grid of a mosaic, and over which classes it is where these are not the data's."""
-    grid = f" {row['grid']}x{row['grid']}" if row.get("grid") else ""
-    return f"{row['task']}{grid}{over(row)}"
-
-
 def _broken(name: str, width: int) -> str:
     """`log_softmax_vs_logits` over cells that are narrower, in several lines."""
     lines = [""]
@@ -232,9 +226,9 @@ def print_headline(counts: Mapping[tuple[str, ...], Mapping[str, int]], console:
         table.add_column(name, overflow="fold")
     for name in (*VERDICTS, "flagged"):
         table.add_column(name, justify="right")
-    for (data, task, grid, size, metric, protocol), verdicts in counts.items():
+    for (data, what, grid, size, metric, protocol), verdicts in counts.items():
         if protocol in OVER_PLAIN:
-            named = task if grid in ("None", "2") else f"{task} {grid}x{grid}"
+            named = what if grid in ("None", "2") else f"{what} {grid}x{grid}"
             numbers = (str(verdicts.get(name, 0)) for name in (*VERDICTS, "flagged"))
             table.add_row(data, named, size, metric, protocol, *numbers)
     if table.row_count:
