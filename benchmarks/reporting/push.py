@@ -10,6 +10,7 @@ import timm_csra
 from ..checkpoints.find import Checkpoint
 from ..records.files import Record
 from .summary import FIRST_METRIC, Row, task
+
 ENDINGS = re.compile(r"\.(pth\.tar|pth|pt|bin|ckpt|tar|safetensors)$")
 OF_ANY_TRAINING = re.compile(
     r"model_best|last|checkpoint(-\d+)?|averaged|model|pytorch_model|weights"
