@@ -19,7 +19,7 @@ from .records.files import write_table, write_text
 from .reporting.documents import RESULT_COLUMNS, TIMM_COLUMNS, has_agreement, markdown, timm_rows
 from .reporting.figures import COSTS, ways, write_figures
 from .reporting.page import page, page_data, write_plots
-from .reporting.pooled import COLUMNS, pooled
+from .reporting.pooled import COLUMNS, pooled, unpooled
 from .reporting.summary import read_folder
 
 
@@ -42,9 +42,10 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     out = args.out or args.run_dir / "report"
     rows = [row for row in folder.rows if row.get("gain") is not None and not row["not_counted"]]
-    data = page_data(records, rows)
+    notes = [*folder.notes, *unpooled(rows)]
+    data = page_data(records, rows, notes)
     write_text(out / "index.html", page(data))
-    write_text(out / "results.md", markdown(records, rows))
+    write_text(out / "results.md", markdown(records, rows, notes))
     columns = [name for name in RESULT_COLUMNS if has_agreement(records) or AGREEMENT not in name]
     write_table(out / "results.csv", (*TIMM_COLUMNS, *columns), timm_rows(records))
     write_table(out / "pooled.csv", COLUMNS, [one.as_row() for one in pooled(rows)])
@@ -53,7 +54,9 @@ def main(arguments: list[str] | None = None) -> int:
     figures = write_figures(records, rows, out)
     screen.print(f"{out / 'index.html'}: {len(records)} records", highlight=False, soft_wrap=True)
     if replaced := len(folder.records) - len(records):
-        screen.print(f"{replaced} records left out, which later ones replace: summary.csv names them", soft_wrap=True)
+        screen.print(f"{replaced} records left out, which others replace: summary.csv names them", soft_wrap=True)
+    for note in notes:
+        screen.print(note, markup=False, highlight=False, soft_wrap=True)
     screen.print(
         f"{len(plots)} plots, {len(figures)} figures, results.md, results.csv, pooled.csv and compute.csv beside it",
         highlight=False,

@@ -1,19 +1,22 @@
-"""Records of a sweep to send to others, one file of JSON lines for each checkpoint; and what is wrong with such files.
+"""Records of sweeps to send to others, one file of JSON lines for each checkpoint; and what is wrong with such files.
 
-Left out are cells that failed, records that later ones replace, and where the data are on the disk. A folder with such
-files in `records/` is read like that of a sweep: `python -m benchmarks.report FOLDER`.
+Records of all folders go together, and with those that the file has already; of a cell the newest. Left out are cells
+that failed, what the report does not count, and where the data are on the disk. A folder with such files in `records/`
+is read like that of a sweep: `python -m benchmarks.report FOLDER`.
 """
 
 import argparse
 import sys
+from collections import Counter
 from functools import partial
 from pathlib import Path
 
 from rich.console import Console
 
-from .records.files import LINES, read_records
-from .records.lines import faults, write_lines
-from .reporting.summary import read_folder
+from .records.files import LINES, Record, RecordError, read_records
+from .records.lines import faults, files_of, write_lines
+from .reporting.counted import UNDER
+from .reporting.summary import not_counted, rows_of
 from .scoring.software import EVALUATION
 
 
@@ -24,18 +27,32 @@ def main(arguments: list[str] | None = None) -> int:
     warn = partial(log.print, markup=False, highlight=False, soft_wrap=True)
     if args.check:
         return _check(args.paths, screen, warn)
-    written: list[Path] = []
+    found: list[Record] = []
     for run in args.paths:
-        folder = read_folder(run, warn)
-        kept = {repr(record["key"]) for record in folder.counted if record["status"] != "failed"}
-        records = [record for record in read_records(run, warn) if repr(record["key"]) in kept]
-        if not records:
+        if not (measured := read_records(run, warn)):
             warn(f"benchmarks.share: no records in {run / 'records'}; expected the --out folder of a sweep.")
             return 2
-        written += write_lines(args.out / "records", records)
-        if left := len(folder.records) - len(records):
-            warn(f"{run}: {left} records left out, of cells that failed or that later ones replace")
+        found += measured
+    try:
+        files, before = files_of(args.out / "records", {record["model"] for record in found})
+    except RecordError as error:
+        warn(f"benchmarks.share: {error}")
+        return 2
+    every = [*found, *before]
+    why = [
+        "failed" if one["status"] == "failed" else reason for one, reason in zip(every, _replaced(every), strict=True)
+    ]
+    written = write_lines(files, [record for record, reason in zip(every, why, strict=True) if not reason])
+    if left := Counter(filter(None, why)):
+        reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(left.items()))
+        warn(f"{args.out}: {left.total()} records left out: {reasons}")
     return _check(written, screen, warn)
+
+
+def _replaced(records: list[Record]) -> list[str | None]:
+    """Why the report does not count a record. One that is counted under another name may still be sent."""
+    found = not_counted(len(records), rows_of(records))
+    return [None if why and why.startswith(UNDER) else why for why in found]
 
 
 def _check(paths: list[Path], screen: Console, warn: partial[None]) -> int:

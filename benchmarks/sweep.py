@@ -37,7 +37,7 @@ from .records.phases import where_the_time_went
 from .reporting.expected import keep_expected, precision_said
 from .reporting.overview import print_overview, too_many
 from .reporting.plan import TO_DO, Planned, is_long, print_plan
-from .reporting.pooled import pooled
+from .reporting.pooled import pooled, unpooled
 from .reporting.push import choose, push, told_apart
 from .reporting.summary import Row, headline, kept, write_summary
 from .reporting.tables import print_headline, print_pooled, print_prose, print_records
@@ -129,7 +129,7 @@ def main(arguments: list[str] | None = None) -> int:
         print_records(in_order, screen)
         print_headline(headline(mine), screen)
         print_pooled(pooled(mine), screen)
-    for said in precision_said(folder.counted):
+    for said in (*precision_said(folder.counted), *folder.notes, *unpooled(mine)):
         print_prose(said, screen)
     if line := where_the_time_went(in_order):
         print_prose(line, screen)

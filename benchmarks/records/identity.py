@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import PurePath
 from typing import Any
 
+from scipy.cluster.hierarchy import DisjointSet
+
 CHECKPOINT = ("model", "weights")
 # What is asked of the scores. All other names of a key determine the pass, those that are not known here too.
 QUESTION = ("settings", "activation", "average_precision", "calibration_data", "kept_scores", "evaluation")
@@ -57,6 +59,22 @@ class Identity:
         names = BY_PROTOCOL.get(protocol or "", ())
         asked = tuple((name, value) for name, value in self.asked if name in names)
         return (*self.compared, *asked, ("metric", str(metric)), ("protocol", str(protocol)))
+
+
+def same_weights(records: Iterable[Mapping[str, Any]]) -> dict[str, str]:
+    """Give for the name of each checkpoint one name for all that have its weights, as a wheel, a folder and a
+    repository of the Hub may: by the hash of the weights as they were loaded (`weights_sha256`), else of their files."""
+    found: DisjointSet[tuple[str, str]] = DisjointSet()
+    names = {}
+    for record in records:
+        name = ("model", record["model"])
+        hashes = ("weights_sha256", record.get("weights_sha256")), ("weights", record["key"].get("weights"))
+        for node in (name, *(of for of in hashes if of[1])):
+            found.add(node)
+            found.merge(name, node)
+        names[record["model"]] = name
+    first: dict[Any, str] = {}
+    return {model: first.setdefault(found[name], model) for model, name in names.items()}
 
 
 def readable(key: Mapping[str, Any]) -> str:

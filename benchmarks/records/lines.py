@@ -1,8 +1,9 @@
 """Records of a checkpoint as lines of one file, to be sent to others: what is wrong with such a file, and which of a
 record's fields say where it was made."""
 
+import hashlib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,25 +13,57 @@ from .identity import Identity
 PRIVATE = ("where", "traceback", "kept_scores")  # places on the disk of who has measured
 
 
-def write_lines(folder: Path, records: Iterable[Record]) -> list[Path]:
-    """Write `MODEL.jsonl` for each checkpoint, a record a line in the order of their keys, without `PRIVATE`."""
+def write_lines(files: Mapping[str, Path], records: Iterable[Record]) -> list[Path]:
+    """Write to the file of each checkpoint a record a line, in the order of their keys, without `PRIVATE`."""
     by_model: dict[str, list[Record]] = {}
     for record in records:
         by_model.setdefault(record["model"], []).append(record)
-    written = []
     for model, mine in sorted(by_model.items()):
         lines = [
             json.dumps({name: value for name, value in record.items() if name not in PRIVATE}, allow_nan=False)
             for record in sorted(mine, key=lambda record: json.dumps(record["key"], sort_keys=True))
         ]
-        written.append(folder / file_name(model))
-        write_text(written[-1], "\n".join([*lines, ""]))
-    return written
+        write_text(files[model], "\n".join([*lines, ""]))
+    return [files[model] for model in sorted(by_model)]
 
 
-def file_name(model: str) -> str:
-    """Of the records of a checkpoint."""
-    return "".join(c if c.isalnum() or c in "._-" else "_" for c in model)[-180:] + LINES
+def files_of(folder: Path, models: Iterable[str]) -> tuple[dict[str, Path], list[Record]]:
+    """Which file in a folder is that of each checkpoint, a file for each, and the records that these files have now.
+
+    Raises:
+        RecordError: such a file has a line that is no record, which would be lost if it was written anew.
+    """
+    there = {file.name.casefold(): file for file in folder.glob(f"*{LINES}")}
+    taken: dict[str, str] = {}
+    files: dict[str, Path] = {}
+    before: list[Record] = []
+    for model in sorted(models):
+        for name in file_names(model):
+            if name.casefold() not in taken and name.casefold() in there:
+                found = _whole(there[name.casefold()])
+                taken[name.casefold()] = found[0]["model"] if found else model
+                before += found
+            if taken.setdefault(name.casefold(), model) == model:
+                files[model] = there.get(name.casefold(), folder / name)
+                break
+    return files, [record for record in before if record["model"] in files]
+
+
+def _whole(file: Path) -> list[Record]:
+    found: list[Record] = []
+    for read in read_lines(file):
+        if isinstance(read, RecordError):
+            raise RecordError(f"{read} Mend or delete that line first: the file is to be written anew.")
+        found.append(read)
+    if len(models := {record["model"] for record in found}) > 1:
+        raise RecordError(f"{file}: found records of {len(models)} checkpoints, expected one. Mend or delete it first.")
+    return found
+
+
+def file_names(model: str) -> tuple[str, str]:
+    """Of the records of a checkpoint; the second where a checkpoint of a similar name has the first."""
+    name = "".join(c if c.isalnum() or c in "._-" else "_" for c in model)[-180:]
+    return name + LINES, f"{name}--{hashlib.sha256(model.encode()).hexdigest()[:8]}{LINES}"
 
 
 def faults(path: Path, evaluation: int, least: float = 1e-3) -> list[str]:
@@ -61,8 +94,8 @@ def faults(path: Path, evaluation: int, least: float = 1e-3) -> list[str]:
     models = {record["model"] for record in records}
     if len(models) > 1:
         found.append(f"{path}: found records of {len(models)} checkpoints, expected one")
-    elif path.name != (expected := file_name(records[0]["model"])):
-        found.append(f"{path}: found the records of {records[0]['model']}, expected the name {expected}")
+    elif path.name not in (expected := file_names(records[0]["model"])):
+        found.append(f"{path}: found the records of {records[0]['model']}, expected the name {expected[0]}")
     return found
 
 

@@ -68,8 +68,8 @@ def timm_rows(records: Iterable[Record]) -> list[Row]:
     return rows
 
 
-def markdown(records: Sequence[Record], rows: Sequence[Row]) -> str:
-    """Verdicts, then a line for each checkpoint and metric; losses and failures too."""
+def markdown(records: Sequence[Record], rows: Sequence[Row], notes: Iterable[str] = ()) -> str:
+    """Verdicts, then a line for each checkpoint and metric; losses and failures too. `notes`: what else is to be said."""
     protocols = (*FIXED, VERSUS, *([AGREEMENT] if has_agreement(records) else []), "crossfit")
     lines = [
         "# Results",
@@ -97,7 +97,7 @@ def markdown(records: Sequence[Record], rows: Sequence[Row]) -> str:
             f"- flagged, and left out of these counts: {', '.join(flagged)}, whose lam = 0 disagrees with the "
             "published figure by more than 0.1 points of top-1."
         )
-    lines += [f"- {line}" for line in precision_said(records)]
+    lines += [f"- {line}" for line in (*precision_said(records), *notes)]
     lines += [
         "",
         "`fixed`: logits, lam 0.1. `fixed_log_softmax`: lam 0.3. Both with T inf. n: images that count for the metric.",

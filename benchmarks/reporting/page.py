@@ -34,8 +34,8 @@ COLOURS = {
 }  # fmt: skip
 
 
-def page_data(records: Sequence[Record], rows: Sequence[Row]) -> Record:
-    """Everything the page shows, as plain JSON: tables in columns, names as numbers."""
+def page_data(records: Sequence[Record], rows: Sequence[Row], notes: Iterable[str] = ()) -> Record:
+    """Everything the page shows, as plain JSON: tables in columns, names as numbers. `notes`: what else is to be said."""
     names: dict[str, int] = {}
 
     def number(text: Any) -> int:
@@ -87,7 +87,7 @@ def page_data(records: Sequence[Record], rows: Sequence[Row]) -> Record:
         ],
         "pooled_legend": LEGEND_OF_POOLED,
         "versus": VERSUS,
-        "left_out": [*left_out(records), *deficits(records)],
+        "left_out": [*left_out(records), *deficits(records), *notes],
         "first_metrics": FIRST_METRIC,
         "failures": failures(records),
         "measured": [*_measured(records), *(["lam without labels", note] for note in agreement_notes(records))],

@@ -1,7 +1,8 @@
 """What gains of several checkpoints say together: small ones in one direction are evidence that single tests miss."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -82,22 +83,68 @@ def pooled(rows: Iterable[Row]) -> list[Pooled]:
     """Give the pooled gain of each kind of head, and of all kinds where there are several: of two checkpoints or more
     that share data, task, size as it was asked for, metric, protocol and the head's number of classes.
 
-    Rows without an interval are left out, and those that a later record replaces, and of checkpoints whose baseline
-    disagrees with the published one.
+    Rows without an interval are left out, and those that do not count, of cells that failed, of checkpoints whose
+    baseline disagrees with the published one; `unpooled` says what else is.
     """
     groups: dict[tuple[str, tuple[object, ...]], list[Row]] = {}
-    for row in rows:
-        counts = not row["not_counted"] and row.get("baseline_check") != "flagged"
-        if counts and row.get("resampled") and row["protocol"] in (*OVER_PLAIN, VERSUS):
-            same = (row["_family"], row["head_classes"], row["n"])
-            for kind in (row["kind"], ALL):
-                groups.setdefault((str(kind), same), []).append(row)
+    for row in filter(_can_be, _counting(rows)):
+        same = (row["_family"], row["head_classes"], row["n"], len(row["resampled"]))
+        for kind in (row["kind"], ALL):
+            groups.setdefault((str(kind), same), []).append(row)
     found = []
     for (kind, _), members in groups.items():
         alone = kind == ALL and len({row["kind"] for row in members}) == 1
         if len(members) > 1 and not alone:
             found.append(_pooled(kind, members))
     return found
+
+
+def unpooled(rows: Iterable[Row]) -> list[str]:
+    """Say of which checkpoints gains with an interval are not among those that are pooled, though others of the same
+    data, task, size, metric, protocol and number of classes are there, and why."""
+    families: dict[object, list[Row]] = {}
+    for row in _counting(rows):
+        families.setdefault(row["_family"], []).append(row)
+    other: dict[tuple[str, int, int], dict[str, dict[str, None]]] = {}
+    lacking: dict[str, dict[str, None]] = {}
+    for family in families.values():
+        of_classes: dict[int, list[Row]] = {}
+        for row in family if len(family) > 1 else ():
+            if _can_be(row):
+                of_classes.setdefault(row["head_classes"], []).append(row)
+            else:
+                lacking.setdefault(group_name(row), {})[row["model"]] = None
+        for alike in of_classes.values():
+            most = Counter(row["n"] for row in alike).most_common(1)[0][0]
+            of_most = Counter(len(row["resampled"]) for row in alike).most_common(1)[0][0]
+            for row in alike:
+                if row["n"] != most:
+                    models = other.setdefault((group_name(row), row["n"], most), {}).setdefault(row["model"], {})
+                    models[row["metric"]] = None
+                elif len(row["resampled"]) != of_most:
+                    lacking.setdefault(group_name(row), {})[row["model"]] = None
+    lines = []
+    for (where, n, most), models in other.items():
+        metrics = ", ".join(dict.fromkeys(metric for of in models.values() for metric in of))
+        said = f"{where}: not pooled are {', '.join(sorted(models))} on {n} images for {metrics}"
+        lines.append(f"{said}, where others are on {most}.")
+    lines += [
+        f"{where}: not pooled are {', '.join(sorted(models))}, whose records lack head_classes, kind or resampled gains as "
+        "others have them: measure them again."
+        for where, models in lacking.items()
+    ]
+    return lines
+
+
+def _counting(rows: Iterable[Row]) -> Iterator[Row]:
+    for row in rows:
+        counts = row["status"] == "ok" and not row["not_counted"] and row.get("baseline_check") != "flagged"
+        if counts and row.get("protocol") in (*OVER_PLAIN, VERSUS) and row["ci_low"] is not None:
+            yield row
+
+
+def _can_be(row: Row) -> bool:
+    return all(row.get(name) is not None for name in ("resampled", "head_classes", "kind", "n"))
 
 
 def _pooled(kind: str, rows: Sequence[Row]) -> Pooled:

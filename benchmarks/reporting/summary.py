@@ -14,6 +14,7 @@ from timm_csra.evaluation.statistics import AGREEMENT, FIXED, VERSUS
 
 from ..records.files import Record, read_records, to_stderr, write_table
 from ..records.identity import Identity, Part, answers, differences, names_apart
+from .counted import OTHER_WEIGHTS, Row, checkpoints, count_once, notes, replaced
 from .expected import check, read_expected
 
 COLUMNS = (
@@ -27,10 +28,6 @@ VERDICTS = ("better", "worse", "no evidence")
 OVER_PLAIN = (*FIXED, AGREEMENT, "crossfit")  # protocols whose verdicts are of gains over the plain model
 FIRST_METRIC = {"single": "top1", "real": "top1", "multilabel": "mAP", "mosaic": "mAP"}  # what decides, for each task
 
-# Why a row does not count.
-OTHER_WEIGHTS, AGAIN = "other weights since", "measured again since"
-
-Row = dict[str, Any]
 CALLED = {"data_fingerprint": "data", "calibration_data": "calibration"}  # in what tells lines apart
 
 
@@ -51,6 +48,11 @@ class Folder:
     def counted(self) -> list[Record]:
         """Without those that later ones replace."""
         return [record for record in self.records if not record["not_counted"]]
+
+    @property
+    def notes(self) -> list[str]:
+        """See `notes`."""
+        return notes(self.rows)
 
     def replaced(self, record: Record) -> bool:
         """Whether a later record says that its checkpoint has other weights."""
@@ -76,14 +78,20 @@ def read_folder(folder: Path, warn: Callable[[str], object] = to_stderr) -> Fold
         for record in read_records(folder, warn)
     ]
     rows = rows_of(records)
+    told = [
+        record | {"data": name, "not_counted": why}
+        for record, name, why in zip(records, told_apart(records), not_counted(len(records), rows), strict=True)
+    ]
+    return Folder(told, rows)
+
+
+def not_counted(records: int, rows: Iterable[Row]) -> list[str | None]:
+    """Why so many records do not count: those none of whose rows does."""
     reasons: dict[int, set[str | None]] = {}
     for row in rows:
         reasons.setdefault(row["_record"], set()).add(row["not_counted"])
-    told = []
-    for place, (record, name) in enumerate(zip(records, told_apart(records), strict=True)):
-        why = reasons.get(place, {None})
-        told.append(record | {"data": name, "not_counted": None if None in why else min(map(str, why))})
-    return Folder(told, rows)
+    found = (reasons.get(place, {None}) for place in range(records))
+    return [None if None in why else min(map(str, why)) for why in found]
 
 
 def told_apart(records: Sequence[Record]) -> list[str]:
@@ -112,10 +120,11 @@ def rows_of(records: Sequence[Record]) -> list[Row]:
     result.
 
     `p_holm` is the p-value after Holm's correction over the checkpoints of a family, within one requested size.
-    `verdict` is what it says at 5 %. A checkpoint counts once: `not_counted` says of the other rows which later record
-    has taken their place.
+    `verdict` is what it says at 5 %. A checkpoint counts once, whatever it is called: `not_counted` says of the other
+    rows why they do not.
     """
-    names, replaced = told_apart(records), _replaced(records)
+    names, why = told_apart(records), replaced(records)
+    same = checkpoints(records, why)
     requests: dict[Part, dict[str, None]] = {}
     identities = [Identity.of(record["key"]) for record in records]
     for record, identity in zip(records, identities, strict=True):
@@ -128,8 +137,8 @@ def rows_of(records: Sequence[Record]) -> list[Row]:
                 continue
             part = identity.family(result.get("metric"), result.get("protocol"))
             rows += [
-                {**record, "data": names[place], **result, "requested": word, "not_counted": replaced[place]}
-                | {"_record": place, "_family": (part, word)}
+                {**record, "data": names[place], **result, "requested": word, "not_counted": why[place]}
+                | {"_record": place, "_family": (part, word), "_checkpoint": same[place]}
                 for word in words
             ]
     families: dict[Any, list[Row]] = {}
@@ -138,14 +147,9 @@ def rows_of(records: Sequence[Record]) -> list[Row]:
     _name_families(families)
     gc.freeze()  # statsmodels collects garbage at every call, which takes 60 ms beside all that torch holds
     for family in families.values():
-        newest: dict[str, Row] = {}
-        for row in sorted(family, key=lambda row: str(row.get("finished"))):
-            if not row["not_counted"]:
-                newest[row["model"]] = row
-        for row in family:
-            if not row["not_counted"] and row is not newest[row["model"]]:
-                row["not_counted"] = AGAIN
-        tested = [row for row in family if not row["not_counted"] and row.get("p_value") is not None]
+        count_once(family)
+        done = (row for row in family if row["status"] == "ok" and not row["not_counted"])
+        tested = [row for row in done if row.get("p_value") is not None]
         if not tested:
             continue
         corrected = multipletests([row["p_value"] for row in tested], alpha=ALPHA, method="holm")[1]
@@ -166,30 +170,6 @@ def _name_families(families: Mapping[Any, list[Row]]) -> None:
         for key, words in zip(keys, differences([key[0] for key in keys], CALLED), strict=True):
             for row in families[key] if words else ():
                 row["data"] = f"{row['data']} ({words})"
-
-
-def _replaced(records: Sequence[Record]) -> list[str | None]:
-    """Why a record does not count: its checkpoint has other weights since, or what had failed was done again."""
-    newest: dict[str, Record] = {}  # of each checkpoint, among those that say its weights
-    latest: dict[Any, str] = {}  # when each cell was last measured
-    cells = []
-    for record in records:
-        identity = Identity.of(record["key"])
-        finished = str(record.get("finished"))
-        pixels = str(record["img_size"]), record["key"].get("test_crop_pct")
-        cells.append((identity.model, identity.compared, pixels))
-        latest[cells[-1]] = max(finished, latest.get(cells[-1], ""))
-        if identity.weights and finished >= str(newest.get(identity.model, {}).get("finished", "")):
-            newest[identity.model] = record
-    found: list[str | None] = []
-    for record, cell in zip(records, cells, strict=True):
-        weights = record["key"].get("weights")
-        now = newest.get(cell[0], record)["key"].get("weights")
-        if weights and weights != now:
-            found.append(OTHER_WEIGHTS)
-        else:
-            found.append(AGAIN if record["status"] != "ok" and str(record.get("finished")) < latest[cell] else None)
-    return found
 
 
 def headline(rows: Iterable[Row]) -> dict[tuple[str, ...], Counter[str]]:
@@ -251,5 +231,5 @@ def write_summary(folder: Path, warn: Callable[[str], object] = to_stderr) -> tu
 def kept(rows: Sequence[Row], records: Iterable[Record]) -> list[Row]:
     """The rows of these records, or of those that have taken their place."""
     keys = {repr(record["key"]) for record in records}
-    mine = {(row["_family"], row["model"]) for row in rows if repr(row["key"]) in keys}
-    return [row for row in rows if (row["_family"], row["model"]) in mine and not row["not_counted"]]
+    mine = {(row["_family"], row["_checkpoint"]) for row in rows if repr(row["key"]) in keys}
+    return [row for row in rows if (row["_family"], row["_checkpoint"]) in mine and not row["not_counted"]]

@@ -17,12 +17,16 @@ from benchmarks.reporting.summary import Folder, headline, read_folder
 from benchmarks.sweep import main
 
 FIXED = ("fixed", "crossfit", "agreement")
+BESIDE = ("status", "requested", "own_size", "where", "n", "p", "weights_sha256", "data_sha256")
 
 
-def record(model: str = "m", weights: str = "w", finished: str = "2026-01-01T00:00:00", **more: Any) -> dict[str, Any]:
+def record(
+    model: str = "m", weights: str | None = "", finished: str = "2026-01-01T00:00:00", **more: Any
+) -> dict[str, Any]:
     """A record with a gain of 1 in three protocols. `more`: fields of the key, or of the record beside it."""
-    beside = {name: more.pop(name) for name in ("status", "requested", "own_size", "where", "n", "p") if name in more}
+    beside = {name: more.pop(name) for name in BESIDE if name in more}
     p = beside.pop("p", 0.001)
+    weights = f"w of {model}" if weights == "" else weights
     key = {"model": model, "weights": weights, "data": "val", "data_fingerprint": "aa11", "task": "single", "grid": None,
            "img_size": 96, "settings": [[0, "inf", "logits"]], "device": "cpu", "amp": "none", "seed": 0} | more  # fmt: skip
     result = {"metric": "top1", "scores": "logits", "lam": "0.1", "temperature": "inf", "baseline": 50.0, "value": 51.0,
@@ -218,3 +222,55 @@ def test_a_size_that_was_measured_in_other_words_is_found(tmp_path: Path, capsys
     page = (tmp_path / "out" / "report" / "results.md").read_text()
     assert "| a/val, single, 1x | top1 | fixed |" in page and "| model | b/val \u00b7 single \u00b7 160/1x |" in page
     assert "a/val \\u00b7 single \\u00b7 160" in (tmp_path / "out" / "report" / "index.html").read_text()
+
+
+def test_weights_under_two_names_count_once(tmp_path: Path) -> None:
+    """By the hash of the loaded weights, else of the files."""
+    sha = {"weights_sha256": "5a" * 32}
+    found = folder(
+        tmp_path,
+        record("pypi:a", "file", "2026-01-01T00:00:00", p=0.04, **sha),
+        record("hf-hub:timm/a", "etag", "2026-01-02T00:00:00", p=0.04, **sha),
+        record("local-dir:a", "etag", "2026-01-03T00:00:00", p=0.04),
+        record("b", p=0.04),
+    )
+    assert lines(found) == {("val", "single", "None", "1x", "top1", "fixed"): {"no evidence": 2}}
+    assert {row["p_holm"] for row in found.rows if row.get("p_holm")} == {0.08}
+    assert [one["model"] for one in found.counted] == ["local-dir:a", "b"]
+    assert found.notes == [
+        "hf-hub:timm/a has the same weights as local-dir:a and counts once with it, by the newer record.",
+        "pypi:a has the same weights as local-dir:a and counts once with it, by the newer record.",
+    ]
+
+
+def test_weights_that_a_name_had_once_do_not_join_it(tmp_path: Path) -> None:
+    """A copy of what has been trained on since is another checkpoint."""
+    found = folder(
+        tmp_path,
+        record("a", "w1", "2026-01-01T00:00:00", weights_sha256="1"),
+        record("copy", "w1", "2026-01-01T00:00:00", weights_sha256="1"),
+        record("a", "w2", "2026-01-02T00:00:00", weights_sha256="2"),
+    )
+    assert [(one["model"], one["key"]["weights"]) for one in found.counted] == [("copy", "w1"), ("a", "w2")]
+    assert found.notes == []
+
+
+@pytest.mark.parametrize(("name", "older", "newer"), [
+    ("evaluation", {"version": 2}, {"version": 3, "scipy": "9"}),
+    ("scoring", 1, 2),
+])  # fmt: skip
+def test_figures_of_another_version_are_not_compared(name: str, older: Any, newer: Any, tmp_path: Path) -> None:
+    """Not even with those of other checkpoints, and however late they were measured."""
+    found = folder(
+        tmp_path,
+        record("a", "w", "2026-01-01T00:00:00", **{name: newer}),
+        record("b", "v", "2026-01-02T00:00:00", **{name: older}),
+        record("c", "u", "2026-01-03T00:00:00", **{name: older}),
+        record("c", "u", "2026-01-03T00:00:00", **{name: older}, data_fingerprint="other pictures"),
+    )
+    assert [lines(found)[line] for line in lines(found)] == [{"better": 1}] * 2
+    assert [one["model"] for one in found.counted] == ["a", "c"]
+    (said,) = found.notes
+    assert (
+        said.startswith("2 records of an older version of the sweep are left out, beside newer ones") and "b, c" in said
+    )

@@ -5,7 +5,7 @@ import pytest
 from scipy import stats
 
 from benchmarks.records.resampled import packed, unpacked
-from benchmarks.reporting.pooled import ALL, intervals, pooled
+from benchmarks.reporting.pooled import ALL, intervals, pooled, unpooled
 from benchmarks.reporting.summary import rows_of
 
 
@@ -101,3 +101,24 @@ def test_what_is_packed() -> None:
     assert unpacked(packed(gains)) == pytest.approx(gains, rel=1e-3)
     with pytest.raises(ValueError, match="base64"):
         unpacked("no gains!")
+
+
+def test_what_failed_is_not_pooled() -> None:
+    rows = rows_of([record("a", 1.0, 0), record("b", 1.0, 1), record("c", 9.0, 2, status="failed")])
+    assert [p.models for p in pooled(rows)] == [("a", "b")]
+    assert [row.get("verdict") for row in rows if row["model"] == "c"] == [None]
+
+
+def test_what_cannot_be_pooled_with_the_others_is_said() -> None:
+    records = [record(name, 1.0, number) for number, name in enumerate("abcdef")]
+    records[2]["results"][0]["n"] = 99
+    records[3]["results"][0].pop("resampled")
+    records[4]["results"][0]["resampled"] = packed(np.ones(100))
+    records[5].pop("head_classes")
+    rows = rows_of(records)
+    assert [p.models for p in pooled(rows)] == [("a", "b")]
+    assert unpooled(rows) == [
+        "d \u00b7 single \u00b7 1x: not pooled are c on 99 images for top1, where others are on 100.",
+        "d \u00b7 single \u00b7 1x: not pooled are d, e, f, whose records lack head_classes, kind or resampled gains as others "
+        "have them: measure them again.",
+    ]

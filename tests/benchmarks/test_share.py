@@ -13,7 +13,7 @@ from benchmarks.share import main
 
 
 def record(model: str, size: int = 224, **more: Any) -> dict[str, Any]:
-    key = {"model": model, "weights": "1a", "data": "d", "task": "single", "img_size": size, "grid": None}
+    key = {"model": model, "weights": f"of {model}", "data": "d", "task": "single", "img_size": size, "grid": None}
     key["evaluation"] = {"version": EVALUATION}
     result = {"metric": "top1", "protocol": "fixed", "lam": "0.1", "temperature": "inf", "scores": "logits"}
     result |= {"baseline": 50.0, "value": 51.5, "gain": 1.5, "ci_low": 0.5, "ci_high": 2.5, "p_value": 0.01, "n": 4}
@@ -43,7 +43,7 @@ def test_a_file_for_each_checkpoint_serves_as_the_records_did(
     assert main([str(results), "--out", str(tmp_path / "shared")]) == 0
     streams = capsys.readouterr()
     assert streams.out.startswith("2 files, 0.0 MB: no fault")
-    assert "1 records left out, of cells that failed or that later ones replace" in " ".join(streams.err.split())
+    assert "1 records left out: 1 failed" in " ".join(streams.err.split())
     files = sorted((tmp_path / "shared" / "records").iterdir())
     assert [file.name for file in files] == ["local-dir_a_b.jsonl", "two.jsonl"]
     assert [len(file.read_text().splitlines()) for file in files] == [2, 1]
@@ -97,3 +97,61 @@ def test_a_line_that_is_no_record_loses_no_other(tmp_path: Path) -> None:
     warnings: list[str] = []
     assert [one["img_size"] for one in read_records(tmp_path, warnings.append)] == [224, 448]
     assert "m.jsonl, line 2: found no whole JSON" in warnings[0]
+
+
+def shared(folder: Path) -> dict[str, list[Any]]:
+    """The checkpoint, data and gain of each record, by file."""
+    files = sorted((folder / "records").iterdir())
+    lines = {file.name: map(json.loads, file.read_text().splitlines()) for file in files}
+    return {
+        name: [(one["model"], one["data"], one["results"][0]["gain"]) for one in records]
+        for name, records in lines.items()
+    }
+
+
+def on(data: str, of: dict[str, Any], finished: str = "2026-01-01T00:00:00+00:00") -> dict[str, Any]:
+    return of | {"data": data, "finished": finished, "key": of["key"] | {"data": data}}
+
+
+def test_records_of_several_runs_and_of_before_go_into_one_file(tmp_path: Path) -> None:
+    first = run(tmp_path / "first", on("a", record("m")), on("b", record("m")))
+    later = changed(on("b", record("m"), "2026-01-02T00:00:00+00:00"), value=52.0, gain=2.0)
+    second, third = run(tmp_path / "second", later), run(tmp_path / "third", on("c", record("m")))
+    assert main([str(first), str(second), "--out", str(tmp_path / "out")]) == 0
+    assert shared(tmp_path / "out") == {"m.jsonl": [("m", "a", 1.5), ("m", "b", 2.0)]}
+    assert main([str(third), "--out", str(tmp_path / "out")]) == 0
+    assert shared(tmp_path / "out") == {"m.jsonl": [("m", "a", 1.5), ("m", "b", 2.0), ("m", "c", 1.5)]}
+
+
+def test_a_cell_that_a_run_has_twice_is_written_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    twice = run(tmp_path / "run", on("a", record("m")))
+    later = changed(on("a", record("m"), "2026-01-02T00:00:00+00:00"), value=52.0, gain=2.0)
+    (twice / "records" / "m.jsonl").write_text(f"{json.dumps(later)}\n")
+    assert main([str(twice), "--out", str(tmp_path / "out")]) == 0
+    assert shared(tmp_path / "out") == {"m.jsonl": [("m", "a", 2.0)]}
+    assert "1 records left out: 1 measured again since" in " ".join(capsys.readouterr().err.split())
+
+
+def test_no_two_checkpoints_share_a_file(tmp_path: Path) -> None:
+    """Of names that differ in what no file name may have, or in case alone, which not every disk tells apart."""
+    for out in range(2):  # in one run, and in one after the other
+        names = [("timm/x", "timm_x"), ("Timm_x",)] if out else [("timm/x", "timm_x", "Timm_x")]
+        for number, some in enumerate(names):
+            results = run(tmp_path / f"run{out}{number}", *map(record, some))
+            assert main([str(results), "--out", str(tmp_path / f"out{out}")]) == 0
+        files = shared(tmp_path / f"out{out}")
+        assert sorted(one[0] for found in files.values() for one in found) == ["Timm_x", "timm/x", "timm_x"]
+        assert len({name.casefold() for name in files}) == 3
+        assert main(["--check", str(tmp_path / f"out{out}")]) == 0
+
+
+def test_a_file_with_a_line_that_is_no_record_is_not_replaced(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    results = run(tmp_path / "run", record("m"))
+    (tmp_path / "out" / "records").mkdir(parents=True)
+    (tmp_path / "out" / "records" / "m.jsonl").write_text("{\n")
+    assert main([str(results), "--out", str(tmp_path / "out")]) == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert "m.jsonl, line 1: found no whole JSON" in said and "Mend or delete" in said
+    assert (tmp_path / "out" / "records" / "m.jsonl").read_text() == "{\n"
