@@ -1,11 +1,9 @@
 """The image sizes that `--img-size` asks for, of each checkpoint."""
 
-import re
-
 from .checkpoints.find import Checkpoint
+from .records.shape import REQUEST
 
 TEST = "test"
-SIZE = re.compile(rf"{TEST}|(?=.*[1-9])(\d+|\d*\.?\d+x)")
 
 
 def own_size(model: Checkpoint, missing: dict[Checkpoint, str]) -> tuple[int, int] | None:
@@ -49,5 +47,5 @@ def size_of(model: Checkpoint, request: str) -> tuple[tuple[int, int], float | N
 
 def check_sizes(requests: str) -> None:
     """ValueError where `requests` is no list of sizes."""
-    if any(not SIZE.fullmatch(part.strip()) for part in requests.split(",")):
+    if any(not REQUEST.fullmatch(part.strip()) for part in requests.split(",")):
         raise ValueError(f"--img-size: found {requests!r}; expected pixels, multiples or test, such as 224 or 1x,2x.")

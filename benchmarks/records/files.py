@@ -6,29 +6,19 @@ import json
 import os
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from types import NoneType
 from typing import Any
 
 from timm_csra.card import RENAMED, results_of
 from timm_csra.config import LOGITS
 
 from .identity import Identity, readable
+from .shape import wrong
 
 Record = dict[str, Any]
 LINES = ".jsonl"  # ending of files with one record a line
-
-# What everything that reads records relies on, and types of what is not always there.
-NUMBER = (float, int, NoneType)
-NEEDED = {"status": str, "model": str, "data": str, "task": str, "img_size": (int, str), "n": int, "key": dict,
-          "results": list}  # fmt: skip
-NEEDED_RESULT = {"metric": str, "protocol": str, "lam": str, "temperature": str, "baseline": NUMBER, "value": NUMBER,
-                 "gain": NUMBER, "ci_low": NUMBER, "ci_high": NUMBER}  # fmt: skip
-OPTIONAL = {"reason": (str, NoneType), "all_settings": list, "left_out": list, "phases": dict, "environment": dict,
-            "preprocessing": (dict, NoneType), "agreement": (dict, NoneType), "requested": (list, str),
-            "own_size": (int, str, NoneType), "finished": str, "where": (str, NoneType)}  # fmt: skip
 
 
 class RecordError(ValueError):
@@ -48,14 +38,14 @@ def read_record(path: Path) -> Record | None:
     """
     written = 0.0
     try:
-        record, wrong = _parse(path.read_bytes())
+        record, found = _parse(path.read_bytes())
         written = path.stat().st_mtime
     except FileNotFoundError:
         return None
     except OSError as error:
-        record, wrong = None, f"what cannot be read ({error.strerror})"
-    if wrong:
-        raise RecordError(f"{path}: found {wrong}, expected the record of a finished cell.")
+        record, found = None, f"what cannot be read ({error.strerror})"
+    if found:
+        raise RecordError(f"{path}: found {found}, expected the record of a finished cell.")
     return _as_today(record, written)
 
 
@@ -72,38 +62,11 @@ def _parse(content: bytes) -> tuple[Any, str | None]:
         record = json.loads(content, parse_constant=_no_json)
     except (ValueError, RecursionError) as error:
         return None, f"no whole JSON ({error})"
-    return record, _wrong(record)
+    return record, wrong(record)
 
 
 def _no_json(constant: str) -> None:
     raise ValueError(f"{constant} is no JSON")
-
-
-def _wrong(record: Any) -> str | None:
-    if not isinstance(record, dict):
-        return f"a JSON {type(record).__name__}"
-    there = {name: types for name, types in OPTIONAL.items() if name in record}
-    if wrong := _lacking(record, NEEDED | there, "a record"):
-        return wrong
-    for row in record["results"]:
-        if wrong := _lacking(row, NEEDED_RESULT, "a result"):
-            return wrong
-    if not all(isinstance(row, dict) for row in record.get("all_settings", ())):
-        return "a record with all_settings that are no objects"
-    fixed = {row["metric"] for row in record["results"] if row["protocol"] == "fixed"}
-    without = next((row["metric"] for row in record["results"] if row["metric"] not in fixed), None)
-    return f"results of {without} without the protocol fixed" if without else None
-
-
-def _lacking(found: Any, needed: Mapping[str, Any], what: str) -> str | None:
-    if not isinstance(found, dict):
-        return f"{what} that is a {type(found).__name__}"
-    for name, types in needed.items():
-        if name not in found:
-            return f"{what} without {name}"
-        if not isinstance(found[name], types):
-            return f"{what} whose {name} is a {type(found[name]).__name__}"
-    return None
 
 
 def _as_today(record: Record, written: float) -> Record:
@@ -163,11 +126,15 @@ def read_records(folder: Path, warn: Callable[[str], object] = to_stderr) -> lis
 
 def read_lines(path: Path) -> Iterator[Record | RecordError]:
     """The records of a file that has one a line; for a line that is none, what is wrong with it."""
-    written = path.stat().st_mtime
-    for number, line in enumerate(path.read_bytes().splitlines(), 1):
-        record, wrong = _parse(line)
-        if wrong:
-            yield RecordError(f"{path}, line {number}: found {wrong}, expected the record of a finished cell.")
+    try:
+        written, content = path.stat().st_mtime, path.read_bytes()
+    except OSError as error:
+        yield RecordError(f"{path}: found what cannot be read ({error.strerror}), expected a file of records.")
+        return
+    for number, line in enumerate(content.splitlines(), 1):
+        record, found = _parse(line)
+        if found:
+            yield RecordError(f"{path}, line {number}: found {found}, expected the record of a finished cell.")
         else:
             yield _as_today(record, written)
 

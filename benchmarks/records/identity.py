@@ -63,7 +63,7 @@ class Identity:
 
 def same_weights(records: Iterable[Mapping[str, Any]]) -> dict[str, str]:
     """Give for the name of each checkpoint one name for all that have its weights, as a wheel, a folder and a
-    repository of the Hub may: by the hash of the weights as they were loaded (`weights_sha256`), else of their files."""
+    repository of the Hub may: by the hash of the loaded weights (`weights_sha256`), else of their files."""
     found: DisjointSet[tuple[str, str]] = DisjointSet()
     names = {}
     for record in records:

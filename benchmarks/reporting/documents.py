@@ -69,7 +69,7 @@ def timm_rows(records: Iterable[Record]) -> list[Row]:
 
 
 def markdown(records: Sequence[Record], rows: Sequence[Row], notes: Iterable[str] = ()) -> str:
-    """Verdicts, then a line for each checkpoint and metric; losses and failures too. `notes`: what else is to be said."""
+    """Verdicts, then a line for each checkpoint and metric; losses and failures too; and `notes`."""
     protocols = (*FIXED, VERSUS, *([AGREEMENT] if has_agreement(records) else []), "crossfit")
     lines = [
         "# Results",

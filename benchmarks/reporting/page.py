@@ -35,7 +35,7 @@ COLOURS = {
 
 
 def page_data(records: Sequence[Record], rows: Sequence[Row], notes: Iterable[str] = ()) -> Record:
-    """Everything the page shows, as plain JSON: tables in columns, names as numbers. `notes`: what else is to be said."""
+    """Everything the page shows, as plain JSON: tables in columns, names as numbers; and `notes`, lines of text."""
     names: dict[str, int] = {}
 
     def number(text: Any) -> int:

@@ -129,8 +129,8 @@ def unpooled(rows: Iterable[Row]) -> list[str]:
         said = f"{where}: not pooled are {', '.join(sorted(models))} on {n} images for {metrics}"
         lines.append(f"{said}, where others are on {most}.")
     lines += [
-        f"{where}: not pooled are {', '.join(sorted(models))}, whose records lack head_classes, kind or resampled gains as "
-        "others have them: measure them again."
+        f"{where}: not pooled are {', '.join(sorted(models))}, whose records lack head_classes, kind or resampled "
+        "gains as others have them: measure them again."
         for where, models in lacking.items()
     ]
     return lines
