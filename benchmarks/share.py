@@ -13,8 +13,9 @@ from pathlib import Path
 
 from rich.console import Console
 
+from .records.faults import faults
 from .records.files import LINES, Record, RecordError, read_records
-from .records.lines import faults, files_of, write_lines
+from .records.lines import files_of, write_lines
 from .reporting.counted import UNDER
 from .reporting.summary import not_counted, rows_of
 from .scoring.software import EVALUATION
@@ -56,18 +57,22 @@ def _replaced(records: list[Record]) -> list[str | None]:
 
 
 def _check(paths: list[Path], screen: Console, warn: partial[None]) -> int:
-    found_in = {path: sorted(path.rglob(f"*{LINES}")) if path.is_dir() else [path] for path in paths if path.exists()}
+    found_in = {path: _files(path) for path in paths if path.exists()}
     files = [file for found in found_in.values() for file in found]
     if nothing := [str(path) for path in paths if not found_in.get(path)]:
         warn(f"benchmarks.share: {', '.join(nothing)}: found no {LINES} file, expected what --out has written")
         return 2
-    found = [fault for file in files for fault in faults(file, EVALUATION)]
+    found = faults(files, EVALUATION)
     for fault in found:
         screen.print(fault, markup=False, highlight=False)
     total = sum(file.stat().st_size for file in files)
     verdict = f"{len(found)} faults" if found else "no fault"
     screen.print(f"{len(files)} files, {total / 1e6:.1f} MB: {verdict}", markup=False, highlight=False)
     return 1 if found else 0
+
+
+def _files(path: Path) -> list[Path]:
+    return sorted(file for file in path.rglob(f"*{LINES}") if file.is_file()) if path.is_dir() else [path]
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -4,17 +4,21 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from benchmarks.records.files import read_records, record_path, write_record
+from benchmarks.records.resampled import packed
 from benchmarks.report import main as report
 from benchmarks.scoring.software import EVALUATION
 from benchmarks.share import main
 
+HONEST = np.random.default_rng(0).normal(1.5, 0.51, 200)  # of a gain of 1.5, from 0.5 to 2.5
+
 
 def record(model: str, size: int = 224, **more: Any) -> dict[str, Any]:
     key = {"model": model, "weights": f"of {model}", "data": "d", "task": "single", "img_size": size, "grid": None}
-    key["evaluation"] = {"version": EVALUATION}
+    key |= {"evaluation": {"version": EVALUATION}, "data_fingerprint": "aa11"}
     result = {"metric": "top1", "protocol": "fixed", "lam": "0.1", "temperature": "inf", "scores": "logits"}
     result |= {"baseline": 50.0, "value": 51.5, "gain": 1.5, "ci_low": 0.5, "ci_high": 2.5, "p_value": 0.01, "n": 4}
     about = {
@@ -24,6 +28,11 @@ def record(model: str, size: int = 224, **more: Any) -> dict[str, Any]:
         "where": "/home/me/d",
         "requested": ["1x" if size == 224 else "2x"],
         "macs": 1.0,
+        "kind": "exact",
+        "head_classes": 10,
+        "weights_sha256": f"of {model}",
+        "environment": {"commit": "1a2b"},
+        "finished": "2026-01-01T00:00:00+00:00",
     }
     return {**key, "key": key, **about, "results": [result], **more}
 
@@ -78,6 +87,29 @@ def changed(of: dict[str, Any], **result: Any) -> dict[str, Any]:
         ([record("m") | {"key": record("m")["key"] | {"weights": None}, "weights": None}], "no hash of the weights"),
         ([record("m"), []], "line 2: found a JSON list, expected the record of a finished cell."),
         ([], "m.jsonl: found no record"),
+        ([changed(record("m"), n="x")], "line 1: found a result whose n is a str"),
+        ([changed(record("m"), p_value=7.0)], "line 1: found top1, fixed: a p-value of 7.0"),
+        ([changed(record("m"), ci_low=1.6)], "an interval from 1.6 to 2.5, which does not hold the gain of 1.5"),
+        ([changed(record("m"), gain=None, ci_low=None, ci_high=None, p_value=None)],
+         "top1, fixed: found 50.0, 51.5 and a gain of None, expected all three or none"),
+        ([changed(record("m"), resampled=packed(np.full(100, 1.5)))], "top1, fixed: 100 resampled gains, expected 200"),
+        ([changed(record("m"), resampled=packed(HONEST + 5))], "resampled gains around 6.5"),
+        ([changed(record("m"), resampled=packed(1.5 + 5 * (HONEST - 1.5)))], "resampled gains with a standard deviation"),
+        ([changed(record("m"), resampled=packed(1.5 + (HONEST - 1.5) / 5))], "resampled gains with a standard deviation"),
+        ([changed(record("m"), resampled=packed(HONEST), ci_low=None, ci_high=None)], "resampled gains without an interval"),
+        ([record("m", status="banana")], "found the status 'banana', which is none of ok, failed, not_applicable"),
+        ([record("m", results=[])], "line 1: no results, though its status is ok"),
+        ([record("m", status="not_applicable")], "line 1: results, though its status is not_applicable"),
+        ([record("m", head_classes=None)], "line 1: no head_classes"),
+        ([record("m", kind=None)], "line 1: no kind"),
+        ([record("m", weights_sha256=None)], "line 1: no weights_sha256"),
+        ([record("m", requested=[])], "line 1: no requested size"),
+        ([record("m", results=2 * record("m")["results"])], "line 1: top1, fixed: the same result twice"),
+        ([record("m", reason="/home/me/x not found")], "line 1: reason: a place on somebody's disk (/home/me/x not found)"),
+        ([record("local-dir:/home/me/x")], "model: a place on somebody's disk (local-dir:/home/me/x): start the sweep in"),
+        ([record("local-dir:C:\\me\\x")], "model: a place on somebody's disk"),
+        ([record("m", environment={"commit": "1a-dirty"})], "measured at the commit 1a-dirty, expected one of this repo"),
+        ([record("m", finished="yesterday")], "line 1: finished 'yesterday', expected a time such as"),
     ],
 )  # fmt: skip
 def test_what_is_wrong_is_said(
@@ -88,6 +120,24 @@ def test_what_is_wrong_is_said(
     path.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
     assert main(["--check", str(path)]) == 1
     assert fault in capsys.readouterr().out
+
+
+def test_what_is_honest_has_no_fault(capsys: pytest.CaptureFixture[str]) -> None:
+    """Of a whole run: every spread of resampled gains is that of its interval, as far as it has to be."""
+    assert main(["--check", str(Path(__file__).parents[2] / "docs" / "evidence")]) == 0
+    assert "no fault" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("gain", "faults"), [(1.5, 0), (1.6, 1)])
+def test_one_cell_in_two_files_has_one_result(
+    gain: float, faults: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for who, mine in (("alice", record("m")), ("bob", changed(record("m"), gain=gain, value=50 + gain))):
+        (tmp_path / who).mkdir()
+        (tmp_path / who / "m.jsonl").write_text(f"{json.dumps(mine | {'where': None})}\n")
+    assert main(["--check", str(tmp_path)]) == faults
+    said = "bob/m.jsonl, line 1: the same cell as "
+    assert (said in capsys.readouterr().out) is bool(faults)
 
 
 def test_a_line_that_is_no_record_loses_no_other(tmp_path: Path) -> None:
