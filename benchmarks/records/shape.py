@@ -28,10 +28,11 @@ OPTIONAL: dict[str, Types] = {
     **dict.fromkeys(("finished", "score_classes"), WORDS), **dict.fromkeys(("phases", "environment"), dict),
     **dict.fromkeys(("preprocessing", "agreement", "rival_macs", "calibration"), (dict, NoneType)),
 }  # fmt: skip
-NEEDED_KEY: dict[str, Types] = {name: NEEDED[name] for name in ("model", "data", "task", "img_size")}
+NEEDED_KEY: dict[str, Types] = {"model": WORDS}  # an old record says no more
 OPTIONAL_KEY: dict[str, Types] = {
     **dict.fromkeys(("weights", "data_fingerprint", "device"), TEXT), "grid": COUNT, "scoring": COUNT,
     "test_crop_pct": NUMBER, "evaluation": (dict, NoneType), "settings": list,
+    "data": WORDS, "task": WORDS, "img_size": (int, str),
 }  # fmt: skip
 NEEDED_RESULT: dict[str, Types] = {
     **dict.fromkeys(("metric", "protocol", "lam", "temperature"), WORDS),
@@ -69,14 +70,14 @@ def _wrong(record: dict[str, Any]) -> Iterator[str]:
     for row in record.get("left_out", ()):
         yield from _types(row, NEEDED_LEFT_OUT, {}, "what is left out")
     for row in record.get("all_settings", ()):
-        yield from _types(row, {}, {}, "a setting")
+        yield from _types(row, {}, {}, "one of all_settings")
     if record["status"] not in STATUS:
         yield f"the status {record['status']!r}, which is none of {', '.join(STATUS)}"
     requested = record.get("requested", [])
     for size in [requested] if isinstance(requested, str) else requested:
         if not (isinstance(size, str) and (REQUEST.fullmatch(size) or PIXELS.fullmatch(size))):
             yield f"the requested size {size!r}, expected pixels, a multiple or test"
-    for size in (record["img_size"], key["img_size"], record.get("own_size") or "1"):
+    for size in (record["img_size"], key.get("img_size", 1), record.get("own_size") or 1):
         if not (REQUEST.fullmatch(str(size)) or PIXELS.fullmatch(str(size))):
             yield f"the size {size!r}, expected pixels"
     for row in record["results"]:

@@ -121,7 +121,7 @@ BROKEN = {
     "a gain in words": (without("", results=[RESULT | {"gain": "1.0"}]), "a result whose gain is a str"),
     "no fixed": (without("", results=[RESULT | {"protocol": "best"}]), "results of top1 without the protocol fixed"),
     "phases": (without("", phases=None), "a record whose phases is a NoneType"),
-    "settings": (without("", all_settings=[1]), "a record with all_settings that are no objects"),
+    "settings": (without("", all_settings=[1]), "one of all_settings that is a int"),
 }
 
 
