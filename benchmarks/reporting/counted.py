@@ -40,7 +40,7 @@ def replaced(records: Sequence[Record]) -> list[str | None]:
 def checkpoints(records: Sequence[Record], why: Sequence[str | None]) -> list[str]:
     """A name for the checkpoint of each record, see `same_weights`, which weights that it had once have no part in."""
     names = same_weights(record for record, reason in zip(records, why, strict=True) if reason != OTHER_WEIGHTS)
-    return [names.get(record["model"], record["model"]) for record in records]
+    return [names.get(model := str(record["model"]), model) for record in records]
 
 
 def count_once(family: Iterable[Row]) -> None:

@@ -124,9 +124,9 @@ def unpooled(rows: Iterable[Row]) -> list[str]:
                 elif len(row["resampled"]) != of_most:
                     lacking.setdefault(group_name(row), {})[row["model"]] = None
     lines = []
-    for (where, n, most), models in other.items():
-        metrics = ", ".join(dict.fromkeys(metric for of in models.values() for metric in of))
-        said = f"{where}: not pooled are {', '.join(sorted(models))} on {n} images for {metrics}"
+    for (where, n, most), found in other.items():
+        metrics = ", ".join(dict.fromkeys(metric for of in found.values() for metric in of))
+        said = f"{where}: not pooled are {', '.join(sorted(found))} on {n} images for {metrics}"
         lines.append(f"{said}, where others are on {most}.")
     lines += [
         f"{where}: not pooled are {', '.join(sorted(models))}, whose records lack head_classes, kind or resampled "
