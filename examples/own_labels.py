@@ -3,6 +3,7 @@
     python examples/own_labels.py photos --model resnet50 --out my-model --push user/my-model
 
 `photos/labels.csv` has the columns `file`, and `labels` with the names of what is in the picture, separated by spaces.
+A name has neither spaces nor commas.
 Needs pip install 'timm-csra[tune]' pillow.
 """
 
@@ -45,6 +46,30 @@ def train_classifier(model: nn.Module, loader: Iterable[tuple[Tensor, Tensor]], 
         optimizer.step()
 
 
+def read_labels(folder: Path) -> list[dict[str, str]]:
+    """The rows of `labels.csv`; SystemExit with one line that says what is wrong with it."""
+    path = folder / "labels.csv"
+    if not path.is_file():
+        raise SystemExit(f"{path}: no such file; expected a table with the columns file and labels.")
+    with path.open(encoding="utf-8-sig", newline="") as file:  # -sig: spreadsheets write a byte order mark
+        reader = csv.DictReader(file)
+        rows = list(reader)
+    columns = reader.fieldnames or []
+    if not {"file", "labels"} <= set(columns):
+        raise SystemExit(f"{path}: found the columns {', '.join(columns) or 'none'}; expected file,labels.")
+    for number, row in enumerate(rows, 2):
+        if not row["file"] or row["labels"] is None or None in row:
+            raise SystemExit(f"{path}, row {number}: found {list(row.values())}; expected a file and its labels.")
+        if "," in row["labels"] or ";" in row["labels"]:
+            raise SystemExit(f"{path}, row {number}: found the labels {row['labels']!r}; expected spaces between them.")
+        if not (folder / row["file"]).is_file():
+            raise SystemExit(f"{path}, row {number}: no such picture: {folder / row['file']}.")
+    names = {name for row in rows for name in row["labels"].split()}
+    if len(rows) < 4 or len(names) < 2:
+        raise SystemExit(f"{path}: found {len(rows)} pictures of {len(names)} labels; expected four or more of two.")
+    return rows
+
+
 def main(arguments: list[str] | None = None) -> nn.Module:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("photos", type=Path)
@@ -54,8 +79,7 @@ def main(arguments: list[str] | None = None) -> nn.Module:
     args = parser.parse_args(arguments)
     torch.manual_seed(0)
 
-    with (args.photos / "labels.csv").open(encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
+    rows = read_labels(args.photos)
     names = sorted({name for row in rows for name in row["labels"].split()})
     order = torch.randperm(len(rows)).tolist()
     train, held_out = ([rows[i] for i in part] for part in (order[::2], order[1::2]))

@@ -83,3 +83,26 @@ def test_the_classifier_learns_and_the_backbone_stays(tmp_path: Path, photos: Pa
     with torch.inference_mode():
         right = torch.cat([(model(images) > 0) == (targets > 0) for images, targets in loader])
     assert right.float().mean() > 0.8
+
+
+@pytest.mark.parametrize(("table", "said"), [
+    (None, "labels.csv: no such file; expected a table with the columns file and labels."),
+    ("file,label\n0.png,cat\n", "found the columns file, label; expected file,labels."),
+    ("file;labels\n0.png;cat\n", "found the columns file;labels; expected file,labels."),
+    ("", "found the columns none; expected file,labels."),
+    ("file,labels\n", "found 0 pictures of 0 labels; expected four or more of two."),
+    ("file,labels\n0.png,cat\n", "found 1 pictures of 1 labels; expected four or more of two."),
+    ("\ufefffile,labels\nmissing.png,cat\n", "row 2: no such picture: "),
+    ('file,labels\n0.png,cat\n0.png,"cat,dog"\n', "row 3: found the labels 'cat,dog'; expected spaces between them."),
+    ("file,labels\n0.png,cat,dog\n", "row 2: found ['0.png', 'cat', ['dog']]; expected a file and its labels."),
+    ("file,labels\n0.png\n", "row 2: found ['0.png', None]; expected a file and its labels."),
+])  # fmt: skip
+def test_a_table_of_labels_that_cannot_be_used_is_refused_in_one_line(
+    table: str | None, said: str, tmp_path: Path
+) -> None:
+    Image.new("RGB", (8, 8)).save(tmp_path / "0.png")
+    if table is not None:
+        (tmp_path / "labels.csv").write_text(table, encoding="utf-8")
+    with pytest.raises(SystemExit) as refused:
+        main([str(tmp_path)])
+    assert said in str(refused.value) and "\n" not in str(refused.value)
