@@ -126,7 +126,9 @@ def test_another_project_sees_the_types(wheel: Path, tmp_path: Path, checker: st
     }
     command = [sys.executable, "-m", checker, *commands[checker], interpreter, "consumer.py"]
     said = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    wrong = [number for number, line in enumerate((tmp_path / "consumer.py").read_text().splitlines(), 1) if "#" in line]
+    wrong = [
+        number for number, line in enumerate((tmp_path / "consumer.py").read_text().splitlines(), 1) if "#" in line
+    ]
     found = [int(line) for line in re.findall(r"consumer\.py:(\d+):.*error", said.stdout)]
     assert found == wrong, said.stdout + said.stderr
 
