@@ -10,6 +10,7 @@ from .files import Record
 T = TypeVar("T")
 NAMES = {
     "load": "loading checkpoints",
+    "turn": "waiting for the device",
     "wait": "waiting for images",
     "model": "forward passes and attention",
     "plain": "plain passes for comparison",
@@ -17,6 +18,7 @@ NAMES = {
     "agreement": "lam without labels",
     "metrics": "metrics",
     "statistics": "intervals and tests",
+    "disk": "keeping scores",
 }
 
 
