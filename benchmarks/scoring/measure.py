@@ -92,7 +92,8 @@ def begin_cell(
         turn: gives a context within which the device is this process's alone.
     """
     started = time.perf_counter()
-    record: Record = {"batch_size": options.batch_size}
+    # The environment is asked for here: a process that is forked for the metrics must not ask for the name of a GPU.
+    record: Record = {"batch_size": options.batch_size, "environment": environment(options)}
     while True:
         phases = Phases()
         try:
@@ -143,8 +144,9 @@ def _complete(cell: Cell, options: Options, record: Record, seconds: float) -> R
         "finished": now(),
         "score_classes": options.score_classes,
         "seconds": seconds,
-        "environment": environment(options),
     }
+    if "environment" not in record:
+        about["environment"] = environment(options)
     return {**key, **nothing, **record, "key": key, **about}
 
 
