@@ -57,7 +57,7 @@ def cluster() -> Iterator[Cluster]:
     patch.setenv("PYTHONPATH", str(ROOT))
     head = {"num_cpus": 0, "include_dashboard": False, "node_ip_address": LOOPBACK}
     cluster = Cluster(initialize_head=True, head_node_args=head)
-    for _ in range(2):
+    for _ in range(3):
         add_node(cluster)
     ray.init(address=cluster.address, _node_ip_address=LOOPBACK, log_to_driver=False, logging_level="ERROR")
     cluster.wait_for_nodes()
@@ -73,6 +73,7 @@ def add_node(cluster: Cluster) -> Any:
 
 ENGINES = {
     "local": partial(LocalEngine, [OPTIONS] * 2),
+    "local, four": partial(LocalEngine, [OPTIONS] * 4),
     "local, metrics beside": partial(LocalEngine, [OPTIONS] * 2, take_turns=True, answering=2),
     "ray": partial(RayEngine, OPTIONS, cpus=1),
     "ray, metrics beside": partial(RayEngine, OPTIONS, cpus=1, beside=True),
@@ -81,7 +82,7 @@ ENGINES = {
 
 @pytest.fixture(params=ENGINES)
 def engine(request: pytest.FixtureRequest) -> Any:
-    """A function that starts an engine of two workers, one thread each."""
+    """A function that starts an engine of several workers, one thread each."""
     if request.param.startswith("ray"):
         request.getfixturevalue("cluster")
     start = ENGINES[request.param]
