@@ -10,6 +10,7 @@ from .files import Record
 T = TypeVar("T")
 NAMES = {
     "load": "loading checkpoints",
+    "cache": "caching images",
     "wait": "waiting for images",
     "model": "forward passes and attention",
     "plain": "plain passes for comparison",

@@ -24,6 +24,7 @@ class Options:
 
     `amp` is a name in `timm_csra.accelerators.AMP`. `channels_last` is the layout of convolutional models.
     `kept_scores` is the folder where scores are kept, if they are; with `rescore` they are read from there.
+    `cache_images` is the folder of decoded images, if there is one.
     """
 
     settings: tuple[Setting, ...]
@@ -43,6 +44,7 @@ class Options:
     skip_bad_images: bool = False
     kept_scores: str | None = None
     rescore: bool = False
+    cache_images: str | None = None
     rivals: bool = False
     time_plain: bool = False
 

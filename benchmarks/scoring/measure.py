@@ -22,6 +22,7 @@ from .applicable import match_classes, suits_the_task
 from .cells import Cell, Options, show_size
 from .environment import environment
 from .kept import Scored, read_scores, scores_file, write_scores
+from .caching import cache_images
 from .loading import Loaded, describe_bad_images, loaders
 from .passes import BatchTooLargeError, forward_passes, the_pass
 from .results import results
@@ -132,6 +133,9 @@ def score_cell(
         loader, preprocessing, alignment = load_images(cell, loaded, options)
     if explanation.unsupported:
         raise UnsupportedModelError(explanation.unsupported)
+    if options.cache_images and cell.data.stream is None:
+        with phases("cache"):
+            cache_images(loader, cell.data, {**preprocessing, "input_size": (3, *loaded.size)}, options, cell.grid)
     passed, again = the_pass(cell, loaded, loader, preprocessing, alignment, options, track, phases)
     scores = passed.of(alignment.columns)
     targets = loader.dataset.targets[passed.read] if passed.targets is None else passed.targets
