@@ -1,5 +1,5 @@
-"""Images as the preprocessing of a checkpoint leaves them before they become tensors, decoded once and kept on disk for all
-checkpoints that ask for the same ones."""
+"""Images as the preprocessing of a checkpoint leaves them before they become tensors, decoded once and kept on disk for
+all checkpoints that ask for the same ones."""
 
 import copy
 import hashlib
@@ -134,14 +134,14 @@ class Entry:
         print(text, file=sys.stderr)
 
     def _build(self, images: Any, batch_size: int, workers: int) -> Pixels:
-        """Under a name of its own, then renamed: what a kill leaves behind is never read, and gone with the next try."""
+        """Under a name of its own, then renamed: what a kill leaves is never read, and gone with the next try."""
         part = self.folder.with_name(f"{self.folder.name}.part")
         for left in (part, self.folder):
             shutil.rmtree(left, ignore_errors=True)
         if (free := shutil.disk_usage(self.cache).free) < self.bytes:
             raise OSError(
-                f"found {free:,} bytes free, expected {self.bytes:,}. Make room, give --cache-images another folder, or "
-                "leave it out."
+                f"found {free:,} bytes free, expected {self.bytes:,}. Make room, give --cache-images another folder, "
+                "or leave it out."
             )
         print(f"{self}, built once")
         try:

@@ -98,6 +98,15 @@ class Cell:
         """With the crop of this cell, where none is asked for."""
         return replace(options, crop_pct=options.crop_pct or self.test_crop_pct)
 
+    def preparation(self, options: Options) -> Record:
+        """What is asked of timm's preprocessing; all else is the checkpoint's."""
+        if self.task == "mosaic":
+            cropped = {"crop_mode": "squash", "crop_pct": 1.0}  # the mosaic has the right size already
+        else:
+            options = self.prepared(options)
+            cropped = {"crop_mode": options.crop_mode, "crop_pct": options.crop_pct}
+        return {"input_size": (3, *self.size), **cropped}
+
     def key(self, options: Options) -> Record:
         """Everything that determines the result, with plain JSON values."""
         calibration = self.data.calibration
