@@ -119,19 +119,16 @@ class Entry:
         try:
             about = json.loads((self.folder / ABOUT).read_text(encoding="utf-8"))
             kept = np.load(self.folder / PIXELS, mmap_mode="r")
-            found = (about["identity"], kept.shape, kept.dtype)
-            unreadable = frozenset(map(int, about["unreadable"]))
+            found = f"{kept.shape} {kept.dtype}"
+            if (kept.shape, kept.dtype, about["identity"]) == (self._shape, np.uint8, json.loads(self._identity)):
+                return Pixels(self.folder / PIXELS, frozenset(map(int, about["unreadable"])))
         except (FileNotFoundError, NotADirectoryError):
             return None
         except (ValueError, KeyError, TypeError, AttributeError, EOFError) as error:
-            return self._refused(f"what cannot be read ({type(error).__name__}: {error})")
-        if found != (json.loads(self._identity), self._shape, np.uint8):
-            return self._refused(f"{kept.shape} {kept.dtype} of another identity")
-        return Pixels(self.folder / PIXELS, unreadable)
-
-    def _refused(self, found: str) -> None:
+            found = f"what cannot be read ({type(error).__name__}: {error})"
         text = f"{self.folder}: found {found}, expected {self._shape} uint8 of {self.data}. It is built again."
         print(text, file=sys.stderr)
+        return None
 
     def _build(self, images: Any, batch_size: int, workers: int) -> Pixels:
         """Under a name of its own, then renamed: what a kill leaves is never read, and gone with the next try."""

@@ -2,7 +2,7 @@
 
 import shutil
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -82,10 +82,14 @@ def wanted(cells: Iterable[Cell], options: Options) -> Wanted:
     for cell in cells:
         if cell.own is None or isinstance(cell.size, str):  # it could not be asked
             continue
-        if cell.data.stream is not None:
-            streams[cell.data.name] = None
-        else:
-            config = resolve_data_config(cell.preparation(options), pretrained_cfg=cell.checkpoint.pretrained_cfg)
-            entry = entry_of(cell.data, config, options, cell.images, cell.grid)
+        read = [cell]
+        if cell.data.calibration and not cell.data.calibration.reason:  # pictures of one object each, for mosaics too
+            read.append(replace(cell, data=cell.data.calibration.pictures, task="single", grid=None))
+        for images in read:
+            if images.data.stream is not None:
+                streams[images.data.name] = None
+                continue
+            config = resolve_data_config(images.preparation(options), pretrained_cfg=cell.checkpoint.pretrained_cfg)
+            entry = entry_of(images.data, config, options, images.images, images.grid)
             entries[entry.folder] = entry
     return Wanted(Path(options.cache_images), tuple(entries.values()), tuple(streams))
