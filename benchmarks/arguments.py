@@ -103,8 +103,8 @@ def add_reading(group: Any) -> None:
         "--workers",
         type=natural,
         metavar="N",
-        help="processes that read images, for each device or job: results do not depend on it (default: the cores that "
-        "may be used divided among them, at most 32)",
+        help="processes that read images, for each device, or each job on a CPU: results do not depend on it (default: "
+        "the cores that may be used divided among them, at most 32)",
     )
 
 
@@ -232,7 +232,19 @@ def parser(description: str) -> argparse.ArgumentParser:
         help="local: one worker for each of cuda:0,cuda:1, or all for every accelerator of this machine",
     )
     engine.add_argument(
-        "--jobs", type=positive, metavar="N", help="local, on a CPU: N workers that divide its threads (default: 1)"
+        "--jobs",
+        type=positive,
+        metavar="N",
+        help="checkpoints at a time: on a CPU they divide its threads (default: 1; not for ray), on a GPU one runs "
+        "images while the others load and read (default: 2 for each)",
+    )
+    engine.add_argument(
+        "--metric-workers",
+        type=natural,
+        metavar="N",
+        help="local: processes that compute metrics and intervals beside the next images, for each device; with 0 the "
+        "device waits for them; results do not depend on it (default: on a GPU the cores that may be used, divided "
+        "among the devices; on a CPU 0)",
     )
     engine.add_argument(
         "--address", metavar="auto|ray://...", help="ray: of the cluster (default: start one on this machine)"

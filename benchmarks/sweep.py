@@ -17,6 +17,8 @@ from huggingface_hub.errors import HfHubHTTPError, HTTPError
 from rich.console import Console
 from rich.prompt import Confirm
 
+from timm_csra.accelerators import on_accelerator
+
 from .arguments import EVERY_CELL, parser
 from .asked import asked_calibration, asked_cells, asked_options, asked_what
 from .checkpoints import find
@@ -41,7 +43,7 @@ from .reporting.summary import Row, headline, kept, write_summary
 from .reporting.tables import print_headline, print_pooled, print_prose, print_records
 from .scoring.caching import wanted
 from .scoring.cells import Cell, Options, show_size
-from .workers import asked_workers
+from .workers import asked_answering, asked_jobs, asked_workers
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -158,14 +160,15 @@ def _engine(
     args: argparse.Namespace, workers: list[Options], options: Options, data: list[ImageSet], progress: Progress
 ) -> Engine:
     if args.engine == "local":
-        return LocalEngine(workers, progress)
+        exclusive = on_accelerator(options.device)
+        return LocalEngine(workers, progress, take_turns=exclusive, answering=asked_answering(args, workers))
     try:
         from .engines.cluster import RayEngine
     except ModuleNotFoundError as error:
         if error.name != "ray":
             raise
         raise EngineError("--engine ray needs Ray, which is not installed: pip install -e '.[ray]'") from None
-    return RayEngine(options, args.address, args.cpus_per_cell, data)
+    return RayEngine(options, args.address, args.cpus_per_cell, data, jobs=asked_jobs(args, options))
 
 
 def _plan(run: Run, cells: list[Cell], shown: str | None, console: Console) -> int:

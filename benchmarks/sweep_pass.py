@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from timm_csra import Explanation
+from timm_csra.accelerators import on_accelerator
 from timm_csra.config import LOGITS, SCORES
 from timm_csra.evaluation.scoring import Setting, allows_test_time_pool, score
 
@@ -34,7 +35,9 @@ def batch_seconds(
     def batches() -> Iterator[tuple[Tensor, Tensor]]:
         nonlocal started
         yield x[:1], torch.zeros(1)
-        started = time.perf_counter()  # an accelerator has nothing to do: the logits were moved to the CPU
+        if on_accelerator(device):
+            torch.accelerator.synchronize()
+        started = time.perf_counter()
         yield x, torch.zeros(len(x))
 
     score(

@@ -1,15 +1,18 @@
 """Where cells are computed: the devices and workers that the command line asks for."""
 
 import argparse
+import math
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
 from joblib import cpu_count
 
-from timm_csra.accelerators import AUTO, default_device, precision
+from timm_csra.accelerators import AUTO, default_device, on_accelerator, precision
 
 from .scoring.cells import Options
 
+JOBS = 2  # on an accelerator: one runs images, the other loads its checkpoint and reads its first images
 MOST_LOADERS = 32  # each is a process, with two batches in shared memory: of 64 images of 448 pixels, 308 MB
 
 
@@ -31,25 +34,38 @@ def asked_workers(args: argparse.Namespace, options: Options) -> list[Options]:
     """
     found = _workers(args, options)
     loaders = asked_loaders(args, max(1, len(found)))
-    return [replace(worker, workers=loaders) for worker in found]
+    jobs = asked_jobs(args, options) if on_accelerator(options.device) else 1
+    return [replace(worker, workers=loaders) for worker in found for _ in range(jobs)]
+
+
+def asked_jobs(args: argparse.Namespace, options: Options) -> int:
+    """How many checkpoints share a device."""
+    return int(args.jobs or (JOBS if on_accelerator(options.device) else 1))
+
+
+def asked_answering(args: argparse.Namespace, workers: Sequence[Options]) -> int:
+    """How many processes compute metrics beside the passes of each worker."""
+    devices = len({worker.device for worker in workers})
+    if args.metric_workers is None:
+        each = cpu_count() // devices if on_accelerator(workers[0].device) else 0
+    else:
+        each = args.metric_workers
+    return math.ceil(each * devices / len(workers))
 
 
 def _workers(args: argparse.Namespace, options: Options) -> list[Options]:
     if args.engine == "ray":
-        given = {"--devices": args.devices, "--jobs": args.jobs, "--prefetch": args.prefetch}
+        given = {"--devices": args.devices, "--metric-workers": args.metric_workers is not None}
+        given |= {"--jobs": args.jobs and not on_accelerator(options.device), "--prefetch": args.prefetch}
         given |= {"--free-cache": args.free_cache, "--keep-scores": args.keep_scores, "--rescore": args.rescore}
         if wrong := [name for name, value in given.items() if value]:
             raise ValueError(f"{', '.join(wrong)}: of this machine alone; leave it out with --engine ray.")
         return []
     if args.address:
         raise ValueError("--address: is of --engine ray; add that, or leave it out.")
-    if args.devices and args.jobs:
-        raise ValueError("--devices and --jobs: expected one of them; --jobs divides the CPU.")
-    if args.jobs:
-        if options.device != "cpu":
-            raise ValueError(
-                f"--jobs: divides the CPU, found --device {options.device}; use --devices or --device cpu."
-            )
+    if args.jobs and not on_accelerator(options.device):
+        if args.devices:
+            raise ValueError("--devices and --jobs: expected one of them; without a GPU --jobs divides the CPU.")
         return [options] * args.jobs
     if args.devices == "all":
         count = torch.accelerator.device_count()

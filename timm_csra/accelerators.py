@@ -1,10 +1,14 @@
 """How forward passes run on a device: in which precision, and how images lie in its memory."""
 
+import time
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+
+T = TypeVar("T")
 
 AMP = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 AUTO = "auto"  # bf16 where the device has it
@@ -62,3 +66,60 @@ def to_device(model: nn.Module, device: torch.device | str, channels_last: bool)
     """Move a model, in place."""
     model = model.to(device)
     return in_channels_last(model) if channels_last else model
+
+
+def runs_ahead(device: torch.device | str) -> bool:
+    """Whether Python goes on while the device computes, and can be told by an event when it is done."""
+    return torch.device(device).type in ("cuda", "xpu")
+
+
+def to_cpu(tensor: Tensor) -> Callable[[], Tensor]:
+    """Start to copy a tensor to the CPU; calling what is returned waits for it and gives the copy."""
+    if not runs_ahead(tensor.device):
+        return tensor.cpu
+    copy = tensor.to("cpu", non_blocking=True)  # pinned memory, which is scarce and slow to get
+    arrived = torch.Event(tensor.device)
+    arrived.record()
+
+    def wait() -> Tensor:
+        arrived.synchronize()
+        return copy.clone()
+
+    return wait
+
+
+class DeviceClock:
+    """Measures how long a device works on batches: on a GPU by its own events, else while Python handles them.
+
+    Example:
+        >>> clock = DeviceClock("cpu")
+        >>> for batch in clock.over([1, 2]):
+        ...     time.sleep(0.01)
+        >>> clock.seconds() >= 0.02
+        True
+    """
+
+    def __init__(self, device: torch.device | str) -> None:
+        self._device, self._ahead = torch.device(device), runs_ahead(device)
+        self._marks: list[tuple[Any, Any]] = []
+
+    def over(self, batches: Iterable[T]) -> Iterator[T]:
+        """Give the batches; what the loop's body does with one, up to asking for the next, is measured."""
+        for batch in batches:
+            begin = self._now()
+            yield batch
+            self._marks.append((begin, self._now()))
+
+    def seconds(self) -> float:
+        """Wait for the device, and add up."""
+        if not self._ahead:
+            return sum(end - begin for begin, end in self._marks)
+        torch.accelerator.synchronize(self._device)
+        return sum(begin.elapsed_time(end) for begin, end in self._marks) / 1e3
+
+    def _now(self) -> Any:
+        if not self._ahead:
+            return time.perf_counter()
+        event = torch.Event(self._device, enable_timing=True)
+        event.record()
+        return event

@@ -11,9 +11,10 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import ray
 import torch
@@ -28,18 +29,21 @@ from ray.exceptions import (
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 import timm_csra
+from timm_csra.accelerators import on_accelerator
 
 from ..checkpoints.find import Checkpoint
 from ..data.datasets import ImageSet
 from ..records.files import Record
 from ..scoring.cells import Cell, Options
 from ..scoring.environment import PACKAGES
-from ..scoring.measure import failure
+from ..scoring.measure import Unfinished, failure
+from ..scoring.passes import Turn
 from ..scoring.software import versions
 from .estimate import memory_of
 from .local import KEEP_MEMORY, EngineError, Lost, Outcome
-from .worker import Compute, Models, compute, output_to
+from .worker import Compute, Models, compute, output_to, turns
 
+T = TypeVar("T")
 AHEAD = 2  # cells that a slot of the cluster has at a time, one of them waiting, so that none idles
 LOG_BYTES = 2**20  # of a cell's output that travel back
 ANSWER = 300.0  # seconds that a node may take to answer before the run starts
@@ -54,6 +58,8 @@ class RayEngine:
         cpus: that a cell takes.
         data: the image sets, whose files every node must see.
         compute: the function that tasks run, for measuring the engine itself.
+        jobs: tasks that share a GPU, of which one runs images while the others load and read.
+        beside: whether metrics and intervals are tasks of their own, without GPU; default: with GPUs.
 
     Raises:
         EngineError: no such cluster, a node with other versions or without the data.
@@ -66,18 +72,23 @@ class RayEngine:
         cpus: int = 1,
         data: Sequence[ImageSet] = (),
         compute: Compute = compute,
+        jobs: int = 1,
+        beside: bool | None = None,
     ) -> None:
         self._options, self._cpus = options, cpus
-        self._gpus = 0 if torch.device(options.device).type == "cpu" else 1
+        self._gpus = 1 / jobs if on_accelerator(options.device) else 0
+        self._beside = self._gpus > 0 if beside is None else beside
         self._ours = not ray.is_initialized()
         if self._ours:
             _connect(address or os.environ.get("RAY_ADDRESS"))
         self._needed = _software()
         self._images = {id(images): (images, ray.put(images)) for images in data}
         self._compute = ray.put(compute)
-        self._task = ray.remote(num_cpus=cpus, num_gpus=self._gpus, max_retries=0)(_compute_cell)
-        self._in_flight: dict[Any, tuple[Cell, Path, float]] = {}
-        self._slots, self._looked = 1, -1.0
+        self._task = ray.remote(num_cpus=cpus, num_gpus=self._gpus, max_retries=0, num_returns=2)(_compute_cell)
+        self._finish = ray.remote(num_cpus=0, max_retries=0)(_finish_cell)  # cores are counted here: `_answering`
+        self._in_flight: dict[Any, tuple[Cell, Path, float, Any]] = {}
+        self._finishing: dict[Any, tuple[Cell, Path, float, Any]] = {}
+        self._slots, self._answering, self._looked = 1, 1, -1.0
         self._check_nodes(data)
 
     def room(self) -> list[Checkpoint | None]:
@@ -85,6 +96,9 @@ class RayEngine:
             total = ray.cluster_resources()
             slots = min(total.get("CPU", 0) // self._cpus, total.get("GPU", 0) // self._gpus if self._gpus else 1e9)
             self._slots, self._looked = max(1, int(slots)), time.monotonic()
+            self._answering = max(1, int(total.get("CPU", 0)))
+        if len(self._finishing) >= self._answering:
+            return []
         return [None] * (AHEAD * self._slots - len(self._in_flight))
 
     def submit(self, cell: Cell, log: Path) -> None:
@@ -93,27 +107,31 @@ class RayEngine:
             self._images[key] = (cell.data, ray.put(cell.data))
         task = self._task.options(memory=self._memory(cell), name=f"{cell.checkpoint.name} {cell.task_name}")
         light = replace(cell, data=None)  # type: ignore[arg-type]
-        reference = task.remote(light, [self._images[key][1]], self._options, self._cpus, [self._compute], self._needed)
-        self._in_flight[reference] = cell, log, time.perf_counter()
+        how = (self._options, self._cpus, [self._compute], self._needed, self._beside)
+        told, left = task.remote(light, [self._images[key][1]], *how)
+        self._in_flight[told] = cell, log, time.perf_counter(), left
 
     def poll(self, seconds: float) -> list[Outcome]:
-        waiting = list(self._in_flight)
+        waiting = [*self._in_flight, *self._finishing]
         done, rest = ray.wait(waiting, timeout=seconds)
         if done and rest:
             done += ray.wait(rest, num_returns=len(rest), timeout=0)[0]
-        return [self._outcome(reference) for reference in done]
+        outcomes = [self._outcome(reference) for reference in done]
+        return [outcome for outcome in outcomes if outcome is not None]
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *error: object) -> None:
-        for reference in self._in_flight:
+        for reference in (*self._in_flight, *self._finishing):
             ray.cancel(reference, force=True)
         if self._ours:
             ray.shutdown()
 
-    def _outcome(self, reference: Any) -> Outcome:
-        cell, log, started = self._in_flight.pop(reference)
+    def _outcome(self, reference: Any) -> Outcome | None:
+        """What a task gave; None where metrics are left, which are begun now."""
+        of_pass = reference in self._in_flight
+        cell, log, started, left = (self._in_flight if of_pass else self._finishing).pop(reference)
         try:
             record, said = ray.get(reference)
         except RayTaskError as error:
@@ -129,6 +147,10 @@ class RayEngine:
             log.parent.mkdir(parents=True, exist_ok=True)
             with log.open("ab") as file:
                 file.write(said)
+        if record is None:
+            task = self._finish.options(memory=self._memory(cell), name=f"{cell.checkpoint.name} {cell.task_name}")
+            self._finishing[task.remote(left)] = cell, log, started, None
+            return None
         return Outcome(cell, record)
 
     def _memory(self, cell: Cell) -> int:
@@ -219,32 +241,66 @@ class _Held:
         self.run: str | None = None  # the function of the run that it is of: Ray may give a worker to the next one
         self.models = Models("cpu")
         self.images: dict[str, ImageSet] = {}
-        self.compute: Callable[..., Record] = compute
+        self.compute: Compute = compute
 
 
 _held = _Held()
 
 
 def _compute_cell(
-    cell: Cell, data: list[Any], options: Options, cpus: int, function: list[Any], needed: dict[str, str]
-) -> tuple[Record, bytes]:
-    """What runs on a node. The references come in lists, so that Ray does not fetch what is there already."""
+    cell: Cell,
+    data: list[Any],
+    options: Options,
+    cpus: int,
+    function: list[Any],
+    needed: dict[str, str],
+    beside: bool,
+) -> tuple[tuple[Record | None, bytes], Unfinished | None]:
+    """What runs on a node. The references come in lists, so that Ray does not fetch what is there already.
+
+    Returns:
+        The record and what was printed; and instead of a record what is left to compute, which stays on the node until
+        another task takes it.
+    """
     if _held.run != function[0].hex():
         context = ray.get_runtime_context()
         _compare(context.get_node_id()[:8], _software(), needed)  # it may have joined after the run has started
         if options.device == "cpu":
             torch.set_num_threads(cpus)
-        _held.run, _held.models, _held.images = function[0].hex(), Models(options.device, options.channels_last), {}
+        _held.models = Models(options.device, options.channels_last, _turn(function[0].hex()))
+        _held.run, _held.images = function[0].hex(), {}
         _held.compute = ray.get(function[0])
     name = data[0].hex()
     if name not in _held.images:
         _held.images[name] = ray.get(data[0])
+
+    def begin() -> Record | Unfinished:
+        found = _held.compute(replace(cell, data=_held.images[name]), options, _held.models, _every)
+        return found.finished() if isinstance(found, Unfinished) and not beside else found
+
+    found, said = _with_output(begin)
+    return ((None, said), found) if isinstance(found, Unfinished) else ((found, said), None)
+
+
+def _finish_cell(cell: Unfinished) -> tuple[Record, bytes]:
+    return _with_output(cell.finished)
+
+
+def _with_output(function: Callable[[], T]) -> tuple[T, bytes]:
+    """What it returns, and the end of what it printed."""
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder) / "log"
         with output_to(log):
-            record = _held.compute(replace(cell, data=_held.images[name]), options, _held.models, _every)
-        said = log.read_bytes()[-LOG_BYTES:]
-    return record, said
+            found = function()
+        return found, log.read_bytes()[-LOG_BYTES:]
+
+
+def _turn(run: str) -> Turn:
+    """Tasks that share a GPU run images one after the other."""
+    if not (gpus := ray.get_gpu_ids()):
+        return nullcontext
+    name = f"timm_csra_{run}_{'_'.join(map(str, gpus))}.lock"
+    return turns(Path(tempfile.gettempdir()) / name)
 
 
 def _every(batches: Any) -> Any:

@@ -1,20 +1,22 @@
 """Where cells are computed. An engine takes cells and gives back records; which cells, in which order, and what becomes
-of the records is the caller's affair (`run.py`). Here is the one of this machine: a worker process for each device.
+of the records is the caller's affair (`run.py`). Here is the one of this machine: worker processes, which run images on
+their device; metrics and intervals may be computed beside, in processes of their own (`answers.py`).
 
 A segmentation fault, a kill for memory or a broken CUDA context ends a worker, and nothing else: another takes its
 place, and the cell in flight comes back as lost. A worker in which a cell has failed is
 replaced too, so that no cell inherits a damaged process.
 """
 
+import itertools
+import math
 import multiprocessing
 import os
 import signal
-import threading
+import tempfile
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from functools import partial
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any, Literal, Protocol, Self
@@ -26,10 +28,12 @@ from ..data.datasets import ImageSet
 from ..records.files import Record
 from ..scoring.cells import Cell, Options
 from ..scoring.measure import failure
-from .worker import Compute, Models, compute, output_to
+from .serve import BATCHES, RECORD, serve
+from .worker import Compute, compute
 
 Progress = Callable[[Cell, int, int], None]  # a cell, batches done, batches in all
 Lost = Literal["worker", "node"]
+SCORES_SHARE = 1 / 8  # of the memory, for scores whose metrics are computed beside: that takes some three times as much
 
 
 class EngineError(RuntimeError):
@@ -66,12 +70,13 @@ class _Worker:
     """A process and what it is doing."""
 
     options: Options
+    turn: Path | None = None
     process: Any = None
     connection: Connection | None = None
     sent: set[int] = field(default_factory=set)  # ids of the image sets that it has
     checkpoint: Checkpoint | None = None
-    cell: Cell | None = None
-    started: float = 0.0
+    number: int | None = None  # of the cell whose images it runs; None: it has none
+    cells: dict[int, tuple[Cell, float]] = field(default_factory=dict)  # without a record, and when they were begun
 
 
 class LocalEngine:
@@ -81,91 +86,135 @@ class LocalEngine:
         workers: the options of each worker; they differ in `device` alone.
         progress: is called now and then while a cell is computed.
         compute: the function that workers run, for measuring the engine itself.
+        take_turns: workers of one device run images one after the other. While one does, another loads the next
+            checkpoint and reads its first images.
+        answering: for each worker, how many processes compute metrics and intervals beside its next pass; with 0 it
+            computes them itself, before that.
     """
 
     def __init__(
-        self, workers: Sequence[Options], progress: Progress = lambda *_: None, compute: Compute = compute
+        self,
+        workers: Sequence[Options],
+        progress: Progress = lambda *_: None,
+        compute: Compute = compute,
+        take_turns: bool = False,
+        answering: int = 0,
     ) -> None:
-        self._workers = [_Worker(options) for options in workers]
+        self._folder = tempfile.TemporaryDirectory(prefix="timm_csra_")
+        turns = {o.device: Path(self._folder.name) / f"{number}.lock" for number, o in enumerate(workers)}
+        self._workers = [_Worker(options, turns[options.device] if take_turns else None) for options in workers]
+        self._leaving: list[_Worker] = []  # they finish what they have, and get nothing more
         self._threads = max(1, torch.get_num_threads() // len(workers)) if len(workers) > 1 else None
         self._progress, self._compute = progress, compute
+        self._limits = (answering, _physical_memory() * SCORES_SHARE / max(1, len(workers)))
         self._context = _context()
         self._data: dict[int, ImageSet] = {}  # kept, so that ids stay unique
+        self._numbers = itertools.count()
         self._ending: list[Any] = []
 
     def room(self) -> list[Checkpoint | None]:
-        return [worker.checkpoint for worker in self._workers if worker.cell is None]
+        return [worker.checkpoint for worker in self._workers if worker.number is None]
 
     def submit(self, cell: Cell, log: Path) -> None:
-        idle = [worker for worker in self._workers if worker.cell is None]
+        idle = [worker for worker in self._workers if worker.number is None]
         # The one that has the checkpoint in memory, else one that has none.
         worker = min(idle, key=lambda w: 0 if w.checkpoint == cell.checkpoint else 1 if w.checkpoint is None else 2)
         self._start(worker, cell, log)
 
     def poll(self, seconds: float) -> list[Outcome]:
-        busy = {worker.connection: worker for worker in self._workers if worker.cell is not None}
+        busy = {worker.connection: worker for worker in (*self._workers, *self._leaving) if worker.cells}
         outcomes = []
         for connection in wait(list(busy), seconds):  # type: ignore[arg-type]
             worker = busy[connection]  # type: ignore[index]
-            assert worker.connection is not None and worker.cell is not None
+            assert worker.connection is not None
             try:
-                message = worker.connection.recv()
+                what, number, found = worker.connection.recv()
             except (EOFError, ConnectionError):
-                outcomes.append(self._died(worker))
+                outcomes += self._died(worker)
                 continue
-            if isinstance(message, dict):
-                outcomes.append(Outcome(worker.cell, message))
-                worker.cell = None
-                if message["status"] == "failed":
-                    self._retire(worker)
-            else:
-                self._progress(worker.cell, *message)
+            if what == BATCHES:
+                self._progress(worker.cells[number][0], *found)
+            elif what == RECORD:
+                outcomes += self._come_out(worker, number, found)
+            elif worker.number == number:  # else its record was faster
+                worker.number = None
         return outcomes
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *error: object) -> None:
-        for worker in self._workers:
-            if worker.cell is not None:
+        for worker in (*self._workers, *self._leaving):
+            if worker.cells:
                 worker.process.terminate()
-            self._retire(worker)
+            self._end(worker)
         for process in self._ending:
             process.join()
+        self._folder.cleanup()
 
     def _start(self, worker: _Worker, cell: Cell, log: Path) -> None:
-        worker.cell, worker.started = cell, time.perf_counter()
+        worker.number = next(self._numbers)
+        worker.cells[worker.number] = cell, time.perf_counter()
         worker.checkpoint = cell.checkpoint
         if worker.process is None:
             worker.connection, theirs = self._context.Pipe()
-            arguments = (theirs, worker.options, self._threads, self._compute)
-            worker.process = self._context.Process(target=_serve, args=arguments)
+            arguments = (theirs, worker.options, self._threads, self._compute, worker.turn, *self._limits)
+            worker.process = self._context.Process(target=serve, args=arguments)
             worker.process.start()
             theirs.close()
             worker.sent = set()
         assert worker.connection is not None
-        number = id(cell.data)
-        self._data[number] = cell.data
-        news = None if number in worker.sent else cell.data  # 50,000 paths travel once
-        worker.sent.add(number)
+        data = id(cell.data)
+        self._data[data] = cell.data
+        news = None if data in worker.sent else cell.data  # 50,000 paths travel once
+        worker.sent.add(data)
         with suppress(ConnectionError):  # it has died meanwhile: `poll` finds that out
-            worker.connection.send((number, news, replace(cell, data=None), log))  # type: ignore[arg-type]
+            job = (worker.number, data, news, replace(cell, data=None), log)  # type: ignore[arg-type]
+            worker.connection.send(job)
 
-    def _died(self, worker: _Worker) -> Outcome:
-        assert worker.cell is not None
+    def _come_out(self, worker: _Worker, number: int, found: Record | int) -> list[Outcome]:
+        """What there is of a cell: its record, or the exit code of the process that computed its metrics."""
+        cell, began = worker.cells.pop(number)
+        of_the_pass = worker.number == number
+        if of_the_pass:
+            worker.number = None
+        if isinstance(found, int):
+            return [self._lost(worker, cell, began, found)]
+        if found["status"] == "failed" and of_the_pass and worker in self._workers:
+            self._replace(worker)
+        elif worker in self._leaving and not worker.cells:
+            self._leaving.remove(worker)
+            self._end(worker)
+        return [Outcome(cell, found)]
+
+    def _died(self, worker: _Worker) -> list[Outcome]:
         worker.process.join()
-        cell, why = worker.cell, _why(worker.process.exitcode)
-        worker.cell = None
-        self._retire(worker)
-        return Outcome(cell, failure(cell, worker.options, why, time.perf_counter() - worker.started), lost="worker")
+        outcomes = [self._lost(worker, *begun, worker.process.exitcode) for begun in worker.cells.values()]
+        if worker in self._leaving:
+            self._leaving.remove(worker)
+        self._end(worker)
+        return outcomes
 
-    def _retire(self, worker: _Worker) -> None:
-        """Another process will take its place."""
+    def _lost(self, worker: _Worker, cell: Cell, began: float, exitcode: int | None) -> Outcome:
+        record = failure(cell, worker.options, _why(exitcode), time.perf_counter() - began)
+        return Outcome(cell, record, lost="worker")
+
+    def _replace(self, worker: _Worker) -> None:
+        """Another process takes its place, at once; metrics that it still computes are waited for."""
+        if worker.cells:
+            self._leaving.append(replace(worker))
+            worker.process = worker.connection = worker.checkpoint = None
+            worker.cells = {}
+        else:
+            self._end(worker)
+
+    def _end(self, worker: _Worker) -> None:
         if worker.process is not None:
             assert worker.connection is not None
             worker.connection.close()  # which it takes as the end
             self._ending = [process for process in self._ending if process.is_alive()] + [worker.process]
-        worker.process = worker.connection = worker.cell = worker.checkpoint = None
+        worker.process = worker.connection = worker.number = worker.checkpoint = None
+        worker.cells = {}
 
 
 # glibc gives large tensors back to the system after every layer; page faults can then take half of the time on a CPU.
@@ -188,48 +237,16 @@ def _context() -> Any:
     return context
 
 
+def _physical_memory() -> float:
+    """Bytes of this machine; without a limit where the system does not say it."""
+    if "SC_PHYS_PAGES" not in getattr(os, "sysconf_names", ()):
+        return math.inf
+    return float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+
+
 def _why(exitcode: int | None) -> str:
     if exitcode is not None and exitcode < 0:
         name = signal.Signals(-exitcode).name
         hint = " (the system ran out of memory, or somebody killed it)" if name == "SIGKILL" else ""
         return f"the process of this cell died of {name}{hint}; its output is in the log"
     return f"the process of this cell ended with exit code {exitcode}; its output is in the log"
-
-
-def _serve(connection: Connection, options: Options, threads: int | None, compute: Compute) -> None:
-    """Compute cells and send their records, until the other end is closed: what a worker process does."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's, which ends this process
-    if "fork" in multiprocessing.get_all_start_methods():
-        # Loader workers are forked, as torch does by default: a second server would import everything again, and its
-        # workers would not notice that this process has died.
-        multiprocessing.set_start_method("fork", force=True)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    if threads is not None:
-        torch.set_num_threads(threads)
-    models, data = Models(options.device, options.channels_last), {}
-    while True:
-        try:
-            number, news, cell, log = connection.recv()
-        except EOFError:
-            return
-        if news is not None:
-            data[number] = news
-        with output_to(log):
-            record = compute(replace(cell, data=data[number]), options, models, partial(_track, connection))
-        connection.send(record)
-
-
-def _end_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        parent.join()
-        os._exit(1)
-
-
-def _track(connection: Connection, batches: Any) -> Iterable[Any]:
-    total, told = len(batches), 0.0
-    for done, batch in enumerate(batches):
-        if time.monotonic() - told > 0.2:
-            told = time.monotonic()
-            connection.send((done, total))
-        yield batch

@@ -2,13 +2,13 @@
 
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
+from filelock import FileLock
 
 from timm_csra.accelerators import to_device
 
@@ -16,23 +16,23 @@ from ..checkpoints.find import Checkpoint, CheckpointError
 from ..records.files import Record
 from ..scoring.cells import Cell, Options
 from ..scoring.loading import Loaded
-from ..scoring.measure import run_cell
+from ..scoring.measure import Unfinished, begin_cell
+from ..scoring.passes import Track, Turn
 
-Track = Callable[[Iterable[Any]], Iterable[Any]]  # wraps the batches of a cell, to show progress
-Compute = Callable[[Cell, Options, "Models", Track], Record]
+Compute = Callable[[Cell, Options, "Models", Track], Record | Unfinished]
 
 
-def compute(cell: Cell, options: Options, models: "Models", track: Track) -> Record:
-    """Measure one cell; whatever goes wrong in it is in the record."""
-    return run_cell(cell, partial(models.get, cell), options, track)
+def compute(cell: Cell, options: Options, models: "Models", track: Track) -> Record | Unfinished:
+    """Run the images of one cell; an error in it becomes a record."""
+    return begin_cell(cell, partial(models.get, cell), options, track, models.turn)
 
 
 class Models:
     """The one model in memory: neighbouring cells of a checkpoint share it, those of another size too where the model
-    would be built alike for it."""
+    would be built alike for it. `turn` gives a context within which the device is this process's alone."""
 
-    def __init__(self, device: str, channels_last: bool = False) -> None:
-        self.device, self.channels_last = device, channels_last
+    def __init__(self, device: str, channels_last: bool = False, turn: Turn = nullcontext) -> None:
+        self.device, self.channels_last, self.turn = device, channels_last, turn
         self._checkpoint: Checkpoint | None = None
         self._loaded: Loaded | None = None
 
@@ -52,6 +52,11 @@ class Models:
             self._loaded = kept = Loaded(model, cell.size)
             self._checkpoint = cell.checkpoint
         return kept
+
+
+def turns(file: Path) -> Turn:
+    """Let processes use a device one after the other. The system frees the lock of one that dies."""
+    return lambda: FileLock(file).acquire(poll_interval=0.002)
 
 
 @contextmanager

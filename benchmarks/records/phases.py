@@ -11,6 +11,7 @@ T = TypeVar("T")
 NAMES = {
     "load": "loading checkpoints",
     "cache": "caching images",
+    "turn": "waiting for the device",
     "wait": "waiting for images",
     "model": "forward passes and attention",
     "plain": "plain passes for comparison",
@@ -18,6 +19,7 @@ NAMES = {
     "agreement": "lam without labels",
     "metrics": "metrics",
     "statistics": "intervals and tests",
+    "disk": "keeping scores",
 }
 
 

@@ -3,8 +3,9 @@
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterable
-from dataclasses import replace
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -24,29 +25,86 @@ from .cells import Cell, Options, show_size
 from .environment import environment
 from .kept import Scored, read_scores, scores_file, write_scores
 from .loading import Loaded, describe_bad_images, loaders
-from .passes import BatchTooLargeError, forward_passes, the_pass
+from .passes import BatchTooLargeError, Track, Turn, forward_passes, the_pass
 from .results import results
+
+
+@dataclass(frozen=True)
+class Unfinished:
+    """A cell whose images have been run: its metrics and intervals are left, which need no device and may be computed
+    elsewhere.
+
+    Attributes:
+        scored: what the images gave.
+        phases: where the time went until now.
+        record: fields of the record that are known.
+        seconds: that the cell has taken until now.
+    """
+
+    cell: Cell
+    options: Options
+    scored: Scored
+    phases: Phases
+    record: Record
+    seconds: float
+
+    def finished(self) -> Record:
+        """Compute what is left, on one core: sums of floating-point numbers depend on how many there are. An error
+        becomes a record of a failed cell."""
+        started, threads = time.perf_counter(), torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            file = scores_file(self.cell, self.options)
+            if file is not None and not self.options.rescore:
+                with self.phases("disk"):
+                    write_scores(file, self.scored)
+            record = results(self.cell, self.scored, self.options, self.phases)
+            record |= {"status": "ok", "reason": None}
+            record |= {"phases": self.phases.seconds, "images_run": self.scored.images_run}
+        except Exception as error:
+            record = _failed(error)
+        finally:
+            torch.set_num_threads(threads)
+        seconds = self.seconds + time.perf_counter() - started
+        return _complete(self.cell, self.options, self.record | record, seconds)
 
 
 def run_cell(
     cell: Cell,
     load: Callable[[], Loaded],
     options: Options,
-    track: Callable[[Iterable[Any]], Iterable[Any]] = iter,
+    track: Track = iter,
 ) -> Record:
-    """Measure one cell. Whatever goes wrong becomes a record: `not_applicable` with a reason, or `failed`.
+    """Measure one cell; see `begin_cell`."""
+    begun = begin_cell(cell, load, options, track)
+    return begun.finished() if isinstance(begun, Unfinished) else begun
+
+
+def begin_cell(
+    cell: Cell, load: Callable[[], Loaded], options: Options, track: Track = iter, turn: Turn = nullcontext
+) -> Record | Unfinished:
+    """Run the images of one cell. An error becomes a record: `not_applicable` with a reason, or `failed`.
 
     Args:
         cell: what to measure.
         load: gives the checkpoint; when it fails, the cell has failed.
         options: how.
         track: wraps the batches, to show progress.
+        turn: gives a context within which the device is this process's alone.
     """
     started = time.perf_counter()
     record: Record = {"batch_size": options.batch_size}
     while True:
+        phases = Phases()
         try:
-            record |= {"status": "ok", "reason": None} | _measure(cell, load, options, track)
+            if options.rescore:
+                scored = read_scores(scores_file(cell, options), options.settings)
+                scored.facts["agreement"] = kept_choice(cell, scored.facts)
+            else:
+                with phases("load"):
+                    loaded = _loaded(cell, load)
+                scored = score_cell(cell, loaded, options, track, phases, turn)
+            return Unfinished(cell, options, scored, phases, record, time.perf_counter() - started)
         except NotApplicableError as reason:
             record |= {"status": "not_applicable", "reason": str(reason)}
         except Exception as error:
@@ -55,14 +113,15 @@ def run_cell(
                 options = replace(options, batch_size=options.batch_size // 2)
                 record |= {"batch_size": options.batch_size}
                 continue  # outside of `except` the traceback, and what it holds, is gone
-            told = error.__cause__ or error if isinstance(error, BatchTooLargeError) else error
-            traceback.print_exc()
-            record |= {
-                "status": "failed",
-                "reason": f"{type(told).__name__}: {told}",
-                "traceback": traceback.format_exc(),
-            }
+            record |= _failed(error)
         return _complete(cell, options, record, time.perf_counter() - started)
+
+
+def _failed(error: Exception) -> Record:
+    told = error.__cause__ or error if isinstance(error, BatchTooLargeError) else error
+    traceback.print_exception(error)
+    text = "".join(traceback.format_exception(error))
+    return {"status": "failed", "reason": f"{type(told).__name__}: {told}", "traceback": text}
 
 
 def failure(cell: Cell, options: Options, reason: str, seconds: float = 0.0) -> Record:
@@ -90,23 +149,6 @@ def _complete(cell: Cell, options: Options, record: Record, seconds: float) -> R
     return {**key, **nothing, **record, "key": key, **about}
 
 
-def _measure(
-    cell: Cell, load: Callable[[], Loaded], options: Options, track: Callable[[Iterable[Any]], Iterable[Any]]
-) -> Record:
-    phases = Phases()
-    file = scores_file(cell, options)
-    if options.rescore:
-        scored = read_scores(file, options.settings)
-        scored.facts["agreement"] = kept_choice(cell, scored.facts)
-    else:
-        with phases("load"):
-            loaded = _loaded(cell, load)
-        scored = score_cell(cell, loaded, options, track, phases)
-        if file is not None:
-            write_scores(file, scored)
-    return results(cell, scored, options, phases) | {"phases": phases.seconds, "images_run": scored.images_run}
-
-
 def _loaded(cell: Cell, load: Callable[[], Loaded]) -> Loaded:
     try:
         return load()
@@ -123,10 +165,12 @@ def score_cell(
     cell: Cell,
     loaded: Loaded,
     options: Options,
-    track: Callable[[Iterable[Any]], Iterable[Any]] = iter,
+    track: Track = iter,
     phases: Phases | None = None,
+    turn: Turn = nullcontext,
 ) -> Scored:
-    """Run every image of a cell once, for all settings. `phases` is told where the time goes."""
+    """Run every image of a cell once, for all settings. `phases` is told where the time goes; `turn` as in
+    `begin_cell`."""
     phases, options = phases or Phases(), cell.prepared(options)
     model, explanation = loaded.model, loaded.explanation
     with phases("load"):
@@ -136,7 +180,7 @@ def score_cell(
     if options.cache_images and cell.data.stream is None:
         with phases("cache"):
             cache_images(loader, cell.data, {**preprocessing, "input_size": (3, *loaded.size)}, options, cell.grid)
-    passed, again = the_pass(cell, loaded, loader, preprocessing, alignment, options, track, phases)
+    passed, again = the_pass(cell, loaded, loader, preprocessing, alignment, options, track, phases, turn)
     scores = passed.of(alignment.columns)
     targets = loader.dataset.targets[passed.read] if passed.targets is None else passed.targets
     if passed.bad and not options.skip_bad_images:
@@ -148,7 +192,7 @@ def score_cell(
                 "those that it cannot read (see the log). Mend them, or accept that with --skip-bad-images."
             )
         print(f"{missing} images of the stream could not be read", file=sys.stderr)
-    with phases("agreement"), forward_passes():
+    with phases("agreement"), forward_passes(), turn():
         agreement = choose(cell.data.calibration, loaded, options, track)
     facts: Record = {
         "n": len(targets),
@@ -168,6 +212,7 @@ def score_cell(
         "bad_images": [loader.dataset.name(index) for index in passed.bad],
         "missing_images": missing if cell.data.stream and len(cell.data) else 0,
         "cost": passed.cost,
+        "device_seconds": None if again else passed.device_seconds,
         "agreement": agreement,
     }
     return Scored(scores, targets, facts, 0 if again else len(targets) + len(passed.bad))

@@ -3,14 +3,14 @@
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from timm_csra.accelerators import AMP
+from timm_csra.accelerators import AMP, DeviceClock, on_accelerator
 from timm_csra.evaluation.scoring import Scores, allows_test_time_pool, score
 
 from ..data.classes import Alignment
@@ -19,6 +19,9 @@ from ..records.phases import Phases
 from .cells import Cell, Options
 from .loading import Loaded, readable
 from .rivals import five_crops, plain_seconds
+
+Track = Callable[[Iterable[Any]], Iterable[Any]]  # wraps the batches of a cell, to show progress
+Turn = Callable[[], AbstractContextManager[Any]]  # within, the device is that of one process
 
 
 @dataclass(frozen=True)
@@ -32,6 +35,7 @@ class Pass:
         bad: indices of the others.
         targets: of a stream alone; else the data has them.
         cost: seconds beside those of a plain pass, where they were asked for.
+        device_seconds: for which the device worked.
     """
 
     columns: tuple[int, ...]
@@ -40,6 +44,7 @@ class Pass:
     bad: list[int]
     targets: Tensor | None
     cost: Record | None
+    device_seconds: float
 
     def serves(self, columns: Sequence[int]) -> bool:
         return set(columns) <= set(self.columns)
@@ -59,8 +64,9 @@ def the_pass(
     preprocessing: Record,
     alignment: Alignment,
     options: Options,
-    track: Callable[[Iterable[Any]], Iterable[Any]],
+    track: Track,
     phases: Phases,
+    turn: Turn,
 ) -> tuple[Pass, bool]:
     """Run every image of a cell, unless the last pass of the same model was over the same pixels.
 
@@ -73,7 +79,7 @@ def the_pass(
     if last is not None and last.serves(alignment.columns):
         return last, True
     loaded.passes.clear()  # one at a time is held, and it is gone before others are made
-    loaded.passes[pixels] = found = _run(cell, loaded, loader, preprocessing, alignment, options, track, phases)
+    loaded.passes[pixels] = found = _run(cell, loaded, loader, preprocessing, alignment, options, track, phases, turn)
     return found, False
 
 
@@ -84,25 +90,27 @@ def _run(
     preprocessing: Record,
     alignment: Alignment,
     options: Options,
-    track: Callable[[Iterable[Any]], Iterable[Any]],
+    track: Track,
     phases: Phases,
+    turn: Turn,
 ) -> Pass:
     model = loaded.model
     bad: list[int] = []
     read: list[int] = []
     plain: list[float] = []
     if options.time_plain:
-        with phases("plain"), forward_passes():
+        with phases("plain"), forward_passes(), turn():
             plain_seconds(model, loader, options)  # starts the loader's workers, and warms everything up
             plain.append(plain_seconds(model, loader, options))
-    passed = False
+    passed, clock = False, DeviceClock(options.device)
+    begun = loader if options.time_plain else Begun(loader)  # which reads the first images while another is at work
 
     def batches() -> Iterator[tuple[Tensor, Tensor]]:
         nonlocal passed
-        yield from readable(phases.waiting(track(loader)), loader, bad, read)
+        yield from clock.over(readable(phases.waiting(track(begun)), loader, bad, read))
         passed = True
 
-    with phases("model"):
+    with _the_turn(turn, options, phases), phases("model"):
         try:
             scores, targets = score(
                 model,
@@ -122,14 +130,41 @@ def _run(
         scores, targets = _selected(scores, order, slice(None)), targets[order]
     cost = None
     if options.time_plain:
-        with phases("plain"), forward_passes():
+        with phases("plain"), forward_passes(), turn():
             plain.append(plain_seconds(model, loader, options))
         seconds = phases.seconds["wait"] + phases.seconds["model"]
         cost = {"plain_seconds": plain, "score_seconds": seconds, "ratio": seconds / (sum(plain) / 2)}
     if cell.five_crops(options):
-        with phases("crops"), forward_passes():
+        with phases("crops"), forward_passes(), turn():
             scores.pooled.update(five_crops(model, loaded.size, loader.dataset, preprocessing, alignment, options))
-    return Pass(alignment.columns, scores, sorted(read), bad, targets if cell.data.stream else None, cost)
+    of_stream = targets if cell.data.stream else None
+    return Pass(alignment.columns, scores, sorted(read), bad, of_stream, cost, clock.seconds())
+
+
+class Begun:
+    """A loader that has begun to read."""
+
+    def __init__(self, loader: Any) -> None:
+        self._batches, self._count = iter(loader), len(loader)
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __iter__(self) -> Iterator[Any]:
+        return self._batches
+
+
+@contextmanager
+def _the_turn(turn: Turn, options: Options, phases: Phases) -> Iterator[None]:
+    """Wait for the turn, and free the memory that the allocator holds when it is over."""
+    with ExitStack() as stack:
+        with phases("turn"):
+            stack.enter_context(turn())
+        try:
+            yield
+        finally:
+            if turn is not nullcontext and on_accelerator(options.device):
+                torch.accelerator.empty_cache()
 
 
 def _selected(scores: Scores, images: Tensor | slice, columns: Tensor | slice) -> Scores:

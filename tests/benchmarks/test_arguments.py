@@ -15,7 +15,7 @@ from benchmarks.arguments import parser
 from benchmarks.asked import asked_options
 from benchmarks.scoring.cells import Options
 from benchmarks.show import main as show
-from benchmarks.workers import MOST_LOADERS, asked_workers
+from benchmarks.workers import MOST_LOADERS, asked_answering, asked_workers
 
 
 def options(*arguments: str) -> tuple[Options, list[Options]]:
@@ -34,12 +34,37 @@ def test_one_worker_for_each_device_or_job() -> None:
     assert workers("--device", "cpu", "--jobs", "3") == ["cpu"] * 3
     assert workers("--devices", "cpu,cpu") == ["cpu", "cpu"]
     assert workers("--device", "cpu", "--engine", "ray") == []
+    # A device that every torch has stands for an accelerator: jobs take turns on it.
+    assert workers("--device", "meta") == ["meta"] * 2
+    assert workers("--device", "meta", "--jobs", "3") == ["meta"] * 3
+    assert workers("--device", "meta", "--jobs", "1") == ["meta"]
+    assert options("--device", "meta", "--engine", "ray", "--jobs", "3")[1] == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--device", "cpu"], 0),
+        (["--device", "cpu", "--jobs", "2", "--metric-workers", "3"], 2),  # of one device: 3 in all, rounded up
+        (["--device", "meta"], 8),  # 16 cores, and two jobs
+        (["--device", "meta", "--jobs", "1"], 16),
+        (["--device", "meta", "--metric-workers", "0"], 0),
+        (["--devices", "meta,meta:0"], 4),
+    ],
+)
+def test_cores_compute_metrics_for_each_worker(
+    arguments: list[str], expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(benchmarks.workers, "cpu_count", lambda: 16)
+    args = parser("").parse_args(["--sample", *arguments])
+    assert asked_answering(args, options(*arguments)[1]) == expected
 
 
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
         (["--devices", "cpu", "--jobs", "2"], "--devices and --jobs: expected one of them"),
+        (["--device", "cpu", "--engine", "ray", "--metric-workers", "2"], "--metric-workers: of this machine alone"),
         (["--device", "cpu", "--address", "auto"], "--address: is of --engine ray"),
         (
             ["--device", "cpu", "--engine", "ray", "--jobs", "2", "--prefetch"],
@@ -61,9 +86,10 @@ def test_what_does_not_go_together(arguments: list[str], text: str) -> None:
         (16, ["--device", "cpu"], [16]),
         (256, ["--device", "cpu"], [MOST_LOADERS]),
         (16, ["--device", "cpu", "--jobs", "3"], [5, 5, 5]),
-        (16, ["--devices", "meta,meta"], [8, 8]),  # a device that every torch has stands for an accelerator
+        (16, ["--devices", "meta,meta"], [8, 8, 8, 8]),  # jobs that take turns read in turn, too
+        (16, ["--device", "meta"], [16, 16]),
         (2, ["--device", "cpu", "--jobs", "3"], [1, 1, 1]),
-        (16, ["--devices", "meta,meta", "--workers", "0"], [0, 0]),
+        (16, ["--devices", "meta,meta", "--workers", "0"], [0, 0, 0, 0]),
         (16, ["--device", "cpu", "--workers", "40"], [40]),
     ],
 )
@@ -95,7 +121,7 @@ def test_precision_and_layout_are_those_of_the_device(monkeypatch: pytest.Monkey
     assert (on_cpu.amp, on_cpu.channels_last) == ("none", False)
     bf16 = ["meta"]  # devices that have it
     monkeypatch.setattr(benchmarks.asked, "precision", lambda amp, device: fake_precision(amp, device, bf16))
-    (asked, (worker,)) = options("--device", "meta")
+    (asked, (worker, _)) = options("--device", "meta")
     assert asked == worker and (asked.amp, asked.channels_last) == ("bf16", True)
     asked, _ = options("--device", "meta", "--amp", "none", "--no-channels-last")
     assert (asked.amp, asked.channels_last) == ("none", False)

@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -36,9 +36,11 @@ from benchmarks.engines.local import EngineError, LocalEngine
 from benchmarks.engines.run import Run
 from benchmarks.engines.worker import Models
 from benchmarks.records.files import read_records
+from benchmarks.records.phases import Phases
 from benchmarks.scoring.cells import Cell, Options
-from benchmarks.scoring.measure import failure, run_cell
-from timm_csra.evaluation.scoring import DEFAULT, PLAIN, Setting
+from benchmarks.scoring.kept import Scored
+from benchmarks.scoring.measure import Unfinished, failure, run_cell
+from timm_csra.evaluation.scoring import DEFAULT, PLAIN, Scores, Setting
 
 from .test_survival import ROOT, save
 
@@ -69,13 +71,21 @@ def add_node(cluster: Cluster) -> Any:
     return cluster.add_node(num_cpus=1, node_ip_address=LOOPBACK)
 
 
-@pytest.fixture(params=["local", "ray"])
+ENGINES = {
+    "local": partial(LocalEngine, [OPTIONS] * 2),
+    "local, metrics beside": partial(LocalEngine, [OPTIONS] * 2, take_turns=True, answering=2),
+    "ray": partial(RayEngine, OPTIONS, cpus=1),
+    "ray, metrics beside": partial(RayEngine, OPTIONS, cpus=1, beside=True),
+}
+
+
+@pytest.fixture(params=ENGINES)
 def engine(request: pytest.FixtureRequest) -> Any:
     """A function that starts an engine of two workers, one thread each."""
-    if request.param == "ray":
+    if request.param.startswith("ray"):
         request.getfixturevalue("cluster")
-        return lambda compute=None: RayEngine(OPTIONS, cpus=1, **({"compute": compute} if compute else {}))
-    return lambda compute=None: LocalEngine([OPTIONS] * 2, **({"compute": compute} if compute else {}))
+    start = ENGINES[request.param]
+    return lambda compute=None: start(**({"compute": compute} if compute else {}))
 
 
 def cells_of(models: list[Checkpoint], photos: Path, sizes: tuple[int, ...] = (64, 96)) -> list[Cell]:
@@ -91,7 +101,7 @@ def run(out: Path, cells: list[Cell], engine: Any, compute: Any = None, retry_fa
 
 def stable(record: dict) -> dict:
     """What does not depend on when and where."""
-    varying = ("seconds", "finished", "phases", "environment", "cost", "images_run")
+    varying = ("seconds", "device_seconds", "finished", "phases", "environment", "cost", "images_run")
     return json.loads(json.dumps({name: value for name, value in record.items() if name not in varying}))
 
 
@@ -151,6 +161,21 @@ def counting(folder: str, cell: Cell, options: Options, models: Models, track: A
     return record | {"status": "ok", "where": ray.get_runtime_context().get_node_id() if ray.is_initialized() else ""}
 
 
+@dataclass(frozen=True)
+class Left(Unfinished):
+    """Metrics that fail or die where `counting` does."""
+
+    told: str = ""
+
+    def finished(self) -> dict:
+        return counting(self.told, self.cell, self.options, Models("cpu"), iter)
+
+
+def leaving(told: str, cell: Cell, options: Options, models: Models, track: Any) -> Left:
+    scores = Scores(torch.zeros(1, 2), {})
+    return Left(cell, options, Scored(scores, torch.zeros(1), {}), Phases(), {}, 0.0, told)
+
+
 def trivial(names: list[str]) -> list[Cell]:
     data = ImageSet("nothing", (), (), ("a", "b"))
     return [Cell(Named("timm", name), data, "single", (64, 64)) for name in names]
@@ -161,11 +186,13 @@ def counted(told: Path) -> dict[str, int]:
     return {name: names.count(name) for name in names}
 
 
-def test_failures_and_deaths(engine: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("where", [counting, leaving], ids=["images", "metrics"])
+def test_failures_and_deaths(engine: Any, tmp_path: Path, where: Any) -> None:
     """What fails is not tried again; what dies is, once; all others are computed once, whatever happens beside them."""
     told = tmp_path / "computed"
+    compute = partial(where, str(told))
     names = ["a", "broken", "dies once", "b", "dies always", "c"]
-    records = run(tmp_path / "out", trivial(names), engine, partial(counting, str(told)))
+    records = run(tmp_path / "out", trivial(names), engine, compute)
     found = {record["model"]: record for record in records}
     assert {name: record["status"] for name, record in found.items()} == {
         name: "failed" if name in ("broken", "dies always") else "ok" for name in names
@@ -178,13 +205,14 @@ def test_failures_and_deaths(engine: Any, tmp_path: Path) -> None:
     assert {r["model"]: r["status"] for r in read_records(tmp_path / "out")} == {
         name: record["status"] for name, record in found.items()
     }
-    again = run(tmp_path / "out", trivial(names), engine, partial(counting, str(told)), retry_failed=True)
+    again = run(tmp_path / "out", trivial(names), engine, compute, retry_failed=True)
     assert len(again) == len(names)
     expected = {"a": 1, "b": 1, "c": 1, "broken": 2, "dies once": 2, "dies always": 4}
     assert counted(told) == expected
 
 
-def test_a_worker_that_somebody_kills(engine: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("where", [counting, leaving], ids=["images", "metrics"])
+def test_a_worker_that_somebody_kills(engine: Any, tmp_path: Path, where: Any) -> None:
     told = tmp_path / "computed"
     cells = trivial([f"slow {i}" for i in range(4)])
     folder = Run(OPTIONS, tmp_path / "out", {}, False, Console(quiet=True))
@@ -202,7 +230,7 @@ def test_a_worker_that_somebody_kills(engine: Any, tmp_path: Path) -> None:
 
     killer = threading.Thread(target=kill)
     killer.start()
-    list(folder.records(cells, lambda _: engine(partial(counting, str(told))), Downloads(False, False)))
+    list(folder.records(cells, lambda _: engine(partial(where, str(told))), Downloads(False, False)))
     killer.join()
     assert [record["status"] for record in read_records(tmp_path / "out")] == ["ok"] * 4
     assert counted(told) == {cell.checkpoint.id: 1 + (cell.checkpoint.id in killed) for cell in cells}

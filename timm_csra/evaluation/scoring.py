@@ -2,7 +2,8 @@
 
 import itertools
 import math
-from collections.abc import Iterable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import NamedTuple, cast
@@ -11,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..accelerators import on_accelerator, to_cpu
 from ..attention import add_attention
 from ..config import LOG_SOFTMAX, LOGITS, CSRAConfig
 from ..errors import describe
@@ -77,6 +79,11 @@ class Scores:
     dtype: torch.dtype = torch.float32
     pooled: dict[str, Tensor] = field(default_factory=dict)
 
+    @property
+    def nbytes(self) -> int:
+        """How much memory the logits take."""
+        return sum(logits.nbytes for logits in (self.base, *self.attention.values(), *self.pooled.values()))
+
     def logits(self, setting: Setting, images: slice = ALL, classes: slice = ALL) -> Tensor:
         """What a model wrapped with `setting` says: base + lam * mean over heads of att, `(n, K)`, or a part of it."""
         base = self.base[images, classes]
@@ -124,24 +131,39 @@ def score(
     head = plain_head(model)
     kept: list[list[Tensor]] = []
     targets: list[Tensor] = []
-    for images, target in batches:
-        images = images.to(device, non_blocking=True)
-        with torch.inference_mode(), autocast:
-            features = spatial_features(model, images)
-            base = cast(Tensor, head(features))  # a tuple only in distilled training
-            (attention,) = location_attention(model, head, features, asked)
-            terms = [base, *attention, *([_test_time_pool(model, head, features)] if test_time_pool else [])]
-            if not kept:
-                _check_forward(model, images[:CHECKED])
-        logits = torch.stack([term.float() for term in terms])
-        logits = (logits if columns is None else logits[..., torch.as_tensor(columns, device=logits.device)]).cpu()
+    coming: deque[Callable[[], Tensor]] = deque()
+    chosen = None if columns is None else torch.as_tensor(columns, device=device)
+    accelerated, largest = on_accelerator(device), 0
+
+    def keep(logits: Tensor) -> None:
         if not (logits.isfinite() | (logits.isneginf() & logits[0].isneginf())).all():
             raise ValueError(
                 f"{describe(model)}: found NaN or infinite logits; expected finite ones, or -inf for a class that the "
                 "plain logits mask too."
             )
         kept.append(list(logits))
+
+    for images, target in batches:
+        count, first = len(images), not targets
+        images = images.to(device, non_blocking=True)
+        if accelerated:  # choosing kernels for another batch size takes seconds, longer than many batches
+            largest = max(largest, count)
+            if count < largest:
+                images = F.pad(images, (0, 0) * (images.ndim - 1) + (0, largest - count))
+        with torch.inference_mode(), autocast:
+            features = spatial_features(model, images)
+            base = cast(Tensor, head(features))  # a tuple only in distilled training
+            (attention,) = location_attention(model, head, features, asked)
+            terms = [base, *attention, *([_test_time_pool(model, head, features)] if test_time_pool else [])]
+            if first:
+                _check_forward(model, images if accelerated else images[:CHECKED])
+        logits = torch.stack([term[:count].float() for term in terms])
+        coming.append(to_cpu(logits if chosen is None else logits[..., chosen]))
         targets.append(target.cpu())
+        if len(coming) > 1:  # the device works on the batch of now while that of before is looked at
+            keep(coming.popleft()())
+    for last in coming:
+        keep(last())
     if not kept:
         raise ValueError(
             f"{describe(model)}: no image to score. Expected at least one; a generator can be used only once."
