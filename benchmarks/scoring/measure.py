@@ -24,7 +24,7 @@ from .caching import cache_images
 from .cells import Cell, Options, show_size
 from .environment import environment
 from .kept import Scored, read_scores, scores_file, write_scores
-from .loading import Loaded, describe_bad_images, loaders
+from .loading import Loaded, collate, describe_bad_images, loaders
 from .passes import BatchTooLargeError, Track, Turn, forward_passes, the_pass
 from .results import results
 
@@ -192,7 +192,8 @@ def score_cell(
                 "those that it cannot read (see the log). Mend them, or accept that with --skip-bad-images."
             )
         print(f"{missing} images of the stream could not be read", file=sys.stderr)
-    with phases("agreement"), forward_passes(), turn():
+    pictures = cell.data.calibration is not None
+    with phases("agreement"), forward_passes(), turn() if pictures else nullcontext():
         agreement = choose(cell.data.calibration, loaded, options, track)
     facts: Record = {
         "n": len(targets),
@@ -250,6 +251,7 @@ def load_images(
         batch_size=options.batch_size,
         num_workers=workers,
         persistent_workers=workers > 0,
+        collate_fn=collate,
         pin_memory=torch.device(options.device).type == "cuda",
         use_prefetcher=False,
     )
