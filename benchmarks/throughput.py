@@ -60,7 +60,8 @@ CLASSES = 10
 def main(arguments: list[str] | None = None) -> int:
     """Measure and print. Returns 0, or 1 where a cell has failed, 2 where a device cannot be used."""
     args, of_sweep = _parser().parse_known_args(arguments)
-    args.checkpoints = args.checkpoints or (24 if args.fake else 3)
+    args.checkpoints = args.checkpoints or (16 if args.fake else 3)
+    args.batches = args.batches or (200 if args.fake else 100)
     asked = parser("").parse_args(["--sample", *of_sweep])
     screen = Console(width=None if sys.stdout.isatty() else 120)
     try:
@@ -73,7 +74,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     with tempfile.TemporaryDirectory() as folder:
         if args.fake:
-            workers = workers if len(workers) > 1 else workers * JOBS
+            workers = workers if asked.jobs else workers * JOBS
             cells = waiting.cells(args.checkpoints + len(workers), args.batches, args.fake, options.batch_size)
             function: Any = waiting.waiting
         else:
@@ -247,8 +248,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     found.add_argument("--fake", type=_length, metavar="TIME", help="wait that long for each batch, e.g. 4ms")
     found.add_argument("--model", default="test_resnet", help="architecture (default: %(default)s)")
-    found.add_argument("--checkpoints", type=positive, metavar="N", help="default: 3, with --fake 24")
-    found.add_argument("--batches", type=positive, default=100, metavar="N", help="of each (default: %(default)s)")
+    found.add_argument("--checkpoints", type=positive, metavar="N", help="default: 3, with --fake 16")
+    found.add_argument("--batches", type=positive, metavar="N", help="of each (default: 100, with --fake 200)")
     return found
 
 
