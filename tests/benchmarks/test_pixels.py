@@ -55,7 +55,7 @@ def batches(
     loader, preprocessing, _ = load_images(cell, Loaded(model, size), options)
     if options.cache_images:
         cache_images(loader, data, {**preprocessing, "input_size": (3, *size)}, options, grid)
-    return list(loader)
+    return [list(map(torch.as_tensor, batch)) for batch in loader]
 
 
 def assert_equal(some: list[list[torch.Tensor]], others: list[list[torch.Tensor]]) -> None:
