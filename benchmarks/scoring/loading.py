@@ -18,6 +18,7 @@ from timm_csra.hub import weights_sha256
 from ..data.datasets import DataError, ImageSet
 from ..data.presented import Unlabelled
 from ..records.files import Record
+from .caching import cache_images
 from .cells import Options
 
 if TYPE_CHECKING:
@@ -61,15 +62,18 @@ def unlabelled(
     """
     requested = {"input_size": (3, *loaded.size), "crop_mode": options.crop_mode, "crop_pct": options.crop_pct}
     dataset = Unlabelled(pictures)
+    config = resolve_input_data_config(loaded.model, args=requested)
     loader = create_loader(
         dataset,
-        **resolve_input_data_config(loaded.model, args=requested),
+        **config,
         batch_size=options.batch_size,
         num_workers=loaders(options, len(dataset), options.batch_size),
         collate_fn=collate,
         pin_memory=torch.device(options.device).type == "cuda",
         use_prefetcher=False,
     )
+    if options.cache_images:
+        cache_images(loader, pictures, config, options)
     for images, _ in readable(track(loader), loader, bad):
         yield images
     if bad and not options.skip_bad_images:

@@ -20,6 +20,7 @@ from ..records.files import Record, now
 from ..records.phases import Phases
 from .agreement import choose, kept_choice
 from .applicable import match_classes, suits_the_task
+from .caching import cache_images
 from .cells import Cell, Options, show_size
 from .environment import environment
 from .kept import Scored, read_scores, scores_file, write_scores
@@ -178,6 +179,9 @@ def score_cell(
         loader, preprocessing, alignment = load_images(cell, loaded, options)
     if explanation.unsupported:
         raise UnsupportedModelError(explanation.unsupported)
+    if options.cache_images and cell.data.stream is None:
+        with phases("cache"):
+            cache_images(loader, cell.data, {**preprocessing, "input_size": (3, *loaded.size)}, options, cell.grid)
     passed, again = the_pass(cell, loaded, loader, preprocessing, alignment, options, track, phases, turn)
     scores = passed.of(alignment.columns)
     targets = loader.dataset.targets[passed.read] if passed.targets is None else passed.targets
@@ -233,10 +237,7 @@ def load_images(
         # Of the logits: a classifier may have been replaced. Where they are unknown, `score_cell` says why.
         count = loaded.explanation.num_classes or int(model.num_classes)  # type: ignore[arg-type]
         data, alignment = match_classes(cell, options, Classifier.of(count, getattr(model, "pretrained_cfg", {})))
-    requested = {"input_size": (3, *size), "crop_mode": options.crop_mode, "crop_pct": options.crop_pct}
-    if cell.task == "mosaic":
-        requested |= {"crop_mode": "squash", "crop_pct": 1.0}  # the mosaic has the right size already
-    config = resolve_input_data_config(model, args=requested)
+    config = resolve_input_data_config(model, args=cell.preparation(options))
     dataset: Mosaics | Photographs | Streamed
     if data.stream:
         dataset = Streamed(data.stream, alignment)
