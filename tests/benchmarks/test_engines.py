@@ -177,6 +177,14 @@ def leaving(told: str, cell: Cell, options: Options, models: Models, track: Any)
     return Left(cell, options, Scored(scores, torch.zeros(1), {}), Phases(), {}, 0.0, told)
 
 
+WHERE = [
+    ("local", counting),
+    ("ray", counting),
+    ("local, metrics beside", leaving),
+    ("ray, metrics beside", leaving),
+]
+
+
 def trivial(names: list[str]) -> list[Cell]:
     data = ImageSet("nothing", (), (), ("a", "b"))
     return [Cell(Named("timm", name), data, "single", (64, 64)) for name in names]
@@ -187,7 +195,7 @@ def counted(told: Path) -> dict[str, int]:
     return {name: names.count(name) for name in names}
 
 
-@pytest.mark.parametrize("where", [counting, leaving], ids=["images", "metrics"])
+@pytest.mark.parametrize(("engine", "where"), WHERE, indirect=["engine"])
 def test_failures_and_deaths(engine: Any, tmp_path: Path, where: Any) -> None:
     """What fails is not tried again; what dies is, once; all others are computed once, whatever happens beside them."""
     told = tmp_path / "computed"
@@ -212,7 +220,7 @@ def test_failures_and_deaths(engine: Any, tmp_path: Path, where: Any) -> None:
     assert counted(told) == expected
 
 
-@pytest.mark.parametrize("where", [counting, leaving], ids=["images", "metrics"])
+@pytest.mark.parametrize(("engine", "where"), WHERE, indirect=["engine"])
 def test_a_worker_that_somebody_kills(engine: Any, tmp_path: Path, where: Any) -> None:
     told = tmp_path / "computed"
     cells = trivial([f"slow {i}" for i in range(4)])
