@@ -36,6 +36,8 @@ def asked_options(args: argparse.Namespace, out: Path) -> Options:
         raise ValueError(f"--grid: found {args.grid!r}; expected whole numbers such as 2 or 2,3.")
     if args.class_map and args.score_classes == "head":
         raise ValueError("--score-classes head and --class-map: expected one of them; a map says what is scored.")
+    if args.cache_images and args.rescore:
+        raise ValueError("--cache-images and --rescore: expected one of them; --rescore reads no images.")
     device = usable_device(args.device if not args.devices or args.devices == "all" else args.devices.split(",")[0])
     return Options(
         settings=tuple(settings_grid(lams, temperatures, scores, also)),
@@ -55,6 +57,7 @@ def asked_options(args: argparse.Namespace, out: Path) -> Options:
         skip_bad_images=args.skip_bad_images,
         kept_scores=str(out / "scores") if args.keep_scores or args.rescore else None,
         rescore=args.rescore,
+        cache_images=str(args.cache_images.absolute()) if args.cache_images else None,
         rivals=args.rivals,
         time_plain=args.time_plain,
     )

@@ -191,7 +191,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--seed", type=int, default=0, help="of samples, mosaics, halves, bootstrap (default: %(default)s)"
     )
-    unused = ("sample", "devices", "keep_scores", "rescore", "rivals", "time_plain")
+    unused = ("sample", "devices", "keep_scores", "rescore", "cache_images", "rivals", "time_plain")
     parser.set_defaults(also=(), activation="softmax", average_precision="continuous", engine="local")
     parser.set_defaults(**dict.fromkeys(unused, False))
     parser.set_defaults(task="mosaic", scores=LOG_SOFTMAX, amp="none", channels_last=False)

@@ -281,8 +281,8 @@ def _parser() -> argparse.ArgumentParser:
     add_reading(parser)
     parser.add_argument("--device", default="auto", help="default: %(default)s")
     parser.add_argument("--seed", type=int, default=0, help="of samples, mosaics, splits (default: %(default)s)")
-    unused = ("sample", "devices", "keep_scores", "rescore", "rivals", "time_plain", "class_map", "class_names",
-              "split", "data_dir")  # fmt: skip
+    unused = ("sample", "devices", "keep_scores", "rescore", "cache_images", "rivals", "time_plain", "class_map",
+              "class_names", "split", "data_dir")  # fmt: skip
     parser.set_defaults(also=(), activation="softmax", average_precision="continuous", **dict.fromkeys(unused))
     parser.set_defaults(lams="0.1", temperatures="inf", scores=LOGITS, amp="none", score_classes="data")
     parser.set_defaults(engine="local", channels_last=False)

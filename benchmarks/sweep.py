@@ -41,6 +41,7 @@ from .reporting.pooled import pooled, unpooled
 from .reporting.push import choose, push, told_apart
 from .reporting.summary import Row, headline, kept, write_summary
 from .reporting.tables import print_headline, print_pooled, print_prose, print_records
+from .scoring.caching import wanted
 from .scoring.cells import Cell, Options, show_size
 from .workers import asked_answering, asked_jobs, asked_workers
 
@@ -92,6 +93,11 @@ def main(arguments: list[str] | None = None) -> int:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         return _refused(log, f"--out {out}: cannot be made: {error}")
+    if options.cache_images:
+        cached = wanted((cell for cell in cells if run.state(cell)[0] == TO_DO), options)
+        if args.engine == "local" and cached.lacking > cached.free:  # nodes of a cluster have disks of their own
+            return _refused(log, f"{cached} Make room, give another folder, or leave it out.")
+        log.print(str(cached), markup=False, highlight=False, soft_wrap=True)
     if args.expected:
         try:
             keep_expected(args.expected, out)
@@ -179,6 +185,8 @@ def _plan(run: Run, cells: list[Cell], shown: str | None, console: Console) -> i
             text = f"{other} of them for another size than the checkpoint's own; models that cannot be built for it are"
             print_prose(f"{text} found out when their turn comes, before they are downloaded.", console)
     console.print(str(estimate(to_do, run.options)), highlight=False, soft_wrap=True)
+    if run.options.cache_images and shown:
+        console.print(str(wanted(to_do, run.options)), markup=False, highlight=False, soft_wrap=True)
     return len(to_do)
 
 

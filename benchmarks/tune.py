@@ -139,7 +139,7 @@ def _parser() -> argparse.ArgumentParser:
     add_reading(parser)
     add_device(parser)
     parser.add_argument("--seed", type=int, default=0, help="of --limit, folds and bootstrap (default: %(default)s)")
-    sweeps = ("sample", "devices", "keep_scores", "rescore", "rivals", "time_plain")
+    sweeps = ("sample", "devices", "keep_scores", "rescore", "cache_images", "rivals", "time_plain")
     parser.set_defaults(also=(), activation="softmax", average_precision="continuous", engine="local")
     parser.set_defaults(**dict.fromkeys(sweeps, False))
     return parser

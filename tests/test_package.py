@@ -3,8 +3,10 @@
 import importlib
 import pkgutil
 import re
+import shutil
 import subprocess
 import sys
+import sysconfig
 import zipfile
 from pathlib import Path
 
@@ -72,11 +74,18 @@ def test_versions_agree() -> None:
     assert f"\nversion: {timm_csra.__version__}\n" in (ROOT / "CITATION.cff").read_text()
 
 
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The wheel, built from the source distribution as a release is."""
+    folder = tmp_path_factory.mktemp("dist")
+    subprocess.run([sys.executable, "-m", "build", "--outdir", str(folder), str(ROOT)], check=True, capture_output=True)
+    (wheel,) = folder.glob("*.whl")
+    return wheel
+
+
 @pytest.mark.slow
-def test_the_wheel_holds_the_library_alone(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "build", "--wheel", "--outdir", str(tmp_path), str(ROOT)]
-    subprocess.run(command, check=True, capture_output=True)
-    (wheel,) = tmp_path.glob("*.whl")
+@pytest.mark.xdist_group("wheel")
+def test_the_wheel_holds_the_library_alone(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
         metadata = archive.read(next(name for name in names if name.endswith("METADATA"))).decode()
@@ -87,3 +96,52 @@ def test_the_wheel_holds_the_library_alone(tmp_path: Path) -> None:
         line.split()[1].split(">")[0] for line in metadata.splitlines() if re.match(r"Requires-Dist: [^;]*$", line)
     }
     assert required == {"torch", "timm", "huggingface-hub", "safetensors", "numpy"}
+
+
+@pytest.mark.slow
+@pytest.mark.xdist_group("wheel")
+def test_what_is_uploaded_is_small_and_pypi_takes_it(wheel: Path) -> None:
+    files = sorted(map(str, wheel.parent.iterdir()))
+    subprocess.run([sys.executable, "-m", "twine", "check", "--strict", *files], check=True)
+    subprocess.run([Path(sys.executable).with_name("check-wheel-contents"), wheel], check=True)
+    assert wheel.stat().st_size < 150_000
+    assert max(Path(file).stat().st_size for file in files) < 1_500_000
+
+
+@pytest.mark.slow
+@pytest.mark.xdist_group("wheel")
+@pytest.mark.parametrize("checker", ["mypy", "pyright"])
+def test_another_project_sees_the_types(wheel: Path, tmp_path: Path, checker: str) -> None:
+    """Of the installed wheel, not of the checkout: what it may do is accepted, and each mistake is found."""
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "venv"], check=True)
+    interpreter = tmp_path / "venv" / "bin" / "python"
+    own = subprocess.run([interpreter, "-c", _PLACE], check=True, capture_output=True, text=True).stdout.strip()
+    subprocess.run([sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", own, wheel], check=True)
+    (Path(own) / "dependencies.pth").write_text(sysconfig.get_path("purelib"))
+    shutil.copy(Path(__file__).with_name("consumer.txt"), tmp_path / "consumer.py")
+    commands = {
+        # With the settings and the cache of this project: torch alone takes mypy most of a minute otherwise.
+        "mypy": ["--config-file", ROOT / "pyproject.toml", "--cache-dir", ROOT / ".mypy_cache", "--python-executable"],
+        "pyright": ["--pythonpath"],
+    }
+    command = [sys.executable, "-m", checker, *commands[checker], interpreter, "consumer.py"]
+    said = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    wrong = [
+        number for number, line in enumerate((tmp_path / "consumer.py").read_text().splitlines(), 1) if "#" in line
+    ]
+    found = [int(line) for line in re.findall(r"consumer\.py:(\d+):.*error", said.stdout)]
+    assert found == wrong, said.stdout + said.stderr
+
+
+_PLACE = "import sysconfig; print(sysconfig.get_path('purelib'))"
+
+
+@pytest.mark.benchmark
+def test_importing_takes_at_most_50_ms_beyond_timm() -> None:
+    """By Python's own account, which is itself some of it; the best of three, as other programs make it longer."""
+    command = [sys.executable, "-X", "importtime", "-c", "import timm, timm_csra"]
+    micros = []
+    for _ in range(3):
+        said = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stderr
+        micros.append(int(re.search(r"\| +(\d+) \| timm_csra$", said, re.MULTILINE)[1]))
+    assert min(micros) <= 50_000

@@ -57,7 +57,9 @@ def create_model(
     Args:
         model_name: as timm takes it.
         pretrained: load timm's weights.
-        lam, temperature, scores: see `wrap`.
+        lam: see `wrap`.
+        temperature: see `wrap`.
+        scores: see `wrap`.
         kwargs: for `timm.create_model`.
 
     Returns:
@@ -181,7 +183,9 @@ def from_pretrained(
         revision: branch, tag or commit.
         cache_dir: of the downloads; default: huggingface_hub's.
         token: for the Hub; default: the one that `hf auth login` or `HF_TOKEN` gave.
-        lam, temperature, scores: instead of the stored settings, or of the defaults of `wrap` where none are stored.
+        lam: instead of what is stored, or of the default of `wrap` where nothing is.
+        temperature: likewise.
+        scores: likewise.
         kwargs: for `timm.create_model`, e.g. `num_classes=5` or `img_size=448`.
 
     Returns:

@@ -28,8 +28,9 @@ def overlay(
         image: the picture, as the model saw it: the same crop.
         score_map: `(rows, columns)`, one class of `score_maps`. Each location is shown as the rectangle of the picture
             that it stands for, not smoothed: nothing is known between two locations.
-        low, high: scores at the ends of the colour map; None for the lowest and highest of this map. Give the same to
-            maps that are to be compared.
+        low: score at the lower end of the colour map; None for the lowest of this map. Maps that are to be compared
+            need the same.
+        high: likewise, at the upper end.
         alpha: how much of the colour is seen, 0 to 1.
         cmap: a colour map of matplotlib.
 

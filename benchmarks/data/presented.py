@@ -13,19 +13,24 @@ from torchvision.transforms import FiveCrop
 
 from .classes import Alignment
 from .datasets import DataError, ImageSet, Source
+from .pixels import Pixels
 
 
 class _Images(Dataset):
-    """Images with targets and their index; one that cannot be read is grey, and its index is -1 - index."""
+    """Images with targets and their index; one that cannot be read is grey, and its index is -1 - index. With `pixels`
+    those that were decoded before are not decoded again."""
 
     data: ImageSet
     targets: Tensor
     transform: Any = None  # set by timm's create_loader
+    pixels: Pixels | None = None
 
     def __len__(self) -> int:
         return len(self.targets)
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor, int]:
+        if self.pixels is not None and index in self.pixels:
+            return self.pixels.tensor(index, self.transform), self.targets[index], index
         try:
             return self.transform(self.image(index)), self.targets[index], index
         except DataError:

@@ -10,6 +10,7 @@ from .files import Record
 T = TypeVar("T")
 NAMES = {
     "load": "loading checkpoints",
+    "cache": "caching images",
     "turn": "waiting for the device",
     "wait": "waiting for images",
     "model": "forward passes and attention",

@@ -24,6 +24,7 @@ class Options:
 
     `amp` is a name in `timm_csra.accelerators.AMP`. `channels_last` is the layout of convolutional models.
     `kept_scores` is the folder where scores are kept, if they are; with `rescore` they are read from there.
+    `cache_images` is the folder of decoded images, if there is one.
     """
 
     settings: tuple[Setting, ...]
@@ -43,6 +44,7 @@ class Options:
     skip_bad_images: bool = False
     kept_scores: str | None = None
     rescore: bool = False
+    cache_images: str | None = None
     rivals: bool = False
     time_plain: bool = False
 
@@ -95,6 +97,15 @@ class Cell:
     def prepared(self, options: Options) -> Options:
         """With the crop of this cell, where none is asked for."""
         return replace(options, crop_pct=options.crop_pct or self.test_crop_pct)
+
+    def preparation(self, options: Options) -> Record:
+        """What is asked of timm's preprocessing; all else is the checkpoint's."""
+        if self.task == "mosaic":
+            cropped = {"crop_mode": "squash", "crop_pct": 1.0}  # the mosaic has the right size already
+        else:
+            options = self.prepared(options)
+            cropped = {"crop_mode": options.crop_mode, "crop_pct": options.crop_pct}
+        return {"input_size": (3, *self.size), **cropped}
 
     def key(self, options: Options) -> Record:
         """Everything that determines the result, with plain JSON values."""

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from timm.data import create_loader, resolve_input_data_config
 from torch import Tensor, nn
+from torch.utils.data import default_collate
 
 import timm_csra
 from timm_csra import Explanation
@@ -17,6 +18,7 @@ from timm_csra.hub import weights_sha256
 from ..data.datasets import DataError, ImageSet
 from ..data.presented import Unlabelled
 from ..records.files import Record
+from .caching import cache_images
 from .cells import Options
 
 if TYPE_CHECKING:
@@ -60,14 +62,18 @@ def unlabelled(
     """
     requested = {"input_size": (3, *loaded.size), "crop_mode": options.crop_mode, "crop_pct": options.crop_pct}
     dataset = Unlabelled(pictures)
+    config = resolve_input_data_config(loaded.model, args=requested)
     loader = create_loader(
         dataset,
-        **resolve_input_data_config(loaded.model, args=requested),
+        **config,
         batch_size=options.batch_size,
         num_workers=loaders(options, len(dataset), options.batch_size),
+        collate_fn=collate,
         pin_memory=torch.device(options.device).type == "cuda",
         use_prefetcher=False,
     )
+    if options.cache_images:
+        cache_images(loader, pictures, config, options)
     for images, _ in readable(track(loader), loader, bad):
         yield images
     if bad and not options.skip_bad_images:
@@ -79,11 +85,19 @@ def loaders(options: Options, images: int, batch_size: int) -> int:
     return min(options.workers, math.ceil(images / batch_size))
 
 
+def collate(samples: list[Any]) -> tuple[Tensor, Any, Any]:
+    """Make a batch of images, targets and indices. Only images go through shared memory: for each tensor a file
+    descriptor is sent, which takes longer than a few numbers do."""
+    images, targets, index = default_collate(samples)
+    return images, targets.numpy(), index.numpy()
+
+
 def readable(
     batches: Iterable[Any], loader: Any, bad: list[int], read: list[int] | None = None
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """The images that could be read, their indices going to `read`; the indices of the others go to `bad`."""
-    for images, targets, index in batches:
+    for images, *rest in batches:
+        targets, index = map(torch.from_numpy, rest)
         good = index >= 0
         bad += (-1 - index[~good]).tolist()
         if read is not None:

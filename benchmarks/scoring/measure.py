@@ -20,10 +20,11 @@ from ..records.files import Record, now
 from ..records.phases import Phases
 from .agreement import choose, kept_choice
 from .applicable import match_classes, suits_the_task
+from .caching import cache_images
 from .cells import Cell, Options, show_size
 from .environment import environment
 from .kept import Scored, read_scores, scores_file, write_scores
-from .loading import Loaded, describe_bad_images, loaders
+from .loading import Loaded, collate, describe_bad_images, loaders
 from .passes import BatchTooLargeError, Track, Turn, forward_passes, the_pass
 from .results import results
 
@@ -92,7 +93,8 @@ def begin_cell(
         turn: gives a context within which the device is this process's alone.
     """
     started = time.perf_counter()
-    record: Record = {"batch_size": options.batch_size}
+    # The environment is asked for here: a process that is forked for the metrics must not ask for the name of a GPU.
+    record: Record = {"batch_size": options.batch_size, "environment": environment(options)}
     while True:
         phases = Phases()
         try:
@@ -143,8 +145,9 @@ def _complete(cell: Cell, options: Options, record: Record, seconds: float) -> R
         "finished": now(),
         "score_classes": options.score_classes,
         "seconds": seconds,
-        "environment": environment(options),
     }
+    if "environment" not in record:
+        about["environment"] = environment(options)
     return {**key, **nothing, **record, "key": key, **about}
 
 
@@ -176,6 +179,9 @@ def score_cell(
         loader, preprocessing, alignment = load_images(cell, loaded, options)
     if explanation.unsupported:
         raise UnsupportedModelError(explanation.unsupported)
+    if options.cache_images and cell.data.stream is None:
+        with phases("cache"):
+            cache_images(loader, cell.data, {**preprocessing, "input_size": (3, *loaded.size)}, options, cell.grid)
     passed, again = the_pass(cell, loaded, loader, preprocessing, alignment, options, track, phases, turn)
     scores = passed.of(alignment.columns)
     targets = loader.dataset.targets[passed.read] if passed.targets is None else passed.targets
@@ -188,7 +194,8 @@ def score_cell(
                 "those that it cannot read (see the log). Mend them, or accept that with --skip-bad-images."
             )
         print(f"{missing} images of the stream could not be read", file=sys.stderr)
-    with phases("agreement"), forward_passes(), turn():
+    pictures = cell.data.calibration is not None
+    with phases("agreement"), forward_passes(), turn() if pictures else nullcontext():
         agreement = choose(cell.data.calibration, loaded, options, track)
     facts: Record = {
         "n": len(targets),
@@ -230,10 +237,7 @@ def load_images(
         # Of the logits: a classifier may have been replaced. Where they are unknown, `score_cell` says why.
         count = loaded.explanation.num_classes or int(model.num_classes)  # type: ignore[arg-type]
         data, alignment = match_classes(cell, options, Classifier.of(count, getattr(model, "pretrained_cfg", {})))
-    requested = {"input_size": (3, *size), "crop_mode": options.crop_mode, "crop_pct": options.crop_pct}
-    if cell.task == "mosaic":
-        requested |= {"crop_mode": "squash", "crop_pct": 1.0}  # the mosaic has the right size already
-    config = resolve_input_data_config(model, args=requested)
+    config = resolve_input_data_config(model, args=cell.preparation(options))
     dataset: Mosaics | Photographs | Streamed
     if data.stream:
         dataset = Streamed(data.stream, alignment)
@@ -249,6 +253,7 @@ def load_images(
         batch_size=options.batch_size,
         num_workers=workers,
         persistent_workers=workers > 0,
+        collate_fn=collate,
         pin_memory=torch.device(options.device).type == "cuda",
         use_prefetcher=False,
     )

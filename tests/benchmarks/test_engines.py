@@ -57,7 +57,7 @@ def cluster() -> Iterator[Cluster]:
     patch.setenv("PYTHONPATH", str(ROOT))
     head = {"num_cpus": 0, "include_dashboard": False, "node_ip_address": LOOPBACK}
     cluster = Cluster(initialize_head=True, head_node_args=head)
-    for _ in range(2):
+    for _ in range(3):
         add_node(cluster)
     ray.init(address=cluster.address, _node_ip_address=LOOPBACK, log_to_driver=False, logging_level="ERROR")
     cluster.wait_for_nodes()
@@ -73,6 +73,7 @@ def add_node(cluster: Cluster) -> Any:
 
 ENGINES = {
     "local": partial(LocalEngine, [OPTIONS] * 2),
+    "local, four": partial(LocalEngine, [OPTIONS] * 4),
     "local, metrics beside": partial(LocalEngine, [OPTIONS] * 2, take_turns=True, answering=2),
     "ray": partial(RayEngine, OPTIONS, cpus=1),
     "ray, metrics beside": partial(RayEngine, OPTIONS, cpus=1, beside=True),
@@ -81,7 +82,7 @@ ENGINES = {
 
 @pytest.fixture(params=ENGINES)
 def engine(request: pytest.FixtureRequest) -> Any:
-    """A function that starts an engine of two workers, one thread each."""
+    """A function that starts an engine of several workers, one thread each."""
     if request.param.startswith("ray"):
         request.getfixturevalue("cluster")
     start = ENGINES[request.param]
@@ -176,6 +177,14 @@ def leaving(told: str, cell: Cell, options: Options, models: Models, track: Any)
     return Left(cell, options, Scored(scores, torch.zeros(1), {}), Phases(), {}, 0.0, told)
 
 
+WHERE = [
+    ("local", counting),
+    ("ray", counting),
+    ("local, metrics beside", leaving),
+    ("ray, metrics beside", leaving),
+]
+
+
 def trivial(names: list[str]) -> list[Cell]:
     data = ImageSet("nothing", (), (), ("a", "b"))
     return [Cell(Named("timm", name), data, "single", (64, 64)) for name in names]
@@ -186,7 +195,7 @@ def counted(told: Path) -> dict[str, int]:
     return {name: names.count(name) for name in names}
 
 
-@pytest.mark.parametrize("where", [counting, leaving], ids=["images", "metrics"])
+@pytest.mark.parametrize(("engine", "where"), WHERE, indirect=["engine"])
 def test_failures_and_deaths(engine: Any, tmp_path: Path, where: Any) -> None:
     """What fails is not tried again; what dies is, once; all others are computed once, whatever happens beside them."""
     told = tmp_path / "computed"
@@ -211,7 +220,7 @@ def test_failures_and_deaths(engine: Any, tmp_path: Path, where: Any) -> None:
     assert counted(told) == expected
 
 
-@pytest.mark.parametrize("where", [counting, leaving], ids=["images", "metrics"])
+@pytest.mark.parametrize(("engine", "where"), WHERE, indirect=["engine"])
 def test_a_worker_that_somebody_kills(engine: Any, tmp_path: Path, where: Any) -> None:
     told = tmp_path / "computed"
     cells = trivial([f"slow {i}" for i in range(4)])

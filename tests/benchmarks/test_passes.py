@@ -22,7 +22,7 @@ from benchmarks.data.sources import load_image_set
 from benchmarks.engines.worker import Models
 from benchmarks.records.files import Record
 from benchmarks.scoring.cells import Options
-from benchmarks.scoring.measure import run_cell
+from benchmarks.scoring.measure import Unfinished, begin_cell, run_cell
 from timm_csra.evaluation.scoring import DEFAULT, PLAIN, score
 
 from .test_sweep import make_checkpoint, sweep
@@ -166,3 +166,22 @@ def test_kept_scores_of_a_shared_pass_answer_again(photos: Path, checkpoint: str
             assert (a["metric"], a["protocol"], a["n"]) == (b["metric"], b["protocol"], b["n"])
             if a["protocol"] == "fixed":
                 torch.testing.assert_close(a["value"], b["value"], atol=9.0, rtol=0)  # half precision, 12 images
+
+
+def test_metrics_ask_no_device(photos: Path, checkpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They may run in a forked process, where CUDA cannot be used: a GPU's name is asked for before."""
+    (model,), models = find_checkpoints(checkpoint), Models("cpu")
+    options = Options((PLAIN, DEFAULT), batch_size=8, workers=0)
+    (cell,) = asked_cells(model, "64", [load_image_set(photos)], [("single", None)], {}, None)
+    begun = begin_cell(cell, partial(models.get, cell), options)
+    assert isinstance(begun, Unfinished)
+
+    def asked(*_: Any) -> Any:
+        raise RuntimeError("Cannot re-initialize CUDA in forked subprocess.")
+
+    monkeypatch.setattr(benchmarks.scoring.measure, "environment", asked)
+    for name in ("synchronize", "current_accelerator", "device_count", "is_available"):
+        monkeypatch.setattr(torch.accelerator, name, asked)
+    record = begun.finished()
+    assert record["status"] == "ok", record["reason"]
+    assert record["environment"]["device"] == "cpu"
