@@ -53,8 +53,7 @@ def read_labels(folder: Path) -> list[dict[str, str]]:
         raise SystemExit(f"{path}: no such file; expected a table with the columns file and labels.")
     with path.open(encoding="utf-8-sig", newline="") as file:  # -sig: spreadsheets write a byte order mark
         reader = csv.DictReader(file)
-        rows = list(reader)
-    columns = reader.fieldnames or []
+        rows, columns = list(reader), reader.fieldnames or []
     if not {"file", "labels"} <= set(columns):
         raise SystemExit(f"{path}: found the columns {', '.join(columns) or 'none'}; expected file,labels.")
     for number, row in enumerate(rows, 2):
