@@ -33,8 +33,8 @@ _SEVERAL = (
 )
 _ADVICE = {
     "exact": _SEVERAL,
-    "nonlinear": f"{_SEVERAL}; of heads such as this one with 1,000 classes, one was measured, whose mosaics gained 0.6 "
-    "to 4.5 points and COCO lost 3.4 on logits",
+    "nonlinear": f"{_SEVERAL}; of heads such as this one with 1,000 classes, one was measured, whose mosaics gained "
+    "0.6 to 4.5 points and COCO lost 3.4 on logits",
     "token": "not wrapped. A class token or attention pooling decides: leave it plain, unless timm_csra.tune finds a "
     "gain on labelled pictures (of one ViT, mosaics did not gain; COCO gained 1 point of mAP)",
 }
