@@ -1,6 +1,7 @@
 """What the command line of the sweep means: options, and the cells to measure."""
 
 import argparse
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -38,6 +39,7 @@ def asked_options(args: argparse.Namespace, out: Path) -> Options:
         raise ValueError("--score-classes head and --class-map: expected one of them; a map says what is scored.")
     if args.cache_images and args.rescore:
         raise ValueError("--cache-images and --rescore: expected one of them; --rescore reads no images.")
+    cache = asked_folder("--cache-images", args.cache_images)
     device = usable_device(args.device if not args.devices or args.devices == "all" else args.devices.split(",")[0])
     return Options(
         settings=tuple(settings_grid(lams, temperatures, scores, also)),
@@ -57,10 +59,26 @@ def asked_options(args: argparse.Namespace, out: Path) -> Options:
         skip_bad_images=args.skip_bad_images,
         kept_scores=str(out / "scores") if args.keep_scores or args.rescore else None,
         rescore=args.rescore,
-        cache_images=str(args.cache_images.absolute()) if args.cache_images else None,
+        cache_images=str(cache) if cache else None,
         rivals=args.rivals,
         time_plain=args.time_plain,
     )
+
+
+def asked_folder(option: str, folder: Path | None) -> Path | None:
+    """A folder that is there, or can be made.
+
+    Raises:
+        ValueError: a file has that name, or nothing can be written there.
+    """
+    if folder is None:
+        return None
+    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    if not there.is_dir():
+        raise ValueError(f"{option} {folder}: found the file {there}; expected a folder, or a new name.")
+    if not os.access(there, os.W_OK):
+        raise ValueError(f"{option} {folder}: nothing can be written in {there}; give another folder.")
+    return folder.absolute()
 
 
 def asked_names(file: Path | None) -> ClassNames | None:

@@ -66,6 +66,8 @@ def main(arguments: list[str] | None = None) -> int:
     screen = Console(width=None if sys.stdout.isatty() else 120)
     try:
         options = asked_options(asked, Path())
+        if not args.fake and not timm.is_model(args.model):
+            raise ValueError(f"--model {args.model}: timm has no such architecture.")
         if args.fake:
             options = replace(options, settings=(PLAIN, DEFAULT), batch_size=asked.batch_size or 1)
         workers = [replace(options, device=w.device, workers=w.workers) for w in asked_workers(asked, options)]

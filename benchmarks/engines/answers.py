@@ -3,8 +3,10 @@ forked for it, which shares the scores with its parent without copying them."""
 
 import multiprocessing
 import os
+import pickle
 import threading
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,15 @@ from ..records.files import Record
 from ..scoring.measure import Unfinished
 from .worker import output_to
 
-Done = Callable[[int, Record | int | None], None]  # a cell's number, and its record or else the exit code
+
+@dataclass(frozen=True)
+class Died:
+    """A process that has left no record, and its exit code, where that is known."""
+
+    exitcode: int | None
+
+
+Done = Callable[[int, Record | Died], None]  # of a cell's number
 
 
 class Answers:
@@ -33,16 +43,30 @@ class Answers:
         self._held: dict[int, int] = {}  # bytes, by the cell's number
         self._room = threading.Condition()
 
-    def give(self, number: int, cell: Unfinished, log: Path) -> None:
-        """Compute what is left of a cell, after waiting until there is room for it; `log` gets what is printed."""
-        size = cell.scored.scores.nbytes
+    def wait(self, cell: Unfinished) -> None:
+        """Wait until there is room for it."""
         with self._room:
-            self._room.wait_for(lambda: self._fits(size))
-            self._held[number] = size
+            self._room.wait_for(lambda: self._fits(cell.scored.scores.nbytes))
+
+    def give(self, number: int, cell: Unfinished, log: Path) -> None:
+        """Compute what is left of a cell, when there is room for it; `log` gets what is printed. Where the system
+        refuses another process, this one does it itself."""
+        self.wait(cell)
+        with self._room:
+            self._held[number] = cell.scored.scores.nbytes
         ours, theirs = self._context.Pipe(duplex=False)
         process = self._context.Process(target=_answer, args=(theirs, cell, log))
-        process.start()
-        theirs.close()
+        try:
+            process.start()
+        except OSError as error:
+            with output_to(log):
+                print(f"no process for the metrics: {error}. They are computed where the images were.", flush=True)
+                record = cell.finished()
+            self._release(number)
+            self._done(number, record)
+            return
+        finally:
+            theirs.close()
         thread = threading.Thread(target=self._receive, args=(number, ours, process))
         self._running = [other for other in self._running if other.is_alive()] + [thread]
         thread.start()
@@ -57,14 +81,17 @@ class Answers:
 
     def _receive(self, number: int, ours: Any, process: Any) -> None:
         try:
-            found: Record | int | None = ours.recv()
-        except EOFError:
+            found: Record | Died | None = ours.recv()
+        except (EOFError, OSError, pickle.UnpicklingError):  # it has died, maybe in the midst of its record
             found = None
         process.join()
+        self._release(number)  # before anything that could wait for the engine
+        self._done(number, Died(process.exitcode) if found is None else found)
+
+    def _release(self, number: int) -> None:
         with self._room:
             del self._held[number]
             self._room.notify()
-        self._done(number, process.exitcode if found is None else found)
 
 
 def _answer(connection: Any, cell: Unfinished, log: Path) -> None:

@@ -3,7 +3,8 @@ of the records is the caller's affair (`run.py`). Here is the one of this machin
 their device; metrics and intervals may be computed beside, in processes of their own (`answers.py`).
 
 A segmentation fault, a kill for memory or a broken CUDA context ends a worker, and nothing else: another takes its
-place, and the cell in flight comes back as lost. A worker in which a cell has failed is
+place, and its cells come back as lost: the one whose images it ran, and those whose metrics were computed beside. A
+worker in which a cell has failed is
 replaced too, so that no cell inherits a damaged process.
 """
 
@@ -11,6 +12,7 @@ import itertools
 import math
 import multiprocessing
 import os
+import pickle
 import signal
 import tempfile
 import time
@@ -28,11 +30,12 @@ from ..data.datasets import ImageSet
 from ..records.files import Record
 from ..scoring.cells import Cell, Options
 from ..scoring.measure import failure
+from .answers import Died
 from .serve import BATCHES, RECORD, serve
 from .worker import Compute, compute
 
 Progress = Callable[[Cell, int, int], None]  # a cell, batches done, batches in all
-Lost = Literal["worker", "node"]
+Lost = Literal["worker", "node", "neighbour"]  # of a neighbour: its metrics were computed, under a worker that died
 SCORES_SHARE = 1 / 8  # of the memory, for scores whose metrics are computed beside: that takes some three times as much
 
 
@@ -65,7 +68,7 @@ class Engine(Protocol):
     def __exit__(self, *error: object) -> None: ...
 
 
-@dataclass
+@dataclass(eq=False)
 class _Worker:
     """A process and what it is doing."""
 
@@ -129,14 +132,14 @@ class LocalEngine:
             assert worker.connection is not None
             try:
                 what, number, found = worker.connection.recv()
-            except (EOFError, ConnectionError):
+            except (EOFError, OSError, pickle.UnpicklingError):  # maybe in the midst of a message
                 outcomes += self._died(worker)
                 continue
             if what == BATCHES:
                 self._progress(worker.cells[number][0], *found)
             elif what == RECORD:
                 outcomes += self._come_out(worker, number, found)
-            elif worker.number == number:  # else its record was faster
+            else:
                 worker.number = None
         return outcomes
 
@@ -172,32 +175,34 @@ class LocalEngine:
             job = (worker.number, data, news, replace(cell, data=None), log)  # type: ignore[arg-type]
             worker.connection.send(job)
 
-    def _come_out(self, worker: _Worker, number: int, found: Record | int) -> list[Outcome]:
-        """What there is of a cell: its record, or the exit code of the process that computed its metrics."""
+    def _come_out(self, worker: _Worker, number: int, found: Record | Died) -> list[Outcome]:
+        """What there is of a cell: its record, or how the process has ended that computed its metrics."""
         cell, began = worker.cells.pop(number)
         of_the_pass = worker.number == number
         if of_the_pass:
             worker.number = None
-        if isinstance(found, int):
-            return [self._lost(worker, cell, began, found)]
-        if found["status"] == "failed" and of_the_pass and worker in self._workers:
+        if worker in self._leaving:
+            if not worker.cells:
+                self._leaving.remove(worker)
+                self._end(worker)
+        elif of_the_pass and isinstance(found, dict) and found["status"] == "failed":
             self._replace(worker)
-        elif worker in self._leaving and not worker.cells:
-            self._leaving.remove(worker)
-            self._end(worker)
-        return [Outcome(cell, found)]
+        return [self._lost(worker, cell, began, found.exitcode) if isinstance(found, Died) else Outcome(cell, found)]
 
     def _died(self, worker: _Worker) -> list[Outcome]:
         worker.process.join()
-        outcomes = [self._lost(worker, *begun, worker.process.exitcode) for begun in worker.cells.values()]
+        outcomes = [
+            self._lost(worker, *begun, worker.process.exitcode, "worker" if number == worker.number else "neighbour")
+            for number, begun in worker.cells.items()
+        ]
         if worker in self._leaving:
             self._leaving.remove(worker)
         self._end(worker)
         return outcomes
 
-    def _lost(self, worker: _Worker, cell: Cell, began: float, exitcode: int | None) -> Outcome:
+    def _lost(self, worker: _Worker, cell: Cell, began: float, exitcode: int | None, lost: Lost = "worker") -> Outcome:
         record = failure(cell, worker.options, _why(exitcode), time.perf_counter() - began)
-        return Outcome(cell, record, lost="worker")
+        return Outcome(cell, record, lost)
 
     def _replace(self, worker: _Worker) -> None:
         """Another process takes its place, at once; metrics that it still computes are waited for."""

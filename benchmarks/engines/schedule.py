@@ -16,7 +16,8 @@ from .local import Engine, Lost, Outcome
 
 PATIENCE = 0.2  # seconds between two looks at what else could be done
 LOOK_AGAIN = 1.0  # seconds until a checkpoint is looked at again that another sweep worked on
-ATTEMPTS: dict[Lost, int] = {"worker": 2, "node": 10}  # of a cell; a node that is lost is hardly its doing
+# Of a cell; that a node is lost, or a worker that runs another one's images, is hardly its doing.
+ATTEMPTS: dict[Lost, int] = {"worker": 2, "node": 10, "neighbour": 10}
 SHARE = 0.25  # of the work that is left for each worker: a larger cell is begun at once
 
 

@@ -82,8 +82,9 @@ def serve(
                 found = found.finished()
         if isinstance(found, Unfinished):
             assert answers is not None
-            answers.give(number, found, log)
+            answers.wait(found)
             send(PASSED, number)
+            answers.give(number, found, log)
         else:
             send(RECORD, number, found)
     if answers is not None:

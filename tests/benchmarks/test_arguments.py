@@ -152,3 +152,15 @@ def test_no_accelerator() -> None:
 def test_photographs_of_the_sample_by_name(capsys: pytest.CaptureFixture[str]) -> None:
     assert show(["sample:tea"]) == 2
     assert "sample:tea: no such photograph in the sample; expected one of astronaut, camera" in capsys.readouterr().err
+
+
+def test_a_cache_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (file := tmp_path / "file").touch()
+    for where in (file, file / "below"):
+        with pytest.raises(ValueError, match=r"--cache-images .*: found the file .*file; expected a folder"):
+            options("--cache-images", str(where))
+    assert options("--cache-images", str(tmp_path / "a" / "b"))[0].cache_images == str(tmp_path / "a" / "b")
+    assert not (tmp_path / "a").exists()
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write everywhere
+    with pytest.raises(ValueError, match=r"--cache-images .*: nothing can be written in .*; give another folder"):
+        options("--cache-images", str(tmp_path / "a"))

@@ -245,6 +245,27 @@ def test_a_worker_that_somebody_kills(engine: Any, tmp_path: Path, where: Any) -
     assert counted(told) == {cell.checkpoint.id: 1 + (cell.checkpoint.id in killed) for cell in cells}
 
 
+def mixed(told: str, cell: Cell, options: Options, models: Models, track: Any) -> dict | Left:
+    """Images that kill their process, and metrics that take a second."""
+    compute = counting if cell.checkpoint.id.startswith("dies") else leaving
+    return compute(told, cell, options, models, track)
+
+
+def test_metrics_beside_a_worker_that_dies_twice(tmp_path: Path) -> None:
+    """A cell whose metrics were computed meanwhile is not to blame: it is computed again, and has a result."""
+    cells = trivial(["slow 0", "dies always", "a"])
+    compute = partial(mixed, str(tmp_path / "computed"))
+    records = run(
+        tmp_path / "out", cells, lambda compute: LocalEngine([OPTIONS], compute=compute, answering=2), compute
+    )
+    assert {record["model"]: record["status"] for record in records} == {
+        "slow 0": "ok",
+        "dies always": "failed",
+        "a": "ok",
+    }
+    assert counted(tmp_path / "computed")["dies always"] == 2
+
+
 @pytest.mark.parametrize("name", ["local", "ray"])
 def test_ctrl_c_loses_nothing(name: str, tmp_path: Path, photos: Path) -> None:
     models = ",".join(save(tmp_path / f"m{i}", i) for i in range(3))

@@ -42,6 +42,8 @@ def test_a_real_sweep_says_what_each_step_takes() -> None:
 def test_what_cannot_be_measured(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--fake", "4ms", "--device", "abacus"]) == 2
     assert "benchmarks.throughput: --device abacus: cannot be used here" in capsys.readouterr().err
+    assert main(["--model", "nosuch"]) == 2
+    assert "benchmarks.throughput: --model nosuch: timm has no such architecture." in capsys.readouterr().err
     with pytest.raises(SystemExit):
         main(["--fake", "4"])
     assert "--fake: found '4'; expected a length of time with its unit, as 4ms" in capsys.readouterr().err
