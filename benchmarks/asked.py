@@ -71,7 +71,7 @@ def asked_folder(option: str, folder: Path | None) -> Path | None:
     Raises:
         ValueError: a file has that name, or nothing can be written there.
     """
-    if folder is None:
+    if not folder:  # commands without the option say False
         return None
     there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
     if not there.is_dir():
