@@ -75,10 +75,10 @@ def test_a_time_out_fails_the_checkpoint_and_is_mended_later(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A folder stands for the repository, so that no network is needed."""
-    torch.manual_seed(0)
-    model = timm.create_model("test_resnet", num_classes=2)
     labels = {"label_names": ["cat", "dog"]}
-    for name in ("one", "two"):
+    for seed, name in enumerate(("one", "two")):
+        torch.manual_seed(seed)
+        model = timm.create_model("test_resnet", num_classes=2)
         timm.models.save_for_hf(model, str(tmp_path / name), model_config=labels, safe_serialization=True)
     for index in range(4):
         folder = tmp_path / "photos" / labels["label_names"][index % 2]
