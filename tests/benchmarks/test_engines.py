@@ -272,7 +272,10 @@ def test_ctrl_c_loses_nothing(name: str, tmp_path: Path, photos: Path) -> None:
     command = [sys.executable, "-m", "benchmarks.sweep", "--models", models, "--data", str(photos), "--workers", "0"]
     command += ["--device", "cpu", "--out", str(tmp_path / "out"), "--img-size", "64,96,128,160", "--engine", name]
     command += ["--jobs", "2"] if name == "local" else ["--cpus-per-cell", "1"]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    process = subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a job in the background ignores it
+    )  # fmt: skip
     records = tmp_path / "out" / "records"
     deadline = time.monotonic() + 180
     while not (records.is_dir() and len(list(records.glob("[!.]*.json"))) >= 2):
