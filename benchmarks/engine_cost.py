@@ -15,6 +15,7 @@ import sys
 import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -30,7 +31,7 @@ from .argument_types import positive
 from .checkpoints.downloads import Downloads
 from .checkpoints.find import Checkpoint
 from .data.datasets import ImageSet
-from .engines.local import Engine, LocalEngine
+from .engines.local import LocalEngine
 from .engines.run import Run
 from .engines.worker import Models
 from .memory import peak_of
@@ -96,7 +97,7 @@ def measure(name: str, workers: int, count: int, seconds: float) -> Cost:
         run = Run(OPTIONS, Path(folder), {}, False, Console(quiet=True, force_terminal=True))
         began = time.perf_counter()
         with _start(name, workers, partial(wait, told, seconds)) as engine, peak_of(torch.device("cpu")) as peak:
-            keep: Any = _Open(engine)
+            keep: Any = nullcontext(engine)  # a run does not close it: the next one uses it
             list(run.records(first, lambda _: keep, Downloads(False, False)))
             started = time.perf_counter()
             for _ in run.records(cells, lambda _: keep, Downloads(False, False)):
@@ -118,19 +119,6 @@ def measure(name: str, workers: int, count: int, seconds: float) -> Cost:
         len(set(mine)),
         lost_or_twice,
     )
-
-
-class _Open:
-    """An engine that a run does not close: the next one uses it."""
-
-    def __init__(self, engine: Engine) -> None:
-        self.room, self.submit, self.poll = engine.room, engine.submit, engine.poll
-
-    def __enter__(self) -> "_Open":
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        pass
 
 
 def _start(name: str, workers: int, compute: Any) -> Any:

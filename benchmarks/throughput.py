@@ -20,7 +20,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -126,20 +126,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _records(run: Run, cells: list[Cell], engine: LocalEngine) -> list[Record]:
-    return [record for _, record in run.records(cells, lambda _: _Open(engine), Downloads(False, False))]
-
-
-class _Open:
-    """An engine that a run does not close: the next one uses it."""
-
-    def __init__(self, engine: LocalEngine) -> None:
-        self.room, self.submit, self.poll = engine.room, engine.submit, engine.poll
-
-    def __enter__(self) -> "_Open":
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        pass
+    keep: Any = nullcontext(engine)  # a run does not close it: the next one uses it
+    return [record for _, record in run.records(cells, lambda _: keep, Downloads(False, False))]
 
 
 def _photographs(folder: Path, count: int) -> ImageSet:
