@@ -34,7 +34,7 @@ from rich.console import Console
 from rich.table import Table
 from timm.models import save_for_hf
 
-from timm_csra.accelerators import autocast, on_accelerator
+from timm_csra.accelerators import AMP, autocast, on_accelerator
 from timm_csra.evaluation.scoring import DEFAULT, PLAIN, score
 
 from . import waiting
@@ -173,7 +173,7 @@ def _alone(cell: Cell, options: Options, record: Record, folder: Path) -> dict[s
 
     def scored() -> Any:
         targets = torch.zeros(len(here))
-        return score(model, [(here, targets)] * 8, options.settings, device=device, amp_dtype=_dtype(options))
+        return score(model, [(here, targets)] * 8, options.settings, device=device, amp_dtype=AMP[options.amp])
 
     for _ in range(3):
         forward()
@@ -192,10 +192,6 @@ def _alone(cell: Cell, options: Options, record: Record, folder: Path) -> dict[s
     with _timed(steps, "disk", record["n"], device):
         write_record(folder / "record.json", done)
     return {name: round(milliseconds, 4) for name, milliseconds in steps.items()}
-
-
-def _dtype(options: Options) -> torch.dtype | None:
-    return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(options.amp)
 
 
 @contextmanager
