@@ -19,6 +19,7 @@ from timm.models import PretrainedCfg, clean_state_dict, is_model, split_model_n
 from torch import Tensor, nn
 
 FORM = "ARCH@PATH, such as resnet50@output/train/model_best.pth.tar"
+SOFTMAX, SIGMOID = "softmax", "sigmoid"
 WEIGHTS = ("state_dict_ema", "model_ema", "state_dict", "model")  # the first that is there, as timm takes them
 PREPROCESSING = ("input_size", "interpolation", "mean", "std", "crop_pct", "crop_mode")
 # What a `pretrained_cfg` says of the published weights, and that is not so of others.
@@ -40,6 +41,7 @@ class Trained:
         arguments: of `timm.create_model`: the architecture, what the training changed about it, and the overlay of
             its `pretrained_cfg` with the file and the preprocessing of the training.
         class_map: the training's own order of classes (`--class-map`), "" for the natural order of the folders.
+        loss: `softmax` or `sigmoid`, what the training compared scores with; "" where the file does not say.
     """
 
     file: Path
@@ -48,6 +50,7 @@ class Trained:
     num_classes: int
     arguments: dict[str, Any]
     class_map: str
+    loss: str = ""
 
     @property
     def weights_from(self) -> str:
@@ -107,7 +110,14 @@ def read_trained(spec: str) -> Trained:
         resolved = resolve_data_config(given, pretrained_cfg=config)
         overlay |= {key: resolved[key] for key in PREPROCESSING}
     arguments |= {"model_name": name, "num_classes": classes, "pretrained_cfg_overlay": overlay}
-    return Trained(file, name, weights, classes, arguments, str(given.get("class_map") or ""))
+    return Trained(file, name, weights, classes, arguments, str(given.get("class_map") or ""), _loss(given))
+
+
+def _loss(given: Mapping[str, Any]) -> str:
+    """Read `--bce-loss` of the training; a script that knows more losses than that one and cross entropy is not judged."""
+    if given.get("bce_loss") is True or given.get("multi_label") is True:
+        return SIGMOID
+    return SOFTMAX if given.get("bce_loss") is False and not (given.get("loss") or given.get("loss_type")) else ""
 
 
 def _is_known(name: str) -> bool:
