@@ -114,7 +114,7 @@ def read_trained(spec: str) -> Trained:
 
 
 def _loss(given: Mapping[str, Any]) -> str:
-    """Read `--bce-loss` of the training; a script that knows more losses than that one and cross entropy is not judged."""
+    """Read `--bce-loss` of the training; of a script that knows other losses nothing is said."""
     if given.get("bce_loss") is True or given.get("multi_label") is True:
         return SIGMOID
     return SOFTMAX if given.get("bce_loss") is False and not (given.get("loss") or given.get("loss_type")) else ""

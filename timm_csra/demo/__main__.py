@@ -3,9 +3,9 @@
 import argparse
 from pathlib import Path
 
+from ..trained import FORM, read_class_names, read_trained
 from . import __doc__ as description
 from . import launch
-from ..trained import FORM, read_class_names, read_trained
 from .checkpoints import FILES
 
 

