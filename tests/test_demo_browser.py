@@ -130,7 +130,9 @@ def test_a_person_tries_it(page: str, chromium: Any, photo: str) -> None:
     model = tab.locator("#model input")
     model.click()
     tab.get_by_role("option", name="tf_efficientnet_lite1").click()
-    expect(tab.locator("#head")).to_contain_text("tf_efficientnet_lite1: 1,000 classes, input 240 x 240", timeout=20_000)
+    expect(tab.locator("#head")).to_contain_text(
+        "tf_efficientnet_lite1: 1,000 classes, input 240 x 240", timeout=20_000
+    )
     tab.locator("#upload input[type=file]").set_input_files(photo)
     expect(tab.locator("#link")).to_contain_text("Your picture is not part of the link", timeout=20_000)
     expect(tab.locator("#examples input:checked")).to_have_count(0)
@@ -154,7 +156,9 @@ def test_the_address_is_a_link_to_what_is_shown(page: str, chromium: Any) -> Non
     expect(tab.locator("#link [role=status]")).to_have_text("Copied.")
     link = tab.evaluate("navigator.clipboard.readText()")
     assert link == tab.url and "picture=astronaut&lam_logits=0.35&lam_log_softmax=1.5&T=inf&class=" in link
-    shown = {part: tab.locator(part).inner_html() for part in ("#plain", "#logits", "#log_softmax", "#picture", "#head")}
+    shown = {
+        part: tab.locator(part).inner_html() for part in ("#plain", "#logits", "#log_softmax", "#picture", "#head")
+    }
     other = open_page(chromium, link)
     for part, html in shown.items():
         own = re.compile(r' id="html-\w+"')  # gradio's, another in each tab
@@ -166,9 +170,7 @@ def test_the_address_is_a_link_to_what_is_shown(page: str, chromium: Any) -> Non
     other.close()
 
 
-def test_errors_are_told_in_the_page(
-    page: str, chromium: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_errors_are_told_in_the_page(page: str, chromium: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from playwright.sync_api import expect
 
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)

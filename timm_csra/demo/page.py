@@ -105,9 +105,11 @@ class _Page:
         found = checkpoint(name or "", self.offered)
         return look(found, path, found.class_names(self.offered.get(found.name, ())))
 
-    def changed(self, path: str | None, chosen: Any, *settings: Any) -> tuple[Any, ...]:
-        """Answer to another checkpoint."""
+    def changed(self, path: str | None, before: Seen | None, chosen: Any, *settings: Any) -> tuple[Any, ...]:
+        """Answer to another checkpoint. The map stays that of the same class, where it has the same classes."""
         seen = self.look(settings[0], path)
+        if before and before.names != seen.names and chosen != NO_MAP:
+            chosen = None
         return gr.Button(visible=False), seen, *self.render(seen, chosen, *settings)
 
     def example(self, _: Any, *settings: Any) -> tuple[Any, ...]:
@@ -213,7 +215,9 @@ def build(offered: Mapping[str, Sequence[str]] | None = None) -> gr.Blocks:
         quiet: dict[str, Any] = {"show_progress": "hidden", "trigger_mode": "always_last"}
         blocks.load(page.open, None, [*settings, download, source, seen, *rendered])
         for asked in (model.input, download.click):
-            asked(page.changed, [source, chosen, *settings], [download, seen, *rendered], show_progress_on=picture)
+            asked(
+                page.changed, [source, seen, chosen, *settings], [download, seen, *rendered], show_progress_on=picture
+            )
         example.input(page.example, [source, *settings], [source, seen, *rendered], show_progress_on=picture)
         upload.upload(page.upload, [upload, *settings], [example, source, seen, *rendered], show_progress_on=picture)
         for control in (lam, lam_log, maximum, temperature):
