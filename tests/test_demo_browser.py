@@ -62,11 +62,10 @@ def shoot(tab: Any, name: str, **options: Any) -> None:
 
 
 def open_page(chromium: Any, url: str, **options: Any) -> Any:
-    """A tab in which the first photograph is tagged. Scripts that fail end the test."""
+    """A tab in which the first photograph is tagged."""
     from playwright.sync_api import expect
 
     tab = chromium.new_context(**{"viewport": DESKTOP} | options).new_page()
-    tab.on("pageerror", lambda error: pytest.fail(str(error)))
     tab.goto(url)
     expect(tab.locator("#log_softmax button.tag")).to_have_count(parts.TOP, timeout=60_000)
     return tab
@@ -80,6 +79,8 @@ def test_a_person_tries_it(page: str, chromium: Any, photo: str) -> None:
     from playwright.sync_api import expect
 
     tab = open_page(chromium, page)
+    errors: list[Any] = []
+    tab.on("pageerror", errors.append)
     plain, logits, log_softmax = (tab.locator(f"#{column}") for column in ("plain", "logits", "log_softmax"))
     for column in (plain, logits, log_softmax):
         expect(column.locator("button.tag").first).to_contain_text("espresso")
@@ -93,7 +94,8 @@ def test_a_person_tries_it(page: str, chromium: Any, photo: str) -> None:
     field.press("Enter")
     expected = looked.logits(2.4, math.inf, LOG_SOFTMAX)
     top = expected.topk(parts.TOP).indices.tolist()
-    expect(log_softmax.locator(".logit").first).to_have_text(f"{expected.max():.2f}")
+    for place, index in enumerate(top):
+        expect(log_softmax.locator(".logit").nth(place)).to_have_text(f"{expected[index]:.2f}")
     assert names(tab, "log_softmax") == [looked.names[index] for index in top] != names(tab, "plain")
     assert {column: tab.locator(f"#{column}").inner_text() for column in before} == before
     expect(log_softmax).to_contain_text(re.compile(r"[▲▼] \d"))
@@ -136,7 +138,7 @@ def test_a_person_tries_it(page: str, chromium: Any, photo: str) -> None:
     tab.locator("#upload input[type=file]").set_input_files(photo)
     expect(tab.locator("#link")).to_contain_text("Your picture is not part of the link", timeout=20_000)
     expect(tab.locator("#examples input:checked")).to_have_count(0)
-    assert "picture=uploaded" in tab.url
+    assert "picture=uploaded" in tab.url and errors == []
     tab.close()
 
 
