@@ -158,7 +158,7 @@ def test_refused_at_the_forward_pass() -> None:
     model = timm_csra.wrap(create("test_resnet"))
     model.forward_features = types.MethodType(lambda self, x: torch.zeros(len(x), 96), model)
     with pytest.raises(
-        UnsupportedModelError, match=r"no location is left.*returned \(2, 96\), expected \(N, C, H, W\)"
+        UnsupportedModelError, match=r"its features have no locations.*returned \(2, 96\), expected \(N, C, H, W\)"
     ):
         model(x)
 
