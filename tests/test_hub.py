@@ -206,21 +206,21 @@ def no_classifier(model: nn.Module) -> None:
     model.reset_classifier(0)
 
 
-CLASSES_20 = "set model.num_classes = 20 too, or make the classifier with model.reset_classifier(20)."
-OWN_LAYERS = "Layers of your own cannot be saved in timm's format: make the classifier with model.reset_classifier(1000), put back the layers that timm builds"
+CLASSES_20 = "set model.num_classes = 20, or make the classifier with model.reset_classifier(20)."
+OWN_LAYERS = "timm's format cannot hold layers of your own: make the classifier with model.reset_classifier(1000), put back the layers that timm builds"
 UNLOADABLE = [
-    (replaced, "test_resnet", "of another shape: fc.bias (found (20,), expected (1000,)), fc.weight (found (20, 96), expected (1000, 96)). The classifier gives 20 classes and model.num_classes says 1000: " + CLASSES_20),
-    (replaced_head, "test_vit", "of another shape: head.bias (found (20,), expected (1000,)), head.weight (found (20, 64), expected (1000, 64)). The classifier gives 20 classes and model.num_classes says 1000: " + CLASSES_20),
-    (too_many, "test_resnet", "The classifier gives 1000 classes and model.num_classes says 20: set model.num_classes = 1000 too"),
+    (replaced, "test_resnet", "of another shape: fc.bias (found (20,), expected (1000,)), fc.weight (found (20, 96), expected (1000, 96)). The classifier has 20 classes, but model.num_classes is 1000: " + CLASSES_20),
+    (replaced_head, "test_vit", "of another shape: head.bias (found (20,), expected (1000,)), head.weight (found (20, 64), expected (1000, 64)). The classifier has 20 classes, but model.num_classes is 1000: " + CLASSES_20),
+    (too_many, "test_resnet", "The classifier has 1000 classes, but model.num_classes is 20: set model.num_classes = 1000, or"),
     (mlp, "test_resnet", "missing: fc.bias, fc.weight; unexpected: fc.0.bias, fc.0.weight, fc.2.bias, fc.2.weight. " + OWN_LAYERS),
     (no_bias, "test_resnet", "missing: fc.bias. " + OWN_LAYERS),
     (another_buffer, "test_resnet", "unexpected: prior. " + OWN_LAYERS),
-    (weight_norm, "test_resnet", "missing: fc.weight; unexpected: fc.parametrizations.weight.original0, fc.parametrizations.weight.original1. Its layers are parametrized: undo that with torch.nn.utils.parametrize.remove_parametrizations("),
-    (old_weight_norm, "test_resnet", "It has torch.nn.utils.weight_norm: undo that with torch.nn.utils.remove_weight_norm("),
-    (pruned, "test_resnet", "It has torch.nn.utils.spectral_norm or prune: undo that with "),
+    (weight_norm, "test_resnet", "missing: fc.weight; unexpected: fc.parametrizations.weight.original0, fc.parametrizations.weight.original1. Some layers are parametrized: undo that with torch.nn.utils.parametrize.remove_parametrizations("),
+    (old_weight_norm, "test_resnet", "A layer has torch.nn.utils.weight_norm: undo that with torch.nn.utils.remove_weight_norm("),
+    (pruned, "test_resnet", "A layer has torch.nn.utils.spectral_norm or prune: undo that with "),
     (compiled_layer, "test_resnet", "One of its layers is compiled: save the model first, then compile."),
-    (reparameterised, "repghostnet_050", " more. It is reparameterised: save the model as it was before timm.utils.reparameterize_model, and"),
-    (reparameterised, "levit_128s", " more. It is reparameterised: save the model as it was before"),
+    (reparameterised, "repghostnet_050", " more. The model is reparameterised: save it as it was before timm.utils.reparameterize_model, and"),
+    (reparameterised, "levit_128s", " more. The model is reparameterised: save it as it was before"),
 ]  # fmt: skip
 
 

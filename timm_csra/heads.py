@@ -166,9 +166,8 @@ def _twin(module: nn.Module, twins: dict[nn.Module, nn.Module]) -> nn.Module:
 def _examine(model: nn.Module, head: Head, layout: Layout, locations: tuple[Tensor, ...]) -> HeadParts:
     if not isinstance(head, types.MethodType):  # only a method can be bound to the twin
         return _unknown(model)
-    if any(
-        hasattr(parameter, "full_tensor") for parameter in model.parameters()
-    ):  # DTensors, which FSDP's hooks gather
+    # DTensors, which FSDP gathers in hooks.
+    if any(hasattr(parameter, "full_tensor") for parameter in model.parameters()):
         return _unknown(model)
     inside, twins = _inside(model), dict[nn.Module, nn.Module]()
     twin = _twin(model, twins)

@@ -181,7 +181,7 @@ class Branches(Layout):
         return self.finest
 
     def _nearest(self, grid: tuple[int, int], device: torch.device) -> Tensor:
-        """Return the index of the token of `grid` that covers the centre of each location of the finest grid: `(L,)`."""
+        """Return the indices of the tokens of `grid` that cover the centres of the finest grid's locations, `(L,)`."""
         rows, columns = (
             (2 * torch.arange(fine, device=device) + 1) * coarse // (2 * fine)
             for fine, coarse in zip(self.finest, grid, strict=True)
