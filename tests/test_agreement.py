@@ -215,7 +215,7 @@ def test_the_spread_of_one_lam_is_binomial(keep: int) -> None:
 def test_what_is_told() -> None:
     assert str(chosen(changing(0.05, *[0.2] * 2, *[0.5] * 7), 0.9)).splitlines() == [
         "Use lam=0.1: at this lam, and at all smaller ones tried, at least 90 % of pictures keep their top class.",
-        "  over resamples of the pictures  lam from 0 to 0.3 (95 %, n = 10)",
+        "  over resamples of the pictures  lam from 0 to 0.3 (95 % of resamples, n = 10)",
         "  pictures that keep their top class, T inf, scores logits",
         "    lam 0.1    90.00 %",
         "    lam 0.3    70.00 %",
@@ -242,12 +242,12 @@ def test_warnings() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert choose_lam(model, [enough], scores="logits").lam == 0.2
-    few = r"Pooled: found 199 pictures, which are few to choose lam by: over resamples of them it goes from 0.1 to 0.1. Use at least 200\."
+    few = r"Pooled: found 199 pictures, too few to choose lam reliably: over resamples of them it goes from 0.1 to 0.1. Use at least 200\."
     with pytest.warns(UserWarning, match=few) as told:
         choose_lam(model, [enough[1:]], lams=[0.1, 1], scores="logits")
     assert len(told) == 1
     assert told[0].filename == __file__
-    larger = r"Pooled: at lam=0.1, the largest tried, 100 % of pictures keep their top class, so that a larger one may pass too. Try larger ones, such as lams=\(0.1, 0.2, 0.4\)\."
+    larger = r"Pooled: at lam=0.1, the largest tried, 100 % of pictures keep their top class, so a larger lam may pass, too. Try larger ones, such as lams=\(0.1, 0.2, 0.4\)\."
     with pytest.warns(UserWarning, match=larger) as told:
         choose_lam(model, [enough], lams=[0.1], scores="logits")
     assert len(told) == 1
@@ -255,8 +255,8 @@ def test_warnings() -> None:
 
 PICTURES = changing(0.2, 0.5)
 REFUSED: list[tuple[dict[str, Any], type[Exception], str]] = [
-    ({"lams": []}, ValueError, "lams: found none; expected at least one, each above 0"),
-    ({"lams": [0.1, 0]}, ValueError, r"lams: found 0, 0.1; expected at least one, each above 0 \(the plain model agrees"),
+    ({"lams": []}, ValueError, "lams: found none; expected at least one value, all above 0"),
+    ({"lams": [0.1, 0]}, ValueError, r"lams: found 0, 0.1; expected at least one value, all above 0 \(the plain model agrees"),
     ({"lams": [1, 0.1, 1]}, ValueError, "lams: found 0.1, 1, 1; expected .* no two equal"),
     ({"lams": [-0.1]}, ValueError, "lam must be finite and at least 0, got -0.1"),
     ({"lams": [math.inf]}, ValueError, "lam must be finite and at least 0, got inf"),
@@ -268,14 +268,14 @@ REFUSED: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"agreement": "0.98"}, TypeError, r"agreement must be a real number, got '0.98' \(str\)"),
     ({"temperature": 0}, ValueError, "temperature must be positive, got 0"),
     ({"scores": "softmax"}, ValueError, "scores .*'logits'.*'log_softmax'.*'softmax'"),
-    ({"pictures": []}, ValueError, "Pooled: the loader gave no picture. Expected a few hundred"),
+    ({"pictures": []}, ValueError, "Pooled: the loader gave no picture; expected a few hundred"),
     ({"pictures": [PICTURES[:0]]}, ValueError, "Pooled: the loader gave no picture"),
     ({"pictures": PICTURES.unbind()}, TypeError, r"Pooled: the loader gave a tensor \(2, 1, 2\); expected images \(N, C, H, W\), or \(images, anything\). A DataLoader makes"),
     ({"pictures": [{"image": PICTURES}]}, TypeError, "Pooled: the loader gave a dict; expected images"),
     ({"pictures": [("label", PICTURES)]}, TypeError, "Pooled: the loader gave a str first in a tuple; expected images"),
     ({"pictures": [PICTURES.byte()]}, TypeError, r"Pooled: found images \(2, 2, 1, 2\) of torch.uint8; expected floats \(N, C, H, W\), as the model's transform gives them"),
     ({"pictures": [()]}, TypeError, "Pooled: the loader gave a tuple; expected images"),
-    ({"pictures": PICTURES * math.nan}, ValueError, r"Pooled: found NaN or \+inf among the logits at lam=0, expected finite ones, or -inf .* Look at the images"),
+    ({"pictures": PICTURES * math.nan}, ValueError, r"Pooled: found NaN or \+inf among the logits at lam=0, expected finite ones, or -inf .* Check the images"),
     ({"pictures": PICTURES + math.inf}, ValueError, r"found NaN or \+inf among the logits at lam=0"),
     ({"lams": [3e38]}, ValueError, r"Pooled: found NaN or \+inf among the logits at lam=3e\+38, .* Try smaller lams, or float32"),
 ]  # fmt: skip
@@ -414,8 +414,8 @@ def test_real_photographs_and_checkpoints(name: str, real_data: Path, real_weigh
 def test_a_model_compiled_in_place_gets_the_same_lam() -> None:
     model = timm.create_model("test_resnet", num_classes=5).eval()
     pictures = [torch.randn(20, 3, 64, 64, generator=torch.Generator().manual_seed(0))]
-    with pytest.warns(UserWarning, match="few to choose lam by"):
+    with pytest.warns(UserWarning, match="few to choose lam reliably"):
         expected = timm_csra.choose_lam(model, pictures)
     model.compile(backend="eager")
-    with pytest.warns(UserWarning, match="few to choose lam by"):
+    with pytest.warns(UserWarning, match="few to choose lam reliably"):
         assert timm_csra.choose_lam(model, pictures) == expected

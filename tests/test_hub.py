@@ -375,7 +375,7 @@ BAD_CONFIGS = {
     "no architecture": ({"architecture": None}, "config.json has no architecture; expected the name of a timm model"),
     "an unknown one": ({"architecture": "resnet_of_tomorrow"}, "names 'resnet_of_tomorrow', which timm .* does not have"),
     "arguments that load files": ({"model_args": {"checkpoint_path": "/etc/passwd"}}, "has model_args {'checkpoint_path'"),
-    "arguments no model has": ({"model_args": {"depth_of_field": 3}}, "describes no model that timm can build: .*depth_of"),
+    "arguments no model has": ({"model_args": {"depth_of_field": 3}}, "timm cannot build the model that config.json describes: .*depth_of"),
     "other weights": ({"num_classes": 7}, r"of another shape: fc.bias \(found \(1000,\), expected \(7,\)\), fc.weight"),
     "another architecture": ({"architecture": "test_vit"}, "missing: .*blocks.0.attn.proj.bias.*; unexpected: bn1.bias"),
 }  # fmt: skip
@@ -409,7 +409,7 @@ def test_broken_files_are_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"model.safetensors is damaged: .*Download or save it again"):
         timm_csra.from_pretrained(tmp_path)
     (tmp_path / "config.json").write_text("{")
-    with pytest.raises(ValueError, match=r"config.json is no JSON"):
+    with pytest.raises(ValueError, match=r"config.json is not valid JSON"):
         timm_csra.from_pretrained(tmp_path)
     (tmp_path / "config.json").unlink()
     with pytest.raises(ValueError, match=r"found no config.json; expected a folder in timm's format"):
@@ -442,21 +442,22 @@ def test_pickles_are_not_read(tmp_path: Path) -> None:
     timm_csra.save_pretrained(model, tmp_path)
     (tmp_path / "model.safetensors").unlink()
     torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
-    with pytest.raises(ValueError, match=r"found no model.safetensors, .*pickled weights are not read there"):
+    with pytest.raises(ValueError, match=r"found no model.safetensors, .*pickled weights are not read"):
         timm_csra.from_pretrained(tmp_path)
     edit_config(tmp_path, csra=None)  # then it is timm's affair, which reads tensors and runs no code
     assert torch.equal(plain_logits(timm_csra.from_pretrained(tmp_path)), plain_logits(model))
     torch.save({"fc.bias": Exploit()}, tmp_path / "pytorch_model.bin")
     with pytest.raises(
-        ValueError, match=r"pytorch_model.bin: cannot be read with weights_only=True: .*is refused. Where you trust it"
+        ValueError,
+        match=r"pytorch_model.bin: cannot be read with weights_only=True: .*is refused. If you trust the file",
     ):
         timm_csra.from_pretrained(tmp_path)
 
 
 NAMES = {
-    "resnet50": "expected user/repo on the Hub, or a folder that exists. timm's own are loaded by create_model",
-    "no/such/folder": "expected user/repo on the Hub, or a folder that exists",
-    "hf-hub:user/repo@one": "found a second revision, 'two'",
+    "resnet50": "expected user/repo on the Hub, or an existing folder. For timm's model of this name use create_model",
+    "no/such/folder": "expected user/repo on the Hub, or an existing folder",
+    "hf-hub:user/repo@one": "found a second revision, revision='two'",
 }
 
 
@@ -467,7 +468,7 @@ def test_names_that_mean_nothing(name: str) -> None:
 
 
 def test_a_folder_has_no_revision(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="found revision='main' for a folder"):
+    with pytest.raises(ValueError, match="found revision='main' with a folder"):
         timm_csra.from_pretrained(tmp_path, revision="main")
 
 
@@ -669,7 +670,7 @@ def test_the_card_says_what_it_is_and_how_to_use_it(tmp_path: Path) -> None:
         "| lam | 0.1 |",
         "| temperature T | inf |",
         "| scores | logits |",
-        "Logits grow by about 1 + lam",
+        "Logits grow by a factor of about 1 + lam",
         "timm_csra.from_pretrained(",
     ):
         assert words in card.text

@@ -35,7 +35,7 @@ from timm_csra.evaluation.scoring import DEFAULT, DEFAULT_LOG_SOFTMAX, PLAIN
 
 from .test_survival import save
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*few to choose lam by", "ignore:.*the largest tried")
+pytestmark = pytest.mark.filterwarnings("ignore:.*few to choose lam reliably", "ignore:.*the largest tried")
 OPTIONS = Options((PLAIN, DEFAULT, DEFAULT_LOG_SOFTMAX), workers=0, batch_size=4)
 
 

@@ -104,7 +104,7 @@ def test_without_labels_any_folder_of_pictures_will_do(
     with pytest.warns(UserWarning, match="found 12 pictures, which are few"):
         expected = timm_csra.choose_lam(plain, [x], 0.5, (0.1, 0.2), (5, math.inf), "logits")
     assert f"{model} on flat, 64 x 64 pixels\n{expected}\nsaved with lam={expected.lam:g} to" in told
-    assert "benchmarks.tune: test_resnet: found 12 pictures, which are few to choose lam by" in warned
+    assert "benchmarks.tune: test_resnet: found 12 pictures, too few to choose lam reliably" in warned
     assert (saved.csra.lam, saved.csra.temperature) == (expected.lam, (5, math.inf))
 
 
