@@ -71,7 +71,7 @@ class TuneResult:
         return self.recommended.scores
 
     def apply(self, model: Model) -> Model:
-        """Wrap the model in place with the recommended setting; with lam = 0 its logits stay those of the plain model."""
+        """Wrap the model in place with the recommended setting; with lam = 0 its logits do not change."""
         return wrap(model, self.lam, self.temperature, self.scores)
 
     def __str__(self) -> str:
