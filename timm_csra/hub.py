@@ -229,8 +229,8 @@ def from_pretrained(
     if stored is None:
         _logger.warning(f"{name}: {CONFIG} has no settings of timm_csra; wrapped with {settings}.")
     if (folder / WEIGHTS).is_file():
-        # Named explicitly: timm 1.0.22 passes the file that it finds in a folder to torch.load, which cannot read
-        # safetensors.
+        # Named explicitly: timm 1.0.22 passes the file that it finds in a folder to torch.load, which in older torch
+        # versions cannot read safetensors.
         by_name = {"source": "", "file": str(folder / WEIGHTS), "custom_load": False}
         kwargs["pretrained_cfg_overlay"] = {**(kwargs.get("pretrained_cfg_overlay") or {}), **by_name}
     try:

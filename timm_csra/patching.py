@@ -56,8 +56,8 @@ class CSRAMixin:
         if unknown := masks.keys() - _MASKS:
             raise UnsupportedModelError(
                 f"{describe(model)}: forward_head was called with {', '.join(sorted(unknown))}; expected no arguments "
-                f"but the features, pre_logits and {', '.join(_MASKS)}, because the locations would be scored without "
-                "it. Make it an attribute of the model instead."
+                f"but the features, pre_logits and {', '.join(_MASKS)}, because locations are scored without others. "
+                "Set what the head needs as an attribute of the model instead."
             )
         features = masks.pop("patches") if x is None else x
         # Locations first, so that an error is raised before the plain head has changed anything.
