@@ -79,7 +79,7 @@ def literal(plain: nn.Module, batches: list[Tensor], lams: Any, *settings: Any) 
 )
 @pytest.mark.parametrize("scores", ["logits", "log_softmax"])
 @pytest.mark.parametrize("temperature", [math.inf, (1.0, 20.0)], ids=str)
-@pytest.mark.filterwarnings("ignore:.*(pictures, which are few|the largest tried)")
+@pytest.mark.filterwarnings("ignore:.*(pictures, too few|the largest tried)")
 def test_agreement_is_that_of_wrapped_models(family: Family, scores: str, temperature: Any) -> None:
     batches, lams = [images(family, 6, seed) for seed in (0, 1)], (0.1, 1, 8, 100)
     for model in (create(family.name), timm_csra.wrap(create(family.name), 0.7, 3)):
@@ -166,7 +166,7 @@ def test_agreement_may_rise_again_where_logits_are_rounded() -> None:
         assert logits.dtype == torch.bfloat16
         tops.append((logits == logits.max()).tolist())
     assert tops == [[True, True], [False, True], [True, True]]
-    with pytest.warns(UserWarning, match="are few"):
+    with pytest.warns(UserWarning, match="too few"):
         choice = choose_lam(model, [pictures], lams=lams, scores="logits")  # in float32, as loaders give them
     assert choice.agreement == {0.5: 1, 0.98: 0, 0.99: 1}
     assert choice.lam == 0.5
@@ -174,7 +174,7 @@ def test_agreement_may_rise_again_where_logits_are_rounded() -> None:
 
 
 @pytest.mark.parametrize("scores", ["logits", "log_softmax"])
-@pytest.mark.filterwarnings("ignore:.*(pictures, which are few|the largest tried)")
+@pytest.mark.filterwarnings("ignore:.*(pictures, too few|the largest tried)")
 def test_reduced_precision_is_that_of_the_wrapped_model(scores: str) -> None:
     x, lams = images(FAMILIES[0], 32), (0.3, 3, 30)
 
@@ -270,7 +270,7 @@ REFUSED: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"scores": "softmax"}, ValueError, "scores .*'logits'.*'log_softmax'.*'softmax'"),
     ({"pictures": []}, ValueError, "Pooled: the loader gave no picture; expected a few hundred"),
     ({"pictures": [PICTURES[:0]]}, ValueError, "Pooled: the loader gave no picture"),
-    ({"pictures": PICTURES.unbind()}, TypeError, r"Pooled: the loader gave a tensor \(2, 1, 2\); expected images \(N, C, H, W\), or \(images, anything\). A DataLoader makes"),
+    ({"pictures": PICTURES.unbind()}, TypeError, r"Pooled: the loader gave a tensor \(2, 1, 2\); expected images \(N, C, H, W\), or \(images, anything\). Use a DataLoader"),
     ({"pictures": [{"image": PICTURES}]}, TypeError, "Pooled: the loader gave a dict; expected images"),
     ({"pictures": [("label", PICTURES)]}, TypeError, "Pooled: the loader gave a str first in a tuple; expected images"),
     ({"pictures": [PICTURES.byte()]}, TypeError, r"Pooled: found images \(2, 2, 1, 2\) of torch.uint8; expected floats \(N, C, H, W\), as the model's transform gives them"),
@@ -287,7 +287,7 @@ def test_refusals(wrong: dict[str, Any], error: type[Exception], text: str) -> N
         chosen(**{"pictures": PICTURES} | wrong)
 
 
-@pytest.mark.filterwarnings("ignore:.*(pictures, which are few|the largest tried)")
+@pytest.mark.filterwarnings("ignore:.*(pictures, too few|the largest tried)")
 def test_models_that_are_refused() -> None:
     with pytest.raises(
         ValueError, match=r"Pooled: found a model in training mode, expected eval: call model.eval\(\) first"
@@ -317,7 +317,7 @@ class Doubles(Pooled):
         return 2 * super().forward(x)
 
 
-@pytest.mark.filterwarnings("ignore:.*(pictures, which are few|the largest tried)")
+@pytest.mark.filterwarnings("ignore:.*(pictures, too few|the largest tried)")
 def test_it_is_the_models_own_forward_that_is_run() -> None:
     x = torch.randn(40, 2, 3, 3, generator=torch.Generator().manual_seed(0))
     for model in (Prepares().eval(), timm_csra.wrap(Prepares().eval(), 5)):
@@ -334,7 +334,7 @@ def test_it_is_the_models_own_forward_that_is_run() -> None:
             choose_lam(model, [x])
 
 
-@pytest.mark.filterwarnings("ignore:.*(pictures, which are few|the largest tried)")
+@pytest.mark.filterwarnings("ignore:.*(pictures, too few|the largest tried)")
 def test_a_masked_class_is_legal() -> None:
     pictures = torch.cat([changing(0.2, 0.5), torch.full((2, 1, 1, 2), 9.0)], dim=1)  # class 2 would win
     for scores in ("logits", "log_softmax"):
@@ -348,7 +348,7 @@ def test_a_masked_class_is_legal() -> None:
 
 
 @pytest.mark.parametrize("name", ["test_resnet", "pit_ti_224"])
-@pytest.mark.filterwarnings("ignore:.*(pictures, which are few|the largest tried)")
+@pytest.mark.filterwarnings("ignore:.*(pictures, too few|the largest tried)")
 def test_nothing_is_changed_and_every_picture_runs_once(name: str) -> None:
     family = next(family for family in FAMILIES if family.name == name)
     seen: list[int] = []
@@ -376,7 +376,7 @@ def test_nothing_is_changed_and_every_picture_runs_once(name: str) -> None:
 @pytest.mark.cuda
 def test_on_a_gpu(cuda: torch.device) -> None:
     model = Pooled().eval().to(cuda)
-    with pytest.warns(UserWarning, match="are few"):
+    with pytest.warns(UserWarning, match="too few"):
         choice = choose_lam(model, [PICTURES], 0.5, (0.1, 0.3, 1), scores="logits")
     assert choice == chosen(PICTURES, 0.5)
 
@@ -392,7 +392,7 @@ def test_no_extra_is_needed() -> None:
 
 
 @pytest.mark.parametrize("name", ["test_resnet", "test_vit"])
-@pytest.mark.filterwarnings("ignore:.*(pictures, which are few|the largest tried)")
+@pytest.mark.filterwarnings("ignore:.*(pictures, too few|the largest tried)")
 def test_real_photographs_and_checkpoints(name: str, real_data: Path, real_weights: Path) -> None:
     def load() -> nn.Module:
         return timm.create_model(f"local-dir:{real_weights / name}", pretrained=True).eval()

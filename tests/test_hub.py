@@ -373,7 +373,7 @@ def test_settings_are_not_trusted(case: str, tmp_path: Path) -> None:
 
 BAD_CONFIGS = {
     "no architecture": ({"architecture": None}, "config.json has no architecture; expected the name of a timm model"),
-    "an unknown one": ({"architecture": "resnet_of_tomorrow"}, "names 'resnet_of_tomorrow', which timm .* does not have"),
+    "an unknown one": ({"architecture": "resnet_of_tomorrow"}, "names the architecture 'resnet_of_tomorrow', which timm .* does not have"),
     "arguments that load files": ({"model_args": {"checkpoint_path": "/etc/passwd"}}, "has model_args {'checkpoint_path'"),
     "arguments no model has": ({"model_args": {"depth_of_field": 3}}, "timm cannot build the model that config.json describes: .*depth_of"),
     "other weights": ({"num_classes": 7}, r"of another shape: fc.bias \(found \(1000,\), expected \(7,\)\), fc.weight"),
@@ -428,7 +428,7 @@ def test_a_pretrained_cfg_that_is_no_object_is_named(found: object, tmp_path: Pa
 @pytest.mark.parametrize("argument", [{"pretrained": False}, {"checkpoint_path": "/nope"}])
 def test_other_weights_than_those_of_the_folder_are_refused(argument: dict[str, Any], tmp_path: Path) -> None:
     timm_csra.save_pretrained(make(), tmp_path)
-    with pytest.raises(TypeError, match=rf"found the argument {next(iter(argument))}; the weights are those of the"):
+    with pytest.raises(TypeError, match=rf"found the argument {next(iter(argument))}, but from_pretrained loads"):
         timm_csra.from_pretrained(tmp_path, **argument)
 
 
@@ -725,7 +725,7 @@ def test_the_card_has_what_was_measured(tmp_path: Path) -> None:
     wrapped = results["lrap, wrapped, fixed"]
     assert wrapped.dataset_name == "imagenette500, mosaic, 224 px, 125 pictures"
     assert [wrapped.metric_args[name] for name in ("ci_low", "scores", "n")] == [2.32, "logits", 44]
-    assert "n: the pictures that\ncount for the metric." in card.text
+    assert "n is the number of pictures that the metric counts." in card.text
 
     other = make(lam=0.4)  # `fixed` is not what this model does
     timm_csra.save_pretrained(other, tmp_path / "other", results=[record(other)])
@@ -739,7 +739,7 @@ def test_the_card_of_log_softmax_has_its_own_figures(tmp_path: Path) -> None:
     assert "| scores | log_softmax |" in text
     assert "| lrap | fixed_log_softmax | log_softmax | 0.3 | inf | 31.88 | 35.40 | +3.52" in text
     assert "| fixed |" not in text and "| log_softmax_vs_logits |" not in text
-    assert "a log-probability, at most 0, is added to each logit" in text
+    assert "a log-probability, which is at most 0, is added to each logit" in text
 
 
 def test_records_of_an_earlier_version_are_of_logits(tmp_path: Path) -> None:

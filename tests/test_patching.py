@@ -129,7 +129,7 @@ REFUSED = [
     (lambda: nn.Sequential(Detector()), r"wrap\(model.get_submodule\('0.backbone'\)\) instead"),
     (
         positions_in_the_pool,
-        r"test_vit3: found an attention pool with positions, `attn_pool`.*to be `model.head`.*without positions",
+        r"test_vit3: found an attention pool with a position embedding, `attn_pool`.*except `model.head`.*without pos",
     ),
 ]
 

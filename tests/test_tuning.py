@@ -210,7 +210,7 @@ def test_a_classifier_that_num_classes_does_not_know() -> None:
     for targets in (labels, torch.nn.functional.one_hot(labels, 20)):
         expected = timm_csra.tune(told, [(images, targets)], folds=3)
         assert timm_csra.tune(model, [(images, targets)], folds=3) == expected
-    with pytest.raises(ValueError, match=r"found targets \(40,\) .*index \(N,\) from 0 to 19, or \(N, 20\) with 1"):
+    with pytest.raises(ValueError, match=r"found targets \(40,\) .*indices \(N,\) from 0 to 19, or \(N, 20\) with 1"):
         timm_csra.tune(model, [(images, labels + 1)], folds=3)
 
 
@@ -309,7 +309,9 @@ def test_several_labels_of_any_type(targets: Tensor) -> None:
 def test_targets_that_do_not_fit_the_model(targets: Tensor, found: str) -> None:
     model = timm.create_model("test_resnet", num_classes=4).eval()
     batches = iter([(torch.randn(12, 3, 64, 64), targets), pytest.fail])
-    with pytest.raises(ValueError, match=rf"test_resnet: found {found}.*index \(N,\) from 0 to 3, or \(N, 4\) with 1"):
+    with pytest.raises(
+        ValueError, match=rf"test_resnet: found {found}.*indices \(N,\) from 0 to 3, or \(N, 4\) with 1"
+    ):
         timm_csra.tune(model, batches)  # type: ignore[arg-type]
     assert next(batches) is pytest.fail  # nothing more was asked for
 

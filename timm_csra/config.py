@@ -50,7 +50,7 @@ def _as_float(name: str, value: Real) -> float:
     try:
         return float(value)
     except OverflowError:
-        raise ValueError(f"{name} must fit into a float, got a number above 1.8e308.") from None
+        raise ValueError(f"{name} must fit into a float, found a number above 1.8e308.") from None
 
 
 LOGITS, LOG_SOFTMAX = SCORES = ("logits", "log_softmax")

@@ -245,8 +245,8 @@ def check_supported(model: Any) -> None:
     elsewhere = [name for name, module in model.named_modules() if _has_positions(module) and module is not head]
     if elsewhere:
         raise UnsupportedModelError(
-            f"{describe(model)}: found an attention pool with a position embedding, `{elsewhere[0]}`; such a pool is "
-            "supported as `model.head` alone, because it scores a location by its position, too. Use a pooling without "
+            f"{describe(model)}: found an attention pool with a position embedding, `{elsewhere[0]}`; expected none "
+            "except `model.head`, because its score of a location depends on the position. Use a pooling without "
             "position embedding."
         )
 

@@ -101,7 +101,7 @@ def test_without_labels_any_folder_of_pictures_will_do(
     plain = timm.create_model(model, pretrained=True).eval()
     config = resolve_data_config({"input_size": (3, 64, 64)}, model=plain)
     x = torch.stack([create_transform(**config)(Image.open(path).convert("RGB")) for path in flat.glob("*.png")])
-    with pytest.warns(UserWarning, match="found 12 pictures, which are few"):
+    with pytest.warns(UserWarning, match="found 12 pictures, too few"):
         expected = timm_csra.choose_lam(plain, [x], 0.5, (0.1, 0.2), (5, math.inf), "logits")
     assert f"{model} on flat, 64 x 64 pixels\n{expected}\nsaved with lam={expected.lam:g} to" in told
     assert "benchmarks.tune: test_resnet: found 12 pictures, too few to choose lam reliably" in warned
@@ -116,7 +116,7 @@ def test_what_goes_wrong_without_labels_is_told(
     for arguments, text in (
         ([*model, *data, "--task", "single"], "--task: chooses by labels; leave it out with --without-labels"),
         ([*model, *data, "--class-map", "coco80-to-imagenet1k"], "--class-map: chooses by labels"),
-        ([*model, *data, "--lams", "0,0.1"], "lams: found 0, 0.1; expected at least one, each above 0"),
+        ([*model, *data, "--lams", "0,0.1"], "lams: found 0, 0.1; expected at least one value, all above 0"),
         ([*model, *data, "--lams", "a"], "--lams: found 'a'; expected numbers separated by ','"),
         ([*model, *data, "--temperatures", "1,inf"], "--temperatures: found 1,inf; expected one with --without-labels"),
         ([*model, *data, "--temperatures", "-1"], "temperature must be positive, got -1.0"),
