@@ -59,7 +59,7 @@ def main(arguments: list[str] | None = None) -> int:
         workers = asked_workers(args, options)
         models, data, tasks = asked_what(args)
         data = asked_calibration(args, data)
-        missing = {} if args.rescore else _not_to_be_had(models)
+        missing = {} if args.rescore else _unavailable(models)
         with ThreadPoolExecutor(16) as pool:  # the Hub is asked for the hashes of many checkpoints at once
             hashes = list(pool.map(lambda model: model.fingerprint, models))
     except (CheckpointError, DataError, ValueError, TypeError) as error:
@@ -237,7 +237,7 @@ def _pushed(
     return good
 
 
-def _not_to_be_had(models: list[Checkpoint]) -> dict[Checkpoint, str]:
+def _unavailable(models: list[Checkpoint]) -> dict[Checkpoint, str]:
     """Checkpoints that are neither local nor cached, with the reason, where the Hub cannot be reached."""
     absent = [model for model in models if not model.is_cached()]
     reason = unreachable_hub() if absent else None

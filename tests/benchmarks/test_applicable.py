@@ -204,7 +204,7 @@ def test_a_dry_run_of_many_cells_is_summed_up(
     names = timm.list_models("*vit*", pretrained=True)[:40]
     headless = [name for name in (HEADLESS, *names) if timm.get_pretrained_cfg(name).num_classes == 0]
     monkeypatch.setattr("timm.list_models", lambda *_, **__: [HEADLESS, *names])
-    monkeypatch.setattr("benchmarks.sweep._not_to_be_had", lambda _: {})
+    monkeypatch.setattr("benchmarks.sweep._unavailable", lambda _: {})
     monkeypatch.setattr("benchmarks.checkpoints.find.etag", lambda *_: ("a hash", None))
     monkeypatch.setattr(Checkpoint, "create", refuse)
     built: list[object] = []

@@ -308,7 +308,7 @@ def test_all_models_on_a_cpu_are_asked_for(
     tmp_path: Path, photos: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("timm.list_models", lambda *_, **__: ["test_resnet.r160_in1k"])
-    monkeypatch.setattr("benchmarks.sweep._not_to_be_had", lambda _: {})
+    monkeypatch.setattr("benchmarks.sweep._unavailable", lambda _: {})
     monkeypatch.setattr("benchmarks.checkpoints.find.etag", lambda *_: ("a hash", None))
     monkeypatch.setattr("benchmarks.checkpoints.hub.unreachable_hub", lambda: "no network here")
     for name, synset in (("cat", "n02123045"), ("dog", "n02099601")):
