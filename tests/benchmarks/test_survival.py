@@ -271,7 +271,7 @@ def test_kept_scores_answer_new_settings_without_a_forward_pass(tmp_path: Path, 
     assert status == 1
     (failed,) = (record for record in records if record["status"] == "failed")
     assert (
-        "kept are log_softmax, T 1, 5, inf; logits, T 1, 5, inf; expected --scores and --temperatures among them"
+        "found scores of log_softmax, T 1, 5, inf; logits, T 1, 5, inf; expected --scores and --temperatures among them"
         in failed["reason"]
     )
     status, (record,) = sweep(tmp_path / "none", model, photos, "--rescore")

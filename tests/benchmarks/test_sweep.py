@@ -142,8 +142,8 @@ def test_a_broken_record_is_measured_again_and_another_is_left_alone(
     assert states.count("to do") == 1 and states.count("done") == 1
     assert main([*again, *more]) == 0
     said = capsys.readouterr().err
-    assert f"{mine}: found no whole JSON" in said and "It is replaced." in said
-    assert f"{foreign}: found an empty file, expected the record of a finished cell. It is left out: run" in said
+    assert f"{mine}: found truncated or invalid JSON" in said and "It is replaced." in said
+    assert f"{foreign}: found an empty file, expected the record of a finished cell. It is skipped: run" in said
     with (tmp_path / "summary.csv").open(newline="") as file:
         assert list(csv.DictReader(file)) == rows  # no times: two runs are equal
     assert other.stat().st_mtime_ns == untouched
