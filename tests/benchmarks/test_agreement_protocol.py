@@ -132,7 +132,7 @@ def test_records_tables_summary_and_page(
 
     assert report([str(out), "--no-plots"]) == 0
     page, text = ((out / "report" / name).read_text() for name in ("index.html", "results.md"))
-    assert "its intervals hold that lam fixed" in page
+    assert "its intervals treat that lam as fixed" in page
     assert "agreement on photos: lam by 10 pictures" in page
     assert "| log_softmax_vs_logits | agreement | crossfit |" in text
     (lam,) = {record["agreement"]["lam"] for record in records if record["agreement"]}

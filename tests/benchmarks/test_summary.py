@@ -113,7 +113,7 @@ def measured(model: str, top1: float, baseline_check: str | None, **key: object)
 
 
 BF16 = {"amp": "bf16", "channels_last": True}
-WITHIN = "Measured in bf16 and channels_last: top-1 at lam = 0 of {} checkpoints is within 0.1 points of what float32"
+WITHIN = "Measured in bf16 and channels_last: top-1 at lam = 0 of {} checkpoints is within 0.1 points of the float32"
 
 
 def test_whether_precision_moves_top1_is_said() -> None:
@@ -132,12 +132,13 @@ def test_whether_precision_moves_top1_is_said() -> None:
         ]
     )
     assert lines == [
-        WITHIN.format(2) + " has here or, where it was not measured, of the published figure.",
-        "bf16 and channels_last moves top-1 at lam = 0 by more than 0.1 points: moved (79.80, in float32 80.00).",
-        "Flagged, and measured in bf16 and channels_last: elsewhere, unknown. Run these again with --amp none "
-        "--no-channels-last, into the same folder, to see whether that is why.",
-        "Flagged, and measured in fp16: half. Run these again with --amp none --no-channels-last, into the same folder, "
-        "to see whether that is why.",
+        WITHIN.format(2) + " figure in this folder or, where there is none, of the published figure.",
+        "Measured in bf16 and channels_last: top-1 at lam = 0 changes by more than 0.1 points: moved (79.80, in float32 "
+        "80.00).",
+        "Flagged, and measured in bf16 and channels_last: elsewhere, unknown. To see whether that is the reason, run these "
+        "again with --amp none --no-channels-last and the same --out.",
+        "Flagged, and measured in fp16: half. To see whether that is the reason, run these again with --amp none "
+        "--no-channels-last and the same --out.",
     ]
 
 
