@@ -224,7 +224,7 @@ def test_a_dry_run_of_many_cells_is_summed_up(
     assert f"{2 * len(headless)} cells not applicable: the checkpoint has no classifier (num_classes=0)" in printed
     assert re.search(rf"{to_do} cells, \d+ images, .* of forward passes", printed)
     assert "--dry-run cells lists each" in printed
-    assert f"{to_do} of them for another size than the checkpoint's own" in printed
+    assert f"{to_do} of them are not at the checkpoint's own size" in printed
     assert names[0] not in printed
     assert not built, "which takes seconds for each"
     assert main([*arguments, "--dry-run", "cells"]) == 0

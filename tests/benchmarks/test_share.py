@@ -97,7 +97,7 @@ def changed(of: dict[str, Any], **result: Any) -> dict[str, Any]:
         ([changed(record("m"), resampled=packed(1.5 + 5 * (HONEST - 1.5)))], "resampled gains with a standard deviation"),
         ([changed(record("m"), resampled=packed(1.5 + (HONEST - 1.5) / 5))], "resampled gains with a standard deviation"),
         ([changed(record("m"), resampled=packed(HONEST), ci_low=None, ci_high=None)], "resampled gains without an interval"),
-        ([record("m", status="banana")], "found the status 'banana', which is none of ok, failed, not_applicable"),
+        ([record("m", status="banana")], "found the status 'banana', expected one of ok, failed, not_applicable"),
         ([record("m", results=[])], "line 1: no results, though its status is ok"),
         ([record("m", status="not_applicable")], "line 1: results, though its status is not_applicable"),
         ([record("m", head_classes=None)], "line 1: no head_classes"),
@@ -108,7 +108,7 @@ def changed(of: dict[str, Any], **result: Any) -> dict[str, Any]:
         ([record("m", reason="/home/me/x not found")], "line 1: reason: a path on a local disk (/home/me/x not found)"),
         ([record("local-dir:/home/me/x")], "model: a path on a local disk (local-dir:/home/me/x): start the sweep in"),
         ([record("local-dir:C:\\me\\x")], "model: a path on a local disk"),
-        ([record("m", environment={"commit": "1a-dirty"})], "measured at the commit 1a-dirty, expected one of this repo"),
+        ([record("m", environment={"commit": "1a-dirty"})], "measured at the commit 1a-dirty, expected a commit of this repo"),
         ([record("m", finished="yesterday")], "line 1: finished 'yesterday', expected a time such as"),
     ],
 )  # fmt: skip

@@ -317,7 +317,7 @@ def test_all_models_on_a_cpu_are_asked_for(
     assert main(arguments) == 2
     told = " ".join(capsys.readouterr().err.split())
     assert "1 cells, 12 images" in told
-    assert "No accelerator was found, and nobody can be asked: say --yes for it." in told
+    assert "No accelerator was found. Use --yes to confirm without a terminal." in told
     assert not (tmp_path / "out").exists()
 
 
