@@ -78,11 +78,11 @@ class Cost:
         return self.seconds * self.workers / self.cells - self.wait
 
 
-def wait(told: str, seconds: float, cell: Cell, options: Options, models: Models, track: Any) -> Record:
-    """Compute a cell that only waits, and append a line to the file `told`."""
+def wait(computed: str, seconds: float, cell: Cell, options: Options, models: Models, track: Any) -> Record:
+    """Compute a cell that only waits, and append a line to the file `computed`."""
     if seconds:
         time.sleep(seconds)
-    descriptor = os.open(told, os.O_WRONLY | os.O_APPEND | os.O_CREAT)  # appending a short line is atomic
+    descriptor = os.open(computed, os.O_WRONLY | os.O_APPEND | os.O_CREAT)  # appending a short line is atomic
     os.write(descriptor, f"{cell.checkpoint.id}\n".encode())
     os.close(descriptor)
     return failure(cell, options, "") | {"status": "ok", "reason": None}
@@ -94,17 +94,17 @@ def measure(name: str, workers: int, count: int, seconds: float) -> Cost:
     cells = [Cell(Named("timm", f"m{i}"), data, "single", (64, 64)) for i in range(count)]
     first = [replace(cell, checkpoint=Named("timm", f"first{i}")) for i, cell in enumerate(cells[:workers])]
     with tempfile.TemporaryDirectory() as folder:
-        told = str(Path(folder) / "computed")
+        computed = str(Path(folder) / "computed")
         run = Run(OPTIONS, Path(folder), {}, False, Console(quiet=True, force_terminal=True))
         began = time.perf_counter()
-        with _start(name, workers, partial(wait, told, seconds)) as engine, peak_of(torch.device("cpu")) as peak:
+        with _start(name, workers, partial(wait, computed, seconds)) as engine, peak_of(torch.device("cpu")) as peak:
             keep: Any = nullcontext(engine)  # keeps the engine open for the next run
             list(run.records(first, lambda _: keep, Downloads(False, False)))
             started = time.perf_counter()
             for _ in run.records(cells, lambda _: keep, Downloads(False, False)):
                 pass
             taken = time.perf_counter() - started
-        lines = Path(told).read_text().splitlines()
+        lines = Path(computed).read_text().splitlines()
         mine = [line for line in lines if not line.startswith("first")]
         records = {record["model"] for record in read_records(Path(folder))} - {cell.checkpoint.name for cell in first}
     lost_or_twice = len(mine) - len(set(mine))

@@ -35,8 +35,8 @@ def add_without_labels(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--without-labels",
         action="store_true",
-        help="choose lam by the top classes of the plain model on --data, any folder of pictures of ONE OBJECT EACH "
-        "(or another form below, whose labels are not used)",
+        help="choose lam by the top classes of the plain model on --data, any folder of pictures of ONE OBJECT EACH, "
+        "or another form below, whose labels are not used",
     )
     group.add_argument(
         "--agreement",

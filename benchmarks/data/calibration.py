@@ -21,7 +21,7 @@ BATCH = 256  # thumbnails compared at a time
 
 def with_calibration(data: Sequence[ImageSet], pictures: ImageSet) -> list[ImageSet]:
     """Return the data sets with all calibration pictures; a stream gets the reason why it has none."""
-    reason = "a stream has no list of its pictures, so that those given cannot be told from them"
+    reason = "a stream has no list of its pictures to compare the calibration pictures with"
     fingerprint = pictures.fingerprint
     return [
         replace(images, calibration=Calibration(pictures, fingerprint, reason=reason if images.stream else None))
@@ -51,7 +51,7 @@ def without_measured(data: Sequence[ImageSet]) -> list[ImageSet]:
         same = {indices[i] for i in np.flatnonzero(_among(thumbnails, images))}
         kept = pictures.some([i for i in range(len(pictures)) if i not in same])
         names = tuple(str(pictures.paths[i]) for i in sorted(same))
-        reason = None if len(kept) else f"all {len(pictures)} pictures of {pictures.name} stand among those measured"
+        reason = None if len(kept) else f"all {len(pictures)} pictures of {pictures.name} are among those measured"
         compared.append(replace(images, calibration=Calibration(kept, calibration.fingerprint, names, reason)))
     return compared
 

@@ -244,7 +244,7 @@ def align(
     if missing:
         raise NotApplicableError(
             f"{len(missing)} classes of the data are not among the head's: {_few(missing)}; the head's are "
-            f"named by {head.classes_from}, and --class-names FILE names them otherwise"
+            f"from {head.classes_from}; to give other names use --class-names FILE"
         )
     return _scored(matches, head.classes_from, count, whole)
 

@@ -39,7 +39,7 @@ class _Images(Dataset):
             return self.transform(Image.new("RGB", (64, 64))), self.targets[index], -1 - index
 
     def image(self, index: int) -> Image.Image:
-        """The image before the checkpoint's preprocessing. Raises DataError."""
+        """Return the image before the checkpoint's preprocessing; raises DataError if it cannot be read."""
         raise NotImplementedError
 
     def name(self, index: int) -> str:

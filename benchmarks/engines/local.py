@@ -254,6 +254,6 @@ def _physical_memory() -> float:
 def _why(exitcode: int | None) -> str:
     if exitcode is not None and exitcode < 0:
         name = signal.Signals(-exitcode).name
-        hint = " (the system ran out of memory, or somebody killed it)" if name == "SIGKILL" else ""
+        hint = " (the system ran out of memory, or it was killed)" if name == "SIGKILL" else ""
         return f"the process of this cell died of {name}{hint}; its output is in the log"
     return f"the process of this cell ended with exit code {exitcode}; its output is in the log"

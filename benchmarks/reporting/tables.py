@@ -205,12 +205,12 @@ def agreement_notes(records: Iterable[Record]) -> list[str]:
             where = f"agreement on {record['data']}"
             names = found["left_out"]
             more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-            told = f"; {len(names)} left out, also among those measured: {', '.join(names[:3])}{more}" if names else ""
+            told = f"; {len(names)} left out, which are also measured: {', '.join(names[:3])}{more}" if names else ""
             if found["reason"]:
                 notes[f"{where}: left out, {found['reason']}."] = None
             else:
                 few = f", which are few: use at least {FEW}" if found["images"] < FEW else ""
-                notes[f"{where}: lam by {found['images']} pictures of {found['data']}{few}{told}."] = None
+                notes[f"{where}: lam chosen on {found['images']} pictures of {found['data']}{few}{told}."] = None
     return list(notes)
 
 

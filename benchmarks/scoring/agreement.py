@@ -87,9 +87,9 @@ def kept_choice(cell: Cell, facts: Record) -> Record | None:
     if calibration is None:
         return None
     if kept is None or kept["fingerprint"] != calibration.fingerprint:
-        found = f"lam by other pictures, of {kept['data']}" if kept else "no lam chosen without labels"
+        found = f"lam chosen on other pictures, of {kept['data']}" if kept else "no lam chosen without labels"
         raise DataError(
-            f"--calibration-data: kept with the scores is {found}; expected one by {calibration.pictures.name}, as it "
-            "is now. Run the cell with --keep-scores and these pictures first, or leave them out."
+            f"--calibration-data: found {found} with the kept scores; expected lam chosen on the present pictures of "
+            f"{calibration.pictures.name}. Run the cell with --keep-scores and these pictures first, or leave them out."
         )
     return dict(kept)

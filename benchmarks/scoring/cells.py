@@ -164,5 +164,5 @@ def show_setting(setting: Setting) -> list[Any]:
 
 
 def show_temperature(setting: Setting) -> str:
-    """`1+inf`, as `--temperatures` takes it."""
+    """Format T as `--temperatures` takes it, such as `1+inf`."""
     return "+".join(f"{temperature:g}" for temperature in setting.temperature)
