@@ -113,7 +113,7 @@ def test_records_tables_summary_and_page(
     status, records = sweep(out, model, photos, *given)
     assert status == 0
     told = capsys.readouterr().out
-    assert "agreement: log_softmax, T inf, lam chosen without labels on other pictures; its intervals treat that" in told
+    assert "agreement: log_softmax, T inf, lam chosen without labels on other pictures; its intervals treat" in told
     assert f"agreement on photos: lam chosen on 10 pictures of pictures, which are few: use at least 200; 1 left out, which are also measured: {pictures / 'copy.png'}." in told  # fmt: skip
     before = [record for record in records if "calibration_data" not in record["key"]]
     assert before == without and len(records) == 4  # of other names
