@@ -88,10 +88,10 @@ def add_images(parser: argparse.ArgumentParser) -> None:
         "--img-size",
         default="1x",
         help="pixels, multiples of a checkpoint's own size, or test: the size (and crop_pct) at which timm validates "
-        "it and publishes its figures, if there is one; e.g. 224 or 1x,2x,test (default: %(default)s)",
+        "it and publishes its figures, or its own size if there is none; e.g. 224 or 1x,2x,test (default: %(default)s)",
     )
-    images.add_argument("--crop-mode", choices=("center", "squash", "border"))
-    images.add_argument("--crop-pct", type=share, metavar="SHARE")
+    images.add_argument("--crop-mode", choices=("center", "squash", "border"), help="timm's crop_mode")
+    images.add_argument("--crop-pct", type=share, metavar="SHARE", help="timm's crop_pct")
     images.add_argument("--grid", default="2", metavar="G", help="mosaics of G x G, e.g. 2,3 (default: %(default)s)")
     images.add_argument(
         "--skip-bad-images", action="store_true", help="skip images that cannot be read, and report how many"
@@ -99,7 +99,7 @@ def add_images(parser: argparse.ArgumentParser) -> None:
 
 
 def add_reading(group: Any) -> None:
-    group.add_argument("--batch-size", type=positive, help="default: 64, on a CPU 16")
+    group.add_argument("--batch-size", type=positive, help="images in a batch (default: 64, on a CPU 16)")
     group.add_argument(
         "--workers",
         type=natural,
@@ -181,7 +181,7 @@ def parser(description: str) -> argparse.ArgumentParser:
         "(mean, max) at its own size, and on whole images at 2x",
     )
     add_images(parser)
-    how = parser.add_argument_group("how")
+    how = parser.add_argument_group("how to measure")
     how.add_argument("--out", type=Path, help="folder for records and summary (default: results, or results/sample)")
     how.add_argument(
         "--dry-run",

@@ -287,7 +287,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--models", metavar="SPEC", required=True, help=find.HELP)
     parser.add_argument("--data", nargs=1, metavar="DATA", required=True, help="labelled photographs, see below")
     parser.add_argument("--task", choices=("multilabel", "mosaic"), default="multilabel", help="default: %(default)s")
-    parser.add_argument("--splits", type=positive, default=10, metavar="N", help="default: %(default)s")
+    parser.add_argument(
+        "--splits", type=positive, default=10, metavar="N", help="number of random splits (default: %(default)s)"
+    )
     parser.add_argument("--out", type=Path, help="a CSV file with two rows for each split, one for each loss")
     parser.add_argument("--limit", type=positive, metavar="N", help="use a random sample of N photographs, by --seed")
     add_images(parser)

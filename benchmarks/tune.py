@@ -130,7 +130,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--scores", help=f"kinds of scores to try (default: {DEFAULT_SCORES}; without labels only one, log_softmax)"
     )
-    parser.add_argument("--folds", type=positive, default=5, help="default: %(default)s")
+    parser.add_argument(
+        "--folds", type=positive, default=5, help="folds of the cross-validation (default: %(default)s)"
+    )
     parser.add_argument(
         "--save",
         type=Path,
