@@ -94,7 +94,7 @@ class ImageSet:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Hash of the paths, of their content (size and time of each file; see `content`), labels and classes."""
+        """Hash of the folder, file names, content (size and time of each file; see `content`), labels and classes."""
         digest = hashlib.sha256(repr((self.where, self.name if self.stream else None)).encode())
         content = self.content or tuple(map(state_of_file, self.paths))
         several = content if isinstance(content, tuple) else (content,) * len(self.paths)
