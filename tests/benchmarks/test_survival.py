@@ -160,7 +160,7 @@ def test_broken_images_are_named_or_left_out(tmp_path: Path, photos: Path) -> No
     assert "2 of 12 images cannot be read: " in record["reason"]
     assert "cat/0.png: cannot be read as an image" in record["reason"]
     assert "dog/1.png: cannot be read as an image" in record["reason"]
-    assert "leave them out with --skip-bad-images" in record["reason"]
+    assert "skip them with --skip-bad-images" in record["reason"]
 
     status, (record,) = sweep(tmp_path / "skipped", model, photos, "--skip-bad-images")
     assert (status, record["status"], record["n"]) == (0, "ok", 10)
