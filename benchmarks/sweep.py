@@ -32,13 +32,13 @@ from .engines.estimate import estimate
 from .engines.local import Engine, EngineError, LocalEngine, Progress
 from .engines.run import Run
 from .records.files import Record
-from .records.identity import Place, names_apart
+from .records.identity import Place, distinct_names
 from .records.phases import where_the_time_went
-from .reporting.expected import keep_expected, precision_said
+from .reporting.expected import keep_expected, precision_notes
 from .reporting.overview import print_overview, too_many
 from .reporting.plan import TO_DO, Planned, is_long, print_plan
 from .reporting.pooled import pooled, unpooled
-from .reporting.push import choose, push, told_apart
+from .reporting.push import choose, push, repository_clash
 from .reporting.summary import Row, headline, kept, write_summary
 from .reporting.tables import print_headline, print_pooled, print_prose, print_records
 from .scoring.caching import wanted
@@ -134,7 +134,7 @@ def main(arguments: list[str] | None = None) -> int:
         print_records(in_order, screen)
         print_headline(headline(mine), screen)
         print_pooled(pooled(mine), screen)
-    for said in (*precision_said(folder.counted), *folder.notes, *unpooled(mine)):
+    for said in (*precision_notes(folder.counted), *folder.notes, *unpooled(mine)):
         print_prose(said, screen)
     if line := where_the_time_went(in_order):
         print_prose(line, screen)
@@ -176,7 +176,7 @@ def _plan(run: Run, cells: list[Cell], shown: str | None, console: Console) -> i
     states = [run.state(cell, build) for cell in cells]
     to_do = [cell for cell, (state, _) in zip(cells, states, strict=True) if state == TO_DO]
     if shown:
-        names = names_apart((cell.data.name, cell.data.where) for cell in cells)
+        names = distinct_names((cell.data.name, cell.data.where) for cell in cells)
         planned = [_planned(cell, names, *state) for cell, state in zip(cells, states, strict=True)]
         print_plan(planned, shown == EVERY_CELL, console)
         if not build and (other := sum(cell.size != cell.own for cell in to_do)):
@@ -221,7 +221,7 @@ def _pushed(
     if not choices:
         screen.print("Nothing to push: no checkpoint has a significant cross-fitted gain at its own size.")
         return True
-    if clash := told_apart(choices, args.push_best):
+    if clash := repository_clash(choices, args.push_best):
         log.print(clash, markup=False, highlight=False, soft_wrap=True)
         return False
     what = f"{len(choices)} of {len(measured)} checkpoints would be pushed to {constants.ENDPOINT}"

@@ -35,7 +35,7 @@ from .reporting.summary import task
 from .reporting.tables import origins
 from .scoring.applicable import Applicability
 from .scoring.measure import score_cell
-from .without_labels import UNLABELLED_LAMS, add_without_labels, choose_without_labels, refuse_what_does_not_apply
+from .without_labels import UNLABELLED_LAMS, add_without_labels, check_options, choose_without_labels
 
 EPILOG = """
 examples:
@@ -52,7 +52,7 @@ def main(arguments: list[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     log, screen = Console(stderr=True), Console(soft_wrap=True, highlight=False)
     try:
-        refuse_what_does_not_apply(args, parser)
+        check_options(args, parser)
         if args.without_labels:
             return choose_without_labels(args, screen, log)
         args.lams = args.lams or DEFAULT_LAMS

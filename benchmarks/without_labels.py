@@ -46,7 +46,7 @@ def add_without_labels(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def refuse_what_does_not_apply(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
+def check_options(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
     """Raise ValueError for an option that applies only with labels if there are none, or the other way round."""
     wrong, advice = (
         (WITH_LABELS, "needs labels; leave it out with --without-labels")

@@ -8,7 +8,7 @@ from xml.etree import ElementTree
 from pycocotools.coco import COCO
 
 from .datasets import DataError, ImageSet
-from .files import refuse_twice
+from .files import refuse_duplicates
 
 
 def read_coco(path: Path) -> ImageSet:
@@ -50,7 +50,7 @@ def read_coco(path: Path) -> ImageSet:
     missing = [path for path in paths if not path.is_file()]
     if missing:
         raise DataError(f"{path}: {len(missing)} of its {len(paths)} images are missing, the first one {missing[0]}.")
-    refuse_twice((f"{path}, image {image['id']}", file) for image, file in zip(images, paths, strict=True))
+    refuse_duplicates((f"{path}, image {image['id']}", file) for image, file in zip(images, paths, strict=True))
     names = tuple(category["name"] for category in categories)
     return ImageSet(path.stem, paths, tuple(labels), names, multilabel=True, where=str(path.resolve()))
 
@@ -92,6 +92,6 @@ def read_voc(root: Path, split: str) -> ImageSet:
         paths.append(path)
         labels.append(tuple(sorted(shown)))
         ignored.append(tuple(sorted({label for label, _ in found} - shown)))
-    refuse_twice((f"{table}, entry {place}", path) for place, path in enumerate(paths, start=1))
+    refuse_duplicates((f"{table}, entry {place}", path) for place, path in enumerate(paths, start=1))
     name, where = f"{root.name}-{split}", str(root.resolve())
     return ImageSet(name, tuple(paths), tuple(labels), VOC, multilabel=True, ignored=tuple(ignored), where=where)

@@ -39,7 +39,7 @@ def is_photograph(name: PurePath) -> bool:
     return name.suffix.lower() in EXTENSIONS and not hidden
 
 
-def refuse_twice(photographs: Iterable[tuple[str, Path]]) -> None:
+def refuse_duplicates(photographs: Iterable[tuple[str, Path]]) -> None:
     """Raise an error if a photograph is listed more than once.
 
     Args:
@@ -112,7 +112,7 @@ def read_csv(root: Path) -> ImageSet:
             raise DataError(f"{where}: no such file: {path}")
         paths.append(path)
         labels.append(found)
-    refuse_twice((f"{table}, line {line}", path.resolve()) for line, path in enumerate(paths, start=2))
+    refuse_duplicates((f"{table}, line {line}", path.resolve()) for line, path in enumerate(paths, start=2))
     several = column == "labels"
     return ImageSet(
         root.resolve().name,

@@ -40,7 +40,7 @@ class Pixels:
 
     def tensor(self, index: int, transform: Any) -> Tensor:
         """Return the tensor `(3, H, W)` that the transform would make of the image file, bit for bit."""
-        return _halves(transform)[1](np.array(self._mapped[index]))
+        return _split(transform)[1](np.array(self._mapped[index]))
 
     @cached_property
     def _mapped(self) -> np.ndarray:
@@ -159,7 +159,7 @@ class Entry:
     def _decode(self, file: Path, images: Any, batch_size: int, workers: int) -> list[int]:
         """Write the pixels, and return the indices of images that cannot be read."""
         decoded, unreadable = copy.copy(images), []
-        decoded.transform = Compose([_halves(images.transform)[0], PILToTensor()])
+        decoded.transform = Compose([_split(images.transform)[0], PILToTensor()])
         header = {"descr": "|u1", "fortran_order": False, "shape": self._shape}
         with file.open("wb") as stream:  # a full disk raises OSError; with a memory map it would kill the process
             np.lib.format.write_array_header_2_0(stream, header)
@@ -184,7 +184,7 @@ class Entry:
         return json.dumps({**self.identity, "shape": self._shape}, sort_keys=True)
 
 
-def _halves(transform: Any) -> tuple[Compose, Compose]:
+def _split(transform: Any) -> tuple[Compose, Compose]:
     """Split a transform into the steps before `ToTensor`, and the steps from it on."""
     steps = list(transform.transforms)
     first = next((place for place, step in enumerate(steps) if isinstance(step, ToTensor)), None)

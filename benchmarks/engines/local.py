@@ -140,7 +140,7 @@ class LocalEngine:
             if what == BATCHES:
                 self._progress(worker.cells[number][0], *found)
             elif what == RECORD:
-                outcomes += self._come_out(worker, number, found)
+                outcomes += self._finished(worker, number, found)
             else:
                 worker.number = None
         return outcomes
@@ -177,7 +177,7 @@ class LocalEngine:
             job = (worker.number, data, news, replace(cell, data=None), log)  # type: ignore[arg-type]
             worker.connection.send(job)
 
-    def _come_out(self, worker: _Worker, number: int, found: Record | Died) -> list[Outcome]:
+    def _finished(self, worker: _Worker, number: int, found: Record | Died) -> list[Outcome]:
         """Return the outcome of a cell: its record, or a failure if the process that computed its metrics died."""
         cell, began = worker.cells.pop(number)
         of_the_pass = worker.number == number

@@ -94,7 +94,7 @@ class SimulatedEngine:
         self._events: list[tuple[float, int, Callable[[], list[Outcome]]]] = []
         self._out: list[Outcome] = []  # finished while the driver was busy
         for node in self._nodes:
-            self._will_be_lost(node)
+            self._plan_loss(node)
 
     def room(self) -> list[Checkpoint | None]:
         if self._cluster.ahead is None:
@@ -167,7 +167,7 @@ class SimulatedEngine:
         self._computing -= 1
         return [Outcome(cell, {"status": "ok", "reason": None, "seconds": taken})]
 
-    def _will_be_lost(self, node: _Node) -> None:
+    def _plan_loss(self, node: _Node) -> None:
         if self._cluster.failures:
             after = self._random.expovariate(self._cluster.failures / 3600)
             self._at(self.now + after, lambda: self._lost(node))
@@ -196,5 +196,5 @@ class SimulatedEngine:
     def _joins(self, node: _Node) -> list[Outcome]:
         node.up = True
         self._idle += node.devices
-        self._will_be_lost(node)
+        self._plan_loss(node)
         return []

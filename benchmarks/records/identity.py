@@ -101,7 +101,7 @@ def answers(record: Mapping[str, Any], request: str) -> bool:
     return _sides(size) == tuple(round(factor * side) for side in _sides(own))
 
 
-def names_apart(sets: Iterable[Place]) -> dict[Place, str]:
+def distinct_names(sets: Iterable[Place]) -> dict[Place, str]:
     """Return a distinct name for each data set: its name, with the end of its path where others have the same name."""
     found: dict[Place, str] = {}
     every = dict.fromkeys(sets)

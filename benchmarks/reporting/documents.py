@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 from timm_csra.evaluation.statistics import AGREEMENT, FIXED, VERSUS
 
 from ..records.files import Record
-from .expected import precision_said
+from .expected import precision_notes
 from .nominal import deficits
 from .page import failures
 from .pooled import LEGEND as LEGEND_OF_POOLED
@@ -97,7 +97,7 @@ def markdown(records: Sequence[Record], rows: Sequence[Row], notes: Iterable[str
             f"- flagged, and left out of these counts: {', '.join(flagged)}, whose top-1 at lam = 0 differs from the "
             "published figure by more than 0.1 points."
         )
-    lines += [f"- {line}" for line in (*precision_said(records), *notes)]
+    lines += [f"- {line}" for line in (*precision_notes(records), *notes)]
     lines += [
         "",
         "`fixed`: logits, lam 0.1. `fixed_log_softmax`: lam 0.3. Both with T inf. n: images that count for the metric.",

@@ -80,7 +80,7 @@ def check(record: Record, expected: Expected) -> str:
     return "agrees" if _near(baseline, float(row["top1"])) else "flagged"
 
 
-def precision_said(records: Iterable[Record]) -> list[str]:
+def precision_notes(records: Iterable[Record]) -> list[str]:
     """Report whether autocast or channels_last change top-1 at lam = 0 by more than 0.1 points.
 
     Records with a `baseline_check` are compared with the same pass in float32 if `records` include it, else with the

@@ -35,7 +35,7 @@ WAYS = {  # names of protocols in the plot of ways to use a checkpoint
 
 def write_figures(records: Sequence[Record], rows: Sequence[Row], out: Path) -> list[Path]:
     """Write each figure that has data, as SVG and PNG, to `out/figures`. Returns the SVG files."""
-    mine = _of_most(rows)
+    mine = _with_most_frequent_classes(rows)
     models = {row["model"] for row in mine}
     charts = {
         "heads": _by_head(mine),
@@ -53,7 +53,7 @@ def write_figures(records: Sequence[Record], rows: Sequence[Row], out: Path) -> 
     return written
 
 
-def _of_most(rows: Sequence[Row]) -> list[Row]:
+def _with_most_frequent_classes(rows: Sequence[Row]) -> list[Row]:
     """Return the rows of heads with the most frequent number of classes."""
     counts = Counter(classes for classes, _ in {(row.get("head_classes"), row["model"]) for row in rows})
     most = max(counts, key=lambda classes: (counts[classes], classes or 0), default=None)
@@ -192,7 +192,7 @@ def ways(rows: Sequence[Row]) -> Iterator[Row]:
     The means are over the checkpoints that have figures for every way that most checkpoints have.
     """
     found: dict[str, dict[tuple[str, str], dict[str, tuple[float, float]]]] = defaultdict(lambda: defaultdict(dict))
-    for row in _of_most(rows):
+    for row in _with_most_frequent_classes(rows):
         pictures, size, model = _pictures(row), row["requested"], row["model"]
         macs, extra = (float(row.get(name) or 0) for name in ("macs", "extra_macs"))
         if not macs:  # old records have no multiply-accumulates

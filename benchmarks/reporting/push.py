@@ -60,7 +60,7 @@ def _legal(name: str) -> str:
     return re.sub(r"([-.])[-.]+", r"\1", re.sub(r"[^A-Za-z0-9._-]+", "-", name)).strip("-.")
 
 
-def told_apart(choices: Sequence[Choice], prefix: str) -> str | None:
+def repository_clash(choices: Sequence[Choice], prefix: str) -> str | None:
     """Return an error text if two choices would be pushed to the same repository, else None."""
     first: dict[str, Checkpoint] = {}
     for choice in choices:

@@ -13,7 +13,7 @@ from statsmodels.stats.multitest import multipletests
 from timm_csra.evaluation.statistics import AGREEMENT, FIXED, VERSUS
 
 from ..records.files import Record, read_records, to_stderr, write_table
-from ..records.identity import Identity, Part, answers, differences, names_apart
+from ..records.identity import Identity, Part, answers, differences, distinct_names
 from .counted import OTHER_WEIGHTS, Row, checkpoints, count_once, notes, replaced
 from .expected import check, read_expected
 
@@ -28,7 +28,7 @@ VERDICTS = ("better", "worse", "no evidence")
 OVER_PLAIN = (*FIXED, AGREEMENT, "crossfit")  # protocols that compare with the plain model
 FIRST_METRIC = {"single": "top1", "real": "top1", "multilabel": "mAP", "mosaic": "mAP"}  # the main metric of each task
 
-CALLED = {"data_fingerprint": "data", "calibration_data": "calibration"}  # names of keys in `told_apart`
+CALLED = {"data_fingerprint": "data", "calibration_data": "calibration"}  # names of keys in `distinct_names_of_data`
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,9 @@ def read_folder(folder: Path, warn: Callable[[str], object] = to_stderr) -> Fold
     rows = rows_of(records)
     told = [
         record | {"data": name, "not_counted": why}
-        for record, name, why in zip(records, told_apart(records), not_counted(len(records), rows), strict=True)
+        for record, name, why in zip(
+            records, distinct_names_of_data(records), not_counted(len(records), rows), strict=True
+        )
     ]
     return Folder(told, rows)
 
@@ -95,12 +97,12 @@ def not_counted(records: int, rows: Iterable[Row]) -> list[str | None]:
     return [None if None in why else min(map(str, why)) for why in found]
 
 
-def told_apart(records: Sequence[Record]) -> list[str]:
+def distinct_names_of_data(records: Sequence[Record]) -> list[str]:
     """Return a name for the data of each record that is distinct among data sets measured on the same task.
 
     Data sets of the same name are distinguished by their paths, or else by what differs in the keys of the records.
     """
-    names = names_apart((record["key"].get("data", record["data"]), record.get("where")) for record in records)
+    names = distinct_names((record["key"].get("data", record["data"]), record.get("where")) for record in records)
     called = [names[record["key"].get("data", record["data"]), record.get("where")] for record in records]
     alike: dict[tuple[Any, ...], dict[Part, None]] = {}
     compared = [Identity.of(record["key"]).compared for record in records]
@@ -125,7 +127,7 @@ def rows_of(records: Sequence[Record]) -> list[Row]:
     `verdict` the result of the test at 5 %. Checkpoints with the same weights count once: `not_counted` is the reason
     why a row does not count, or None.
     """
-    names, why = told_apart(records), replaced(records)
+    names, why = distinct_names_of_data(records), replaced(records)
     same = checkpoints(records, why)
     requests: dict[Part, dict[str, None]] = {}
     identities = [Identity.of(record["key"]) for record in records]

@@ -57,7 +57,7 @@ class Applicability:
 def _why_not(cell: Cell, options: Options, classifier: Classifier | None) -> str | None:
     try:
         if classifier is None:
-            suits_the_task(cell)
+            data_for_task(cell)
         else:
             match_classes(cell, options, classifier)
     except NotApplicableError as reason:
@@ -71,7 +71,7 @@ def match_classes(cell: Cell, options: Options, classifier: Classifier) -> tuple
     Raises:
         NotApplicableError: the data does not suit the task, or its classes are not among the head's.
     """
-    data = suits_the_task(cell)
+    data = data_for_task(cell)
     if not classifier.count:
         raise NotApplicableError("the checkpoint has no classifier (num_classes=0)")
     if (order := cell.checkpoint.training_order) and options.class_names is None:
@@ -87,7 +87,7 @@ def match_classes(cell: Cell, options: Options, classifier: Classifier) -> tuple
     return data, align(data.classes, labels, classifier, class_map, options.class_names, data.order, whole)
 
 
-def suits_the_task(cell: Cell) -> ImageSet:
+def data_for_task(cell: Cell) -> ImageSet:
     """Return the data, with ReaL labels for the task `real`; raises NotApplicableError if it does not suit the task."""
     data = cell.data
     if cell.task != "single" and data.stream:

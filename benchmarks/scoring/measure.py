@@ -19,7 +19,7 @@ from ..data.presented import Mosaics, Photographs, Streamed
 from ..records.files import Record, now
 from ..records.phases import Phases
 from .agreement import choose, kept_choice
-from .applicable import match_classes, suits_the_task
+from .applicable import data_for_task, match_classes
 from .caching import cache_images
 from .cells import Cell, Options, show_size
 from .environment import environment
@@ -241,7 +241,7 @@ def load_images(
     """
     model, size, options = loaded.model, loaded.size, cell.prepared(options)
     if own:
-        data, alignment = suits_the_task(cell), own
+        data, alignment = data_for_task(cell), own
     else:
         # The number of logits, since the classifier may have been replaced. If it is unknown, `score_cell` raises.
         count = loaded.explanation.num_classes or int(model.num_classes)  # type: ignore[arg-type]

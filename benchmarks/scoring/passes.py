@@ -103,14 +103,15 @@ def _run(
             plain_seconds(model, loader, options)  # warm-up; starts the loader's workers
             plain.append(plain_seconds(model, loader, options))
     passed, clock = False, DeviceClock(options.device)
-    begun = loader if options.time_plain else Begun(loader)  # reads the first images during another process's turn
+    # A loader that has started reads the first images during another process's turn.
+    begun = loader if options.time_plain else StartedLoader(loader)
 
     def batches() -> Iterator[tuple[Tensor, Tensor]]:
         nonlocal passed
         yield from clock.over(readable(phases.waiting(track(begun)), loader, bad, read))
         passed = True
 
-    with _the_turn(turn, options, phases), phases("model"):
+    with _turn_on_device(turn, options, phases), phases("model"):
         try:
             scores, targets = score(
                 model,
@@ -141,7 +142,7 @@ def _run(
     return Pass(alignment.columns, scores, sorted(read), bad, of_stream, cost, clock.seconds())
 
 
-class Begun:
+class StartedLoader:
     """A loader whose workers have started to read."""
 
     def __init__(self, loader: Any) -> None:
@@ -155,7 +156,7 @@ class Begun:
 
 
 @contextmanager
-def _the_turn(turn: Turn, options: Options, phases: Phases) -> Iterator[None]:
+def _turn_on_device(turn: Turn, options: Options, phases: Phases) -> Iterator[None]:
     """Wait for this process's turn on the device; afterwards free the memory that torch's allocator caches."""
     if turn is nullcontext:
         yield
