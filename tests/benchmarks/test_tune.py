@@ -114,7 +114,7 @@ def test_what_goes_wrong_without_labels_is_told(
     (tmp_path / "empty").mkdir()
     model, data = ["--models", save(tmp_path / "model")], ["--data", str(photos)]
     for arguments, text in (
-        ([*model, *data, "--task", "single"], "--task: chooses by labels; leave it out with --without-labels"),
+        ([*model, *data, "--task", "single"], "--task: needs labels; leave it out with --without-labels"),
         ([*model, *data, "--class-map", "coco80-to-imagenet1k"], "--class-map: chooses by labels"),
         ([*model, *data, "--lams", "0,0.1"], "lams: found 0, 0.1; expected at least one value, all above 0"),
         ([*model, *data, "--lams", "a"], "--lams: found 'a'; expected numbers separated by ','"),
@@ -131,7 +131,7 @@ def test_what_goes_wrong_without_labels_is_told(
         assert main([*arguments, "--without-labels", "--workers", "0"]) == 2
         assert text in capsys.readouterr().err
     assert main([*model, *data, "--agreement", "0.9"]) == 2
-    assert "--agreement: expected together with --without-labels" in capsys.readouterr().err
+    assert "--agreement: needs --without-labels" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         main([*model, *data, "--without-labels", "--agreement", "98"])
     assert "found '98'; expected a share above 0, at most 1" in capsys.readouterr().err
