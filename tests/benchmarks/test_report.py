@@ -194,7 +194,7 @@ def test_flagged_checkpoints_are_counted_as_in_the_summary(tmp_path: Path) -> No
     text = (report / "results.md").read_text()
     assert "| photos, single, 1x | top1 | fixed | 3 | 0 | 0 | 1 |" in text
     assert "| photos, mosaic 2x2, 1x | mAP | fixed |" in text
-    assert text.count("- flagged, and left out of these counts: checkpoint0000.tag, whose lam = 0 disagrees") == 1
+    assert text.count("- flagged, and left out of these counts: checkpoint0000.tag, whose top-1 at lam = 0") == 1
     data = json.loads(
         (report / "index.html").read_text().split('id="data" type="application/json">')[1].split("</script>")[0]
     )
@@ -362,7 +362,7 @@ def test_anybody_can_read_it(tmp_path: Path, chromium, axe: str) -> None:
         asked = Requests(tab)
         tab.goto((tmp_path / "report" / "index.html").as_uri())
         tab.locator("body[data-ready=yes]").wait_for(timeout=20_000)
-        tab.get_by_text("What the words mean").click()
+        tab.get_by_text("Protocols and terms").click()
         assert tab.get_by_label("data · task · size").input_value().endswith(" 1x")
         assert violations(tab, axe) == [] and asked.outside("file:") == []
         assert tab.evaluate("document.documentElement.scrollWidth <= innerWidth")
