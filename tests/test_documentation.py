@@ -164,11 +164,12 @@ def test_a_browser_finds_what_it_searches_for_and_asks_no_other_host(site: Path,
 
 @pytest.mark.slow
 @pytest.mark.browser
+@pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("name", ["", "choosing/", "results/", "api/"])
-def test_anybody_can_read_it(site: Path, chromium: Any, axe: str, name: str) -> None:
+def test_anybody_can_read_it(site: Path, chromium: Any, axe: str, name: str, scheme: str) -> None:
     server = ThreadingHTTPServer(("127.0.0.1", 0), partial(_Quiet, directory=str(site)))
     Thread(target=server.serve_forever, daemon=True).start()
-    tab = chromium.new_page()
+    tab = chromium.new_context(color_scheme=scheme).new_page()
     tab.goto(f"http://127.0.0.1:{server.server_port}/{name}")
     found = violations(tab, axe, MATERIALS)
     tab.close()
