@@ -192,7 +192,8 @@ def test_errors_are_told_in_the_page(page: str, chromium: Any, tmp_path: Path, m
         expect(tab.locator("#plain")).to_contain_text("espresso", timeout=20_000)
         upload(tab, str(file))
         expect(tab.locator(".toast-body")).to_contain_text(re.compile(text, re.I), timeout=20_000)
-    shoot(tab, "error")
+        tab.wait_for_timeout(500)  # until it has moved in
+        shoot(tab, f"error-{file.stem}")
     tab.reload()
     expect(tab.locator("#plain")).to_contain_text("espresso", timeout=20_000)
     name = tab.locator("#model input")
@@ -201,6 +202,7 @@ def test_errors_are_told_in_the_page(page: str, chromium: Any, tmp_path: Path, m
     expect(tab.locator(".toast-body")).to_contain_text("could not be downloaded", timeout=30_000)
     tab.goto(f"{page}?checkpoint=hf-hub:somebody/something")
     expect(tab.locator("#picture")).to_contain_text("which this page does not list", timeout=20_000)
+    tab.wait_for_timeout(500)
     shoot(tab, "unlisted")
     tab.get_by_role("button", name="Download hf-hub:somebody/something and show it").click()
     expect(tab.locator(".toast-body")).to_contain_text("could not be", timeout=30_000)

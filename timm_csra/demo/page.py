@@ -33,7 +33,7 @@ ON_TAG = """element.addEventListener('click', event => {
   if (tag) trigger('choose', {index: Number(tag.dataset.class), scores: tag.dataset.scores});
 });"""
 LINK = """<label for="link-text">Link to this view</label>
-<div class="link"><input id="link-text" readonly value="?${value}"><button type="button">Copy link</button></div>
+<div class="link"><input id="link-text" readonly value="${value ? '?' + value : ''}"><button type="button">Copy link</button></div>
 <p class="small" role="status"></p>"""
 ON_LINK = """const field = element.querySelector('input'), status = element.querySelector('[role=status]');
 const update = () => {
@@ -177,7 +177,6 @@ def build(offered: Mapping[str, Sequence[str]] | None = None) -> gr.Blocks:
                 example = gr.Radio(choices, label="Example photographs", elem_id="examples", visible=bool(choices))
                 upload = gr.UploadButton("Upload a picture", file_types=["image"], elem_id="upload")
                 download = gr.Button(visible=False, variant="primary", elem_id="download")
-                gr.Markdown("## Kind of head", elem_id="head-title")
                 head = gr.HTML(elem_id="head")
             with gr.Column(scale=3, min_width=280, elem_id="results"):
                 picture = gr.HTML(elem_id="picture")
