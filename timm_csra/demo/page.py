@@ -33,7 +33,8 @@ ON_TAG = """element.addEventListener('click', event => {
   if (tag) trigger('choose', {index: Number(tag.dataset.class), scores: tag.dataset.scores});
 });"""
 LINK = """<label for="link-text">Link to this view</label>
-<div class="link"><input id="link-text" readonly value="${value ? '?' + value : ''}"><button type="button">Copy link</button></div>
+<div class="link"><input id="link-text" readonly value="${value ? '?' + value : ''}">
+<button type="button">Copy link</button></div>
 <p class="small" role="status"></p>"""
 ON_LINK = """const field = element.querySelector('input'), status = element.querySelector('[role=status]');
 const update = () => {
