@@ -93,7 +93,7 @@ class _Page:
         if seen:
             if link.chosen and link.chosen[0] >= len(seen.names):
                 gr.Warning(
-                    f"The link has class={link.chosen[0]}; {escape(name)} has {len(seen.names)}, numbered from 0. "
+                    f"The link has class={link.chosen[0]}; {escape(seen.checkpoint.name)} has {len(seen.names)}, numbered from 0. "
                     "Another map is shown."
                 )
             return *settings, download, path, seen, *self.render(seen, chosen, *settings)
