@@ -454,8 +454,8 @@ def test_pickles_are_not_read(tmp_path: Path) -> None:
 
 
 NAMES = {
-    "resnet50": "expected user/repo on the Hub, or a folder that exists. timm's own are loaded by create_model",
-    "no/such/folder": "expected user/repo on the Hub, or a folder that exists",
+    "resnet50": "expected user/repo on the Hub, a folder that exists, or file:ARCH@PATH. timm's own are loaded by create_model",
+    "no/such/folder": "expected user/repo on the Hub, a folder that exists, or file:ARCH@PATH",
     "hf-hub:user/repo@one": "found a second revision, 'two'",
 }
 

@@ -156,3 +156,30 @@ def test_it_can_be_wrapped_and_saved(tmp_path: Path) -> None:
     card = (tmp_path / "saved" / "README.md").read_text()
     assert "The licence is unknown" in card
     assert "The base checkpoint is unknown" in card
+
+
+def test_from_pretrained_takes_a_file_of_the_train_script(tmp_path: Path) -> None:
+    file, model, _ = train(tmp_path / "run", "test_resnet", 3, img_size=96)
+    names = {"label_names": ["cat", "dog", "horse"]}
+    wrapped = timm_csra.from_pretrained(
+        f"file:test_resnet@{file}", lam=0.2, scores="log_softmax", pretrained_cfg_overlay=names
+    )
+    assert wrapped.csra == timm_csra.CSRAConfig(0.2, scores="log_softmax") and not wrapped.training
+    assert (
+        wrapped.pretrained_cfg["input_size"] == (3, 96, 96)
+        and wrapped.pretrained_cfg["label_names"] == names["label_names"]
+    )
+    x = torch.randn(2, 3, 96, 96)
+    with torch.inference_mode():
+        assert torch.equal(timm_csra.unwrap(wrapped)(x), model(x))
+    timm_csra.save_pretrained(timm_csra.wrap(wrapped), tmp_path / "saved")
+    assert timm_csra.from_pretrained(tmp_path / "saved").pretrained_cfg["label_names"] == names["label_names"]
+    assert timm_csra.from_pretrained(f"file:test_resnet@{file}").csra == timm_csra.CSRAConfig()
+    with pytest.raises(
+        ValueError, match="file:test_resnet@.*: found revision='main' for a file, expected it for a rep"
+    ):
+        timm_csra.from_pretrained(f"file:test_resnet@{file}", revision="main")
+    with pytest.raises(ValueError, match="file:test_resnet@gone.pth: gone.pth not found"):
+        timm_csra.from_pretrained("file:test_resnet@gone.pth")
+    with pytest.raises(TypeError, match="found the argument checkpoint_path"):
+        timm_csra.from_pretrained(f"file:test_resnet@{file}", checkpoint_path="x")

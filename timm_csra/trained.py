@@ -56,14 +56,18 @@ class Trained:
         return f"{self.weights} of {self.file.name}{average}" if self.weights else f"{self.file.name}"
 
     def create(self, **arguments: Any) -> nn.Module:
-        """The model with these weights, in eval mode. `arguments` of `timm.create_model` replace those that it has.
+        """Create the model in eval mode. `arguments` of `timm.create_model` replace those that it has; of a
+        `pretrained_cfg_overlay` its keys do, except the file.
 
         Raises:
             ValueError: the weights do not fit the architecture.
         """
+        own = self.arguments["pretrained_cfg_overlay"]
+        overlay = {**own, **(arguments.get("pretrained_cfg_overlay") or {}), "file": own["file"], "custom_load": False}
+        arguments = {**self.arguments, **arguments, "pretrained_cfg_overlay": overlay}
         try:
             with torch.serialization.safe_globals([argparse.Namespace]):  # timm 1.0.22 does not allow it by itself
-                return timm.create_model(**{**self.arguments, **arguments}, pretrained=True).eval()
+                return timm.create_model(**arguments, pretrained=True).eval()
         except (RuntimeError, KeyError) as error:  # keys and shapes, and what is made of them for another size
             reason = " ".join(line.strip() for line in str(error).splitlines()[:4])
             raise ValueError(
