@@ -3,7 +3,7 @@
 import functools
 import math
 import warnings
-from typing import Any, TypeVar, cast
+from typing import Any, Literal, TypeVar, cast, overload
 from weakref import WeakSet
 
 import torch
@@ -181,18 +181,29 @@ def plain_head(model: nn.Module) -> Head:
     return super(CSRAMixin, model).forward_head if is_wrapped(model) else model.forward_head  # type: ignore
 
 
-def score_maps(model: nn.Module, x: Tensor, scores: str = "logits") -> Tensor:
+@overload
+def score_maps(
+    model: nn.Module, x: Tensor, scores: str = "logits", *, return_logits: Literal[False] = False
+) -> Tensor: ...
+@overload
+def score_maps(
+    model: nn.Module, x: Tensor, scores: str = "logits", *, return_logits: Literal[True]
+) -> tuple[Tensor, Tensor]: ...
+def score_maps(
+    model: nn.Module, x: Tensor, scores: str = "logits", *, return_logits: bool = False
+) -> Tensor | tuple[Tensor, Tensor]:
     """Class scores of every location, for a wrapped or plain timm classifier, whatever its `lam`.
 
     Args:
         model: a timm classifier, in eval mode.
         x: images as the model takes them, `(N, 3, H, W)`.
         scores: `logits`, or `log_softmax` for log-probabilities over the K classes.
+        return_logits: return the logits too, those of `model(x)`, from the same pass through the backbone.
 
     Returns:
         `(N, K, rows, columns)`: the score of class k at each location, what the model's own head says when every
         location looks like that one. For a head that is linear after average pooling the mean of the logits is the
-        plain logit.
+        plain logit. With `return_logits` a pair: these maps, and the logits `(N, K)`.
 
     Raises:
         UnsupportedModelError: the model cannot be wrapped, or its locations form no grid.
@@ -219,7 +230,14 @@ def score_maps(model: nn.Module, x: Tensor, scores: str = "logits") -> Tensor:
             f"{describe(model)}: {mean_scores.shape[1]} locations form no grid of rows and columns for an input of "
             f"{x.shape[-2]}x{x.shape[-1]} pixels. Use an input whose size is a multiple of the model's patch size."
         )
-    return mean_scores.transpose(1, 2).unflatten(2, grid)
+    maps = mean_scores.transpose(1, 2).unflatten(2, grid)
+    if not return_logits:
+        return maps
+    was_reached = model in _reached
+    logits = cast(Tensor, cast(Any, model).forward_head(features))  # last: a head may work in place
+    if not was_reached:
+        _reached.discard(model)  # by a forward of its own
+    return maps, logits
 
 
 def check_supported(model: Any) -> None:
