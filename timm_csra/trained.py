@@ -9,14 +9,16 @@ import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import timm
 import torch
 from safetensors.torch import load_file
-from timm.data import resolve_data_config
+from timm.data import ImageNetInfo, infer_imagenet_subset, resolve_data_config
 from timm.models import PretrainedCfg, clean_state_dict, is_model, split_model_name_tag
 from torch import Tensor, nn
+
+from .errors import describe
 
 FORM = "ARCH@PATH, such as resnet50@output/train/model_best.pth.tar"
 WEIGHTS = ("state_dict_ema", "model_ema", "state_dict", "model")  # the first that is there, as timm takes them
@@ -201,3 +203,19 @@ def read_class_names(file: Path) -> tuple[str, ...]:
         if int(number) != expected:
             raise ValueError(f"{file}, line {expected + 1}: found index {number}; expected {expected}.")
     return tuple(name for _, _, name in numbered)
+
+
+def class_names(model: nn.Module) -> tuple[str, ...]:
+    """Name the classes of a timm model: as saved with it (`label_names`), else ImageNet's where their number is that of
+    one of ImageNet's sets of classes, else by their index.
+
+    Raises:
+        ValueError: the model has another number of classes than names.
+    """
+    count, names = int(cast(Any, model).num_classes), getattr(model, "pretrained_cfg", {}).get("label_names")
+    if not names and (subset := infer_imagenet_subset(model)):
+        info = ImageNetInfo(subset)
+        names = [info.index_to_description(index) for index in range(info.num_classes())]
+    if names and len(names) != count:
+        raise ValueError(f"{describe(model)}: found {len(names)} names of classes, expected {count}.")
+    return tuple(names or map(str, range(count)))
