@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import transformers
-from transformers import TimmWrapperForImageClassification
+from transformers import AutoModelForImageClassification, TimmWrapperForImageClassification
 
 import timm_csra
 
@@ -26,15 +26,15 @@ def csra_pipeline(model: str, **settings: Any) -> transformers.ImageClassificati
         ValueError: no timm model, or one that cannot be wrapped.
         OSError: no such folder or repository.
     """
-    pipe = transformers.pipeline("image-classification", model=model)
-    if not isinstance(pipe.model, TimmWrapperForImageClassification):
-        raise ValueError(f"found a {type(pipe.model).__name__}, expected a timm model, such as timm/resnet50.a1_in1k.")
-    stored = getattr(pipe.model.config, "csra", None)
+    loaded = AutoModelForImageClassification.from_pretrained(model)
+    if not isinstance(loaded, TimmWrapperForImageClassification):
+        raise ValueError(f"found a {type(loaded).__name__}, expected a timm model, such as timm/resnet50.a1_in1k.")
+    stored = getattr(loaded.config, "csra", None)
     csra = timm_csra.CSRAConfig.from_dict(stored) if stored else timm_csra.CSRAConfig()
     for name, value in settings.items():
         setattr(csra, name, value)
-    timm_csra.wrap(pipe.model.timm_model, csra.lam, csra.temperature, csra.scores)
-    return pipe
+    timm_csra.wrap(loaded.timm_model, csra.lam, csra.temperature, csra.scores)
+    return transformers.pipeline("image-classification", model=loaded, image_processor=model)
 
 
 def save(pipe: transformers.ImageClassificationPipeline, folder: Path) -> None:
