@@ -12,9 +12,10 @@ Needs pip install timm-csra pillow fastapi uvicorn.
 import argparse
 import asyncio
 import io
+import logging
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import Annotated, Any
 
 import timm
@@ -29,17 +30,20 @@ import timm_csra
 from timm_csra.pictures import in_rgb
 from timm_csra.trained import class_names
 
+logger = logging.getLogger("uvicorn.error")
+
 
 class Batcher:
-    """Collects inputs for `wait` seconds, or until there are `most`, and gives each its part of one call of `run`."""
+    """Collects images for `wait` seconds, or until there are `most`, and gives each its part of one call of `run`."""
 
     def __init__(self, run: Callable[[Tensor], Tensor], most: int, wait: float) -> None:
         self.run, self.most, self.wait = run, most, wait
-        self.queue: asyncio.Queue[tuple[Tensor, asyncio.Future[Tensor]]] = asyncio.Queue()
+        self.queue: asyncio.Queue[tuple[Tensor, asyncio.Future[Tensor | None]]] = asyncio.Queue()
         self.batches = self.images = 0
 
-    async def __call__(self, image: Tensor) -> Tensor:
-        answer: asyncio.Future[Tensor] = asyncio.get_running_loop().create_future()
+    async def __call__(self, image: Tensor) -> Tensor | None:
+        """None where `run` failed."""
+        answer: asyncio.Future[Tensor | None] = asyncio.get_running_loop().create_future()
         self.queue.put_nowait((image, answer))
         return await answer
 
@@ -49,29 +53,41 @@ class Batcher:
                 images, answers = zip(*await self._collect(), strict=True)
                 try:
                     found = await asyncio.get_running_loop().run_in_executor(thread, self.run, torch.stack(images))
-                except Exception as error:  # of the model: whoever waits is told, and the service goes on
-                    found = [error] * len(images)
+                except Exception:  # whatever the model raises: the service goes on
+                    logger.exception("The forward pass of %d pictures failed.", len(images))
+                    found = [None] * len(images)
                 self.batches, self.images = self.batches + 1, self.images + len(images)
                 for answer, result in zip(answers, found, strict=True):
-                    if answer.done():  # its client has gone
-                        continue
-                    answer.set_exception(result) if isinstance(result, Exception) else answer.set_result(result)
+                    if not answer.done():  # it is where the client has gone
+                        answer.set_result(result)
 
-    async def _collect(self) -> list[tuple[Tensor, asyncio.Future[Tensor]]]:
+    async def _collect(self) -> list[tuple[Tensor, asyncio.Future[Tensor | None]]]:
         found = [await self.queue.get()]
-        try:
+        with suppress(TimeoutError):
             async with asyncio.timeout(self.wait):
                 while len(found) < self.most:
                     found.append(await self.queue.get())
-        except TimeoutError:
-            pass
         return found
+
+
+def decode(body: bytes, transform: Callable[[Image.Image], Tensor], megapixels: float) -> Tensor:
+    """The picture as the model takes it; HTTPException where it is none, or too large."""
+    try:
+        with Image.open(io.BytesIO(body)) as picture:  # which reads the header alone
+            if (found := picture.width * picture.height / 1e6) > megapixels:
+                raise HTTPException(413, f"Found {found:g} million pixels, expected at most {megapixels:g} million.")
+            return transform(in_rgb(ImageOps.exif_transpose(picture)))
+    except Image.DecompressionBombError as error:
+        raise HTTPException(413, str(error)) from error
+    except (OSError, SyntaxError, ValueError) as error:
+        reason = "unknown format" if isinstance(error, Image.UnidentifiedImageError) else error
+        raise HTTPException(415, f"Not read as a picture: {reason}. Expected JPEG, PNG or WebP.") from error
 
 
 def create_app(
     model: nn.Module, batch: int = 16, wait: float = 0.005, mib: float = 10, megapixels: float = 50
 ) -> FastAPI:
-    """`wait` in seconds; `mib` and `megapixels` are what one picture may have."""
+    """`wait` is in seconds; `mib` and `megapixels` are the most that a picture may have."""
     transform, names = create_transform(**resolve_model_data_config(model)), class_names(model)
     device = next(model.parameters()).device
 
@@ -79,44 +95,30 @@ def create_app(
         with torch.inference_mode():
             return model(images.to(device)).float().cpu()
 
-    batcher, decoders = (
-        Batcher(run, batch, wait),
-        ThreadPoolExecutor(),
-    )  # as many decoded at a time as there are threads
+    batcher = Batcher(run, batch, wait)
+    threads = ThreadPoolExecutor()  # bounds how many pictures are decoded at a time
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         worker = asyncio.create_task(batcher.work())
         yield
         worker.cancel()
-        decoders.shutdown()
-
-    def decode(body: bytes) -> Tensor:
-        try:
-            with Image.open(io.BytesIO(body)) as picture:
-                if picture.width * picture.height > megapixels * 1e6:
-                    found = f"{picture.width} x {picture.height} pixels"
-                    raise HTTPException(
-                        413, f"Found {found}, expected at most {megapixels:g} million: make it smaller."
-                    )
-                return transform(in_rgb(ImageOps.exif_transpose(picture)))
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            reason = "unknown format" if isinstance(error, Image.UnidentifiedImageError) else error
-            raise HTTPException(
-                415, f"The body cannot be read as a picture: {reason}. Expected JPEG, PNG or WebP."
-            ) from error
+        threads.shutdown()
 
     app = FastAPI(title="timm-csra", lifespan=lifespan)
 
     @app.post("/tags")
     async def tags(request: Request, top: Annotated[int, Query(ge=1)] = 5) -> dict[str, Any]:
         body = bytearray()
-        async for chunk in request.stream():  # what is too large is not read to its end
+        async for chunk in request.stream():
             body += chunk
             if len(body) > mib * 2**20:
                 raise HTTPException(413, f"Found a picture of more than {mib:g} MiB, the most that is taken.")
-        image = await asyncio.get_running_loop().run_in_executor(decoders, decode, bytes(body))
-        best = (await batcher(image)).topk(min(top, len(names)))
+        loop = asyncio.get_running_loop()
+        scores = await batcher(await loop.run_in_executor(threads, decode, bytes(body), transform, megapixels))
+        if scores is None:
+            raise HTTPException(500, "The model failed; the log of the service says why.")
+        best = scores.topk(min(top, len(names)))
         pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)
         return {"tags": [{"tag": names[k], "score": score} for k, score in pairs]}
 
