@@ -54,7 +54,7 @@ def export(model: nn.Module, out: Path, maps: bool = False) -> None:
         verbose=False,
     )
     metadata = {"csra": model.csra.to_dict(), "label_names": class_names(model)}
-    program.model.metadata_props |= {key: json.dumps(value) for key, value in metadata.items()}
+    program.model.metadata_props.update({key: json.dumps(value) for key, value in metadata.items()})
     program.save(out, external_data=False)
 
 
