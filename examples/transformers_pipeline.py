@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import transformers
-from transformers import AutoModelForImageClassification, TimmWrapperForImageClassification
+from transformers import AutoConfig, AutoModelForImageClassification, TimmWrapperForImageClassification
 
 import timm_csra
 
@@ -26,7 +26,9 @@ def csra_pipeline(model: str, **settings: Any) -> transformers.ImageClassificati
         ValueError: no timm model, or one that cannot be wrapped.
         OSError: no such folder or repository.
     """
-    loaded = AutoModelForImageClassification.from_pretrained(model)
+    config = AutoConfig.from_pretrained(model)
+    (getattr(config, "model_args", None) or {}).pop("num_classes", None)  # timm 1.0.31 saves it twice: TypeError
+    loaded = AutoModelForImageClassification.from_pretrained(model, config=config)
     if not isinstance(loaded, TimmWrapperForImageClassification):
         raise ValueError(f"found a {type(loaded).__name__}, expected a timm model, such as timm/resnet50.a1_in1k.")
     stored = getattr(loaded.config, "csra", None)

@@ -14,7 +14,7 @@ from timm.data import create_transform, resolve_model_data_config
 import timm_csra
 from examples.transformers_pipeline import csra_pipeline, main, save
 
-from .paper import NAMES, pictures, saved, scores_of_classes
+from .paper import NAMES, pictures, saved, scores_of_classes, tiny
 
 
 def scored(pipe: Any, files: list[Path]) -> torch.Tensor:
@@ -69,6 +69,16 @@ def test_what_it_saves_is_loaded_in_four_ways(tmp_path: Path) -> None:
         of_timm = timm.create_model(f"local-dir:{tmp_path / 'saved'}", pretrained=True).eval()
         of_transformers = transformers.AutoModelForImageClassification.from_pretrained(tmp_path / "saved").eval()
         assert torch.equal(of_timm(x), plain(x)) and torch.equal(of_transformers(x).logits, plain(x))
+
+
+def test_a_folder_that_timm_saved(tmp_path: Path) -> None:
+    """transformers alone fails on those of timm 1.0.31, which has the number of classes twice in them."""
+    timm.models.save_for_hf(tiny(), str(tmp_path / "model"), safe_serialization=True)
+    (file,) = pictures(tmp_path / "photos", 1)
+    pipe, plain = csra_pipeline(str(tmp_path / "model"), lam=0.2), tiny()
+    found = sorted(tag["score"] for tag in pipe(str(file), top_k=5, function_to_apply="none"))
+    expected = scores_of_classes(plain, inputs([file], plain), 0.2, "logits")[0].sort().values
+    torch.testing.assert_close(torch.tensor(found), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -206,16 +206,22 @@ def read_class_names(file: Path) -> tuple[str, ...]:
 
 
 def class_names(model: nn.Module) -> tuple[str, ...]:
-    """Name the classes of a timm model: as saved with it (`label_names`), else ImageNet's where their number is that of
-    one of ImageNet's sets of classes, else by their index.
+    """Name the classes of a timm model: as saved with it (`label_names`, in the words of `label_descriptions`), else as
+    ImageNet does where their number is that of one of its sets of classes, else by their index.
 
     Raises:
         ValueError: the model has another number of classes than names.
+
+    Example:
+        >>> class_names(timm.create_model("test_resnet"))[281]
+        'tabby, tabby cat'
     """
-    count, names = int(cast(Any, model).num_classes), getattr(model, "pretrained_cfg", {}).get("label_names")
-    if not names and (subset := infer_imagenet_subset(model)):
+    count, config = int(cast(Any, model).num_classes), getattr(model, "pretrained_cfg", {})
+    names, descriptions = list(config.get("label_names") or ()), config.get("label_descriptions") or {}
+    if subset := infer_imagenet_subset(model):
         info = ImageNetInfo(subset)
-        names = [info.index_to_description(index) for index in range(info.num_classes())]
+        if not names or names == info.label_names():
+            names = [info.index_to_description(index) for index in range(info.num_classes())]
     if names and len(names) != count:
         raise ValueError(f"{describe(model)}: found {len(names)} names of classes, expected {count}.")
-    return tuple(names or map(str, range(count)))
+    return tuple(descriptions.get(name, name) for name in names or map(str, range(count)))
