@@ -182,12 +182,10 @@ def plain_head(model: nn.Module) -> Head:
 
 
 @overload
-def score_maps(
-    model: nn.Module, x: Tensor, scores: str = "logits", *, return_logits: Literal[False] = False
-) -> Tensor: ...
+def score_maps(model: nn.Module, x: Tensor, scores: str = ..., *, return_logits: Literal[False] = ...) -> Tensor: ...
 @overload
 def score_maps(
-    model: nn.Module, x: Tensor, scores: str = "logits", *, return_logits: Literal[True]
+    model: nn.Module, x: Tensor, scores: str = ..., *, return_logits: Literal[True]
 ) -> tuple[Tensor, Tensor]: ...
 def score_maps(
     model: nn.Module, x: Tensor, scores: str = "logits", *, return_logits: bool = False
@@ -260,8 +258,7 @@ def check_supported(model: Any) -> None:
             f"{describe(model)}: found global_pool='', a head that does not pool; expected logits (N, K). "
             "Create the model with pooling, e.g. timm.create_model(..., global_pool='avg')."
         )
-    elsewhere = [name for name, module in model.named_modules() if _has_positions(module) and module is not head]
-    if elsewhere:
+    if elsewhere := [name for name, module in model.named_modules() if _has_positions(module) and module is not head]:
         raise UnsupportedModelError(
             f"{describe(model)}: found an attention pool with positions, `{elsewhere[0]}`, expected it to be "
             "`model.head`: what it says of a location depends on the position. Use a pooling without positions."
