@@ -92,7 +92,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"{args.model}: exporting with {model.csra}")
         export(model, args.out, args.maps)
     except (OSError, RuntimeError, TypeError, ValueError) as error:
-        raise SystemExit(f"{args.model}: {error}") from error
+        parser.error(f"{args.model}: {error}")
 
     images = torch.randn(3, *resolve_model_data_config(model)["input_size"], generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():

@@ -148,7 +148,7 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         model = create(args.model, **given).eval()
     except (OSError, RuntimeError, TypeError, ValueError) as error:
-        raise SystemExit(f"{args.model}: {error}") from error
+        parser.error(f"{args.model}: {error}")
     model.to(torch.accelerator.current_accelerator(check_available=True) or "cpu")
     app = create_app(model, args.batch, args.wait_ms / 1000, args.max_mib, args.max_megapixels)
     uvicorn.run(app, host=args.host, port=args.port, limit_concurrency=args.max_waiting)

@@ -6,8 +6,8 @@ A row for each tag: file, tag, score, x, y. x and y, from 0 to 1 of the picture'
 that its EXIF data asks for, are the centre of the location with the highest score. The whole picture is resized to the
 model's input, so that nothing at its borders is cut off. Scores rank tags; they are no probabilities.
 
-Pictures that cannot be read are named on stderr and left out, and the exit code is 1. The table is written as OUT.part
-and renamed at the end. Needs pip install timm-csra pillow.
+Pictures that cannot be read are named on stderr and left out, and the exit code is 1; it is 2 where there is no table.
+OUT.part becomes OUT at the end. Needs pip install timm-csra pillow.
 """
 
 import argparse
@@ -111,7 +111,7 @@ def main(arguments: list[str] | None = None) -> int:
         model.to(torch.accelerator.current_accelerator(check_available=True) or "cpu")
         broken = tag(model, args.folder, files, args.out, args.top, args.batch_size)
     except (OSError, RuntimeError, TypeError, ValueError) as error:
-        raise SystemExit(f"{args.model}: {error}") from error
+        parser.error(f"{args.model}: {error}")
     print(f"{args.out}: tags of {len(files) - len(broken)} pictures; {len(broken)} could not be read")
     return 1 if broken else 0
 

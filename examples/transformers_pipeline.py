@@ -59,7 +59,7 @@ def main(arguments: list[str] | None = None) -> None:
         pipe = csra_pipeline(args.model, **given)
         found = pipe(args.photos, top_k=args.top, function_to_apply="none")
     except (OSError, TypeError, ValueError) as error:
-        raise SystemExit(f"{args.model}: {error}") from error
+        parser.error(f"{args.model}: {error}")
     for photo, tags in zip(args.photos, found, strict=True):
         print(photo, *(f"  {tag['score']:8.3f}  {tag['label']}" for tag in tags), sep="\n")
     if args.save:

@@ -1,9 +1,15 @@
-"""The paper's formula for a linear classifier after average pooling, written out: for tests of the examples."""
+"""The paper's formula for a linear classifier after average pooling, written out; and what else tests of the examples
+share."""
 
+import io
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import timm
 import torch
 from PIL import Image
@@ -52,3 +58,12 @@ def pictures(folder: Path, count: int) -> list[Path]:
         files.append(folder / f"{index}.png")
         Image.fromarray(pixels.astype(np.uint8)).save(files[-1])
     return files
+
+
+@contextmanager
+def refused(text: str) -> Iterator[None]:
+    """Expect a command to say this on stderr and to exit with 2."""
+    said = io.StringIO()
+    with redirect_stderr(said), pytest.raises(SystemExit) as stopped:
+        yield
+    assert stopped.value.code == 2 and re.search(text, said.getvalue()), said.getvalue()

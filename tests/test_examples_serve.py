@@ -21,7 +21,7 @@ from torch import nn
 import timm_csra
 from examples.serve import create_app, main
 
-from .paper import NAMES, pictures, saved, scores_of_classes
+from .paper import NAMES, pictures, refused, saved, scores_of_classes
 
 
 class Service:
@@ -177,5 +177,5 @@ def test_the_command_listens_on_this_machine_alone(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(uvicorn, "run", lambda app, **options: asked.append(options))
     main([saved(tmp_path)[0], "--lam", "0.2"])
     assert asked == [{"host": "127.0.0.1", "port": 8000, "limit_concurrency": 256}]
-    with pytest.raises(SystemExit, match="my-modle: .*a folder that exists"):
+    with refused("my-modle: .*a folder that exists"):
         main(["my-modle"])

@@ -14,7 +14,7 @@ from timm.data import create_transform, resolve_model_data_config
 import timm_csra
 from examples.transformers_pipeline import csra_pipeline, main, save
 
-from .paper import NAMES, pictures, saved, scores_of_classes, tiny
+from .paper import NAMES, pictures, refused, saved, scores_of_classes, tiny
 
 
 def scored(pipe: Any, files: list[Path]) -> torch.Tensor:
@@ -91,9 +91,9 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
         str(file), *tags, f"{tmp_path / 'out'}: saved with CSRAConfig(lam=0.2, temperature=(inf,), scores='log_softmax')"
     ]  # fmt: skip
     assert timm_csra.from_pretrained(tmp_path / "out").csra.lam == 0.2
-    with pytest.raises(SystemExit, match="model: lam must be finite and at least 0"):
+    with refused("model: lam must be finite and at least 0"):
         main([folder, str(file), "--lam", "-1"])
-    with pytest.raises(SystemExit, match=r"gone\.png"):
+    with refused(r"gone\.png"):
         main([folder, str(tmp_path / "gone.png")])
 
 
@@ -101,9 +101,7 @@ def test_a_model_that_is_not_of_timm_is_refused(tmp_path: Path) -> None:
     sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}
     transformers.ViTForImageClassification(transformers.ViTConfig(**sizes)).save_pretrained(tmp_path)
     transformers.ViTImageProcessor().save_pretrained(tmp_path)
-    with pytest.raises(
-        SystemExit, match="found a ViTForImageClassification, expected a timm model, such as timm/resnet50"
-    ):
+    with refused("found a ViTForImageClassification, expected a timm model, such as timm/resnet50"):
         main([str(tmp_path), "photo.jpg"])
 
 
