@@ -73,7 +73,7 @@ def test_the_difference_is_the_largest_of_all_outputs_and_nan_counts() -> None:
 
 
 def test_a_model_that_cannot_be_had(tmp_path: Path) -> None:
-    with refused("my-modle: .*a folder that exists, or file:ARCH@PATH"):
+    with refused("my-modle: .*an existing folder, or file:ARCH@PATH"):
         main(["my-modle"])
     with refused("lam must be finite and at least 0"):
         main([saved(tmp_path)[0], "--lam", "-1"])

@@ -177,5 +177,5 @@ def test_the_command_listens_on_this_machine_alone(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(uvicorn, "run", lambda app, **options: asked.append(options))
     main([saved(tmp_path)[0], "--lam", "0.2"])
     assert asked == [{"host": "127.0.0.1", "port": 8000, "limit_concurrency": 256}]
-    with refused("my-modle: .*a folder that exists"):
+    with refused("my-modle: .*an existing folder"):
         main(["my-modle"])

@@ -119,7 +119,7 @@ def test_wrong_arguments(arguments: list[str], said: str, tmp_path: Path, monkey
 def test_a_model_that_is_not_there(tmp_path: Path) -> None:
     pictures(tmp_path / "photos", 1)
     for model, said in {
-        "my-modle": "my-modle: .*a folder that exists",
+        "my-modle": "my-modle: .*an existing folder",
         "file:a@b": "found 'a', expected ARCH@PATH",
     }.items():
         with refused(said):
