@@ -83,9 +83,7 @@ class CSRAMixin:
 def _valid(model: nn.Module, features: Any, masks: dict[str, Any]) -> Tensor | None:
     """Return the mask of the locations that are not padding, `(N, L)`; None where the head got no mask for them."""
     valid = masks.get("patch_valid")
-    if valid is None:
-        return None
-    if valid.shape != layout_of(model, features).locations(features)[0].shape[:2]:
+    if valid is None or valid.shape != layout_of(model, features).locations(features)[0].shape[:2]:
         return None  # the model has pooled its patches to other tokens
     return valid.bool()
 
@@ -233,7 +231,8 @@ def score_maps(
         return maps
     reached = model in _reached  # by its own forward, which is not called here
     logits = cast(Tensor, cast(Any, model).forward_head(features))  # last: a head may work in place
-    _reached.difference_update(() if reached else (model,))
+    if not reached:
+        _reached.discard(model)
     return maps, logits
 
 
