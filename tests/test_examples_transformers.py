@@ -108,5 +108,5 @@ def test_a_model_that_is_not_of_timm_is_refused(tmp_path: Path) -> None:
 def test_wrapping_the_container_says_what_to_wrap(tmp_path: Path) -> None:
     folder, _ = saved(tmp_path)
     model = transformers.AutoModelForImageClassification.from_pretrained(folder)
-    with pytest.raises(timm_csra.UnsupportedModelError, match=r"It holds one: wrap\(model.timm_model\) instead"):
+    with pytest.raises(timm_csra.UnsupportedModelError, match=r"It contains one: wrap\(model.timm_model\) instead"):
         timm_csra.wrap(model)
