@@ -44,7 +44,8 @@ def test_kind_of_head(row: Row) -> None:
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     plain = model(x)
     assert plain.std() > 0, "constant logits compare equal to anything"
-    expected = {(lam, T): literal_logits(model, family, x, lam, (T,)) for lam, T in ((0.1, math.inf), (0.7, 3.0))}
+    literal = literal_logits(model, family, x)
+    expected = {(lam, T): literal(lam, (T,)) for lam, T in ((0.1, math.inf), (0.7, 3.0))}
 
     assert timm_csra.wrap(model, lam=0) is model
     assert torch.equal(model(x), plain)
