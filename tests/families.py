@@ -153,16 +153,16 @@ def literal_scores(model: nn.Module, family: Family, features: Any) -> Tensor:
 def literal_logits(model: nn.Module, family: Family, x: Tensor) -> Callable[[float, tuple[float, ...]], Tensor]:
     """base_c + lam * att_c of lam and temperatures, by the definition, for a plain model."""
     features = spatial_features(model, x)
-    base, scores = model.forward_head(features), literal_scores(model, family, features)
+    return functools.partial(paper, model.forward_head(features), literal_scores(model, family, features))
 
-    def logits(lam: float, temperatures: tuple[float, ...]) -> Tensor:
-        attention = torch.zeros_like(base)
-        for temperature in temperatures:
-            if temperature == float("inf"):
-                attention += scores.max(dim=1).values
-            else:
-                weights = torch.exp(temperature * scores - torch.logsumexp(temperature * scores, dim=1, keepdim=True))
-                attention += (weights * scores).sum(dim=1)
-        return base + lam * attention / len(temperatures)
 
-    return logits
+def paper(base: Tensor, scores: Tensor, lam: float, temperatures: tuple[float, ...]) -> Tensor:
+    """The formula, of logits `(N, K)` and scores `(N, L, K)`."""
+    attention = torch.zeros_like(base)
+    for temperature in temperatures:
+        if temperature == float("inf"):
+            attention += scores.max(dim=1).values
+        else:
+            weights = torch.exp(temperature * scores - torch.logsumexp(temperature * scores, dim=1, keepdim=True))
+            attention += (weights * scores).sum(dim=1)
+    return base + lam * attention / len(temperatures)
