@@ -1,5 +1,7 @@
-"""Hook of mkdocs: files outside docs/ that a page links to become files of the site, so that links work on GitHub and
-there."""
+"""A hook of mkdocs that copies files outside docs/ to the site if a page links to them.
+
+So these links work on GitHub and on the site.
+"""
 
 import re
 from pathlib import Path
@@ -13,7 +15,7 @@ LINK = re.compile(r"\]\(\.\./([^)#\s]+)")
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Point links to `../PATH` at a copy of that file. One that is no file is left to mkdocs, which names it."""
+    """Point links to `../PATH` at a copy of that file. If there is no such file, mkdocs reports the link."""
     root = Path(config.docs_dir).parent
 
     def copied(link: re.Match[str]) -> str:

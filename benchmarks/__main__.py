@@ -1,4 +1,4 @@
-"""`python -m benchmarks` lists the commands."""
+"""List the commands, for `python -m benchmarks`."""
 
 import ast
 from pathlib import Path
@@ -7,7 +7,7 @@ from rich.console import Console
 
 
 def commands() -> dict[str, str]:
-    """Each command of this folder, and the first sentence of its documentation."""
+    """Return the name of each command, with the first paragraph of its module's docstring."""
     found = {}
     for file in sorted(Path(__file__).parent.glob("*.py")):
         text = file.read_text(encoding="utf-8")
@@ -21,4 +21,4 @@ if __name__ == "__main__":
     for name, what in commands().items():
         screen.print(f"python -m benchmarks.{name}", style="bold", markup=False)
         screen.print(f"    {what}", markup=False)
-    screen.print("\nEach says more with --help.")
+    screen.print("\nRun a command with --help to see its options.")

@@ -1,5 +1,4 @@
-"""Numbers on the command line, for argparse's `type`, and what has to be one: what was found and what is expected,
-before anything is run."""
+"""Types for argparse that check numbers on the command line, and `only` for options that must match one thing."""
 
 import argparse
 import math
@@ -7,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 Number = TypeVar("Number", int, float)
-Asked = TypeVar("Asked")
+Item = TypeVar("Item")
 
 
 def positive(text: str) -> int:
@@ -40,8 +39,8 @@ def _number(text: str, kind: type[Number], fits: Callable[[Number], bool], expec
     return number
 
 
-def only(found: Sequence[Asked], what: str) -> Asked:
-    """Give the one that was asked for; ValueError where there are several, or none."""
+def only(found: Sequence[Item], what: str) -> Item:
+    """Return the only item; raises ValueError if there are several, or none. `what` names the items in its text."""
     if len(found) != 1:
         raise ValueError(f"found {len(found)} {what}; expected one.")
     return found[0]

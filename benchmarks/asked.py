@@ -1,4 +1,4 @@
-"""What the command line of the sweep means: options, and the cells to measure."""
+"""Turn the arguments of the sweep's command line into options and cells."""
 
 import argparse
 import os
@@ -31,12 +31,14 @@ def asked_options(args: argparse.Namespace, out: Path) -> Options:
     scores = args.scores.split(",")
     if unknown := [name for name in scores if name not in SCORES]:
         raise ValueError(f"--scores: found {', '.join(map(repr, unknown))}; expected some of {','.join(SCORES)}.")
-    also = [setting for setting in args.also if setting.scores in (LOGITS, *scores)]  # the paper's always
+    also = [setting for setting in args.also if setting.scores in (LOGITS, *scores)]  # logits are always included
     check_sizes(args.img_size)
     if any(not re.fullmatch(r"[1-9]\d*", part) for part in args.grid.split(",")):
         raise ValueError(f"--grid: found {args.grid!r}; expected whole numbers such as 2 or 2,3.")
     if args.class_map and args.score_classes == "head":
-        raise ValueError("--score-classes head and --class-map: expected one of them; a map says what is scored.")
+        raise ValueError(
+            "--score-classes head and --class-map: expected one of them; a class map determines the scored classes."
+        )
     if args.cache_images and args.rescore:
         raise ValueError("--cache-images and --rescore: expected one of them; --rescore reads no images.")
     cache = asked_folder("--cache-images", args.cache_images)
@@ -66,18 +68,18 @@ def asked_options(args: argparse.Namespace, out: Path) -> Options:
 
 
 def asked_folder(option: str, folder: Path | None) -> Path | None:
-    """A folder that is there, or can be made.
+    """Return the absolute path of a folder that exists or can be created, or None if the option is not used.
 
     Raises:
-        ValueError: a file has that name, or nothing can be written there.
+        ValueError: the path is a file, or the folder is not writable.
     """
-    if not folder:  # commands without the option say False
+    if not folder:  # commands without the option set it to False
         return None
     there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
     if not there.is_dir():
         raise ValueError(f"{option} {folder}: found the file {there}; expected a folder, or a new name.")
     if not os.access(there, os.W_OK):
-        raise ValueError(f"{option} {folder}: nothing can be written in {there}; give another folder.")
+        raise ValueError(f"{option} {folder}: {there} is not writable; give another folder.")
     return folder.absolute()
 
 
@@ -93,10 +95,14 @@ def _numbers(option: str, text: str, separator: str) -> list[float]:
 
 
 def asked_what(args: argparse.Namespace) -> tuple[list[Checkpoint], list[ImageSet], list[Task]]:
-    """Checkpoints, data and tasks that the arguments name."""
+    """Find the checkpoints, data sets and tasks that the arguments name.
+
+    Raises:
+        CheckpointError, DataError, ValueError: one of them does not exist or cannot be read.
+    """
     if args.sample:
         if args.data or args.task or args.limit:
-            raise ValueError("--sample brings its own data and task; leave out --data, --task and --limit.")
+            raise ValueError("--sample has its own data and task; leave out --data, --task and --limit.")
         return find_checkpoints(args.models or "pypi:*"), [sample.load_sample()], [("mosaic", 2)]
     if not args.models or not args.data:
         raise ValueError("expected --models and --data, or --sample (which needs no data and no network).")
@@ -109,7 +115,7 @@ def asked_what(args: argparse.Namespace) -> tuple[list[Checkpoint], list[ImageSe
 
 
 def asked_calibration(args: argparse.Namespace, data: list[ImageSet]) -> list[ImageSet]:
-    """The data with the pictures of `--calibration-data`, not yet compared with them."""
+    """Add the pictures of `--calibration-data` to the data sets; `without_measured` later removes duplicates."""
     if not args.calibration_data:
         return data
     return with_calibration(data, load_pictures(args.calibration_data, None, args.split, args.data_dir))
@@ -123,11 +129,13 @@ def asked_cells(
     missing: dict[Checkpoint, str],
     crop_pct: float | None = None,
 ) -> Iterator[Cell]:
-    """What is measured on one checkpoint, sizes outermost: neighbours share the loaded model. The same pixels are
-    measured once; with `crop_pct` those of one size are the same."""
+    """Yield the cells of one checkpoint, size by size, so that successive cells share the loaded model.
+
+    Requests that give the same images give one cell. With `crop_pct`, `test` and another request of the same size do.
+    """
     sizes, own = sizes_of(model, requests, missing, crop_pct), own_size(model, missing)
-    tasks = sorted(tasks, key=lambda task: task[0] != "real")  # its pass, of all classes, serves the task single too
-    mosaics: dict[Any, tuple[str, ...]] = {}  # which are not cropped
+    tasks = sorted(tasks, key=lambda task: task[0] != "real")  # its pass scores all classes, and serves `single`
+    mosaics: dict[Any, tuple[str, ...]] = {}  # requests by size alone, since mosaics are not cropped
     for (size, _), requested in sizes.items():
         mosaics[size] = (*mosaics.get(size, ()), *requested)
     for (size, test_crop), requested in sizes.items():

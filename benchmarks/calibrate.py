@@ -1,10 +1,10 @@
-"""How often the intervals and verdicts of each protocol are right, by simulation.
+"""Simulate how often the intervals and verdicts of each protocol are right.
 
-Photographs are drawn again and again from a population in which the gain of every setting is known: `null`, where all
-settings rank classes as well as the plain model does, however differently they rank them; and `effect`, where they do
-better the larger lam is. The metrics, protocols, intervals and tests are those of a sweep and of `tune`. Printed for
-each are how many of its intervals hold what the chosen settings really gain (95 % is nominal), and how many say that
-they help or do harm.
+Samples of photographs are drawn from a population in which the gain of every setting is known: `null`, where all
+settings rank classes as well as the plain model, though differently; and `effect`, where they rank better the larger
+lam is. The metrics, protocols, intervals and tests are those of a sweep and of `tune`. The command prints for each
+protocol how many of its intervals contain the true gain of the chosen settings (95 % is nominal), and how many of its
+verdicts are better or worse.
 """
 
 import argparse
@@ -51,17 +51,17 @@ TEMPERATURES = (5.0, float("inf"))
 SETTINGS = tuple(settings_grid(LAMS, TEMPERATURES, SCORES))
 METRICS = ("top1", "lrap", "mAP")
 TRUTHS = ("null", "effect")
-CLASSES, LABELS = 8, 2  # the mean number of labels of an image with several
-SIGNAL, GAIN = 1.5, 0.15  # how far a class that is in the image stands out, in standard deviations; by how much more
+CLASSES, LABELS = 8, 2  # number of classes, and mean number of labels of a multi-label image
+SIGNAL, GAIN = 1.5, 0.15  # logit of a class in the image, in standard deviations of the noise; its relative increase
 POPULATION = 100_000
-CALIBRATION, AGREED = 200, 0.9  # pictures by which the protocol `agreement` chooses its lam; 98 % never agree here
+CALIBRATION, AGREED = 200, 0.9  # pictures for `agreement`, and the share that must agree: 98 % never do here
 COLUMNS = ("metric", "truth", "images", "protocol", "runs", "intervals", "covered", "coverage", "coverage_low",
            "coverage_high", "better", "worse", "median_width")  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Condition:
-    """What is simulated."""
+    """A condition of the simulation."""
 
     metric: str
     truth: str
@@ -74,7 +74,10 @@ class Condition:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one protocol said of one sample, in points. `truth` is what its settings gain in the population."""
+    """Interval and verdict of one protocol on one sample. `truth` is the gain of its settings in the population.
+
+    Gains are in percentage points.
+    """
 
     protocol: str
     truth: float
@@ -85,8 +88,9 @@ class Outcome:
 def drawn(condition: Condition, images: int, rng: np.random.Generator) -> tuple[Tensor, dict[Setting, Tensor]]:
     """Draw images from the population of a condition: targets, and the logits of each setting `(images, CLASSES)`.
 
-    The logits of a setting are the class's signal and noise of variance 1, of which a share that grows with lam is the
-    setting's own: each ranks as well as the plain model, or better by its signal, and those of large lam differently.
+    Logits are signal plus noise of variance 1. A share of the noise that grows with lam is independent of the plain
+    model's. So under `null` each setting ranks as well as the plain model, though differently for large lam; under
+    `effect` its signal is larger.
     """
     noise = [
         torch.from_numpy(rng.standard_normal((images, CLASSES), dtype=np.float32)) for _ in range(len(SETTINGS) + 1)
@@ -113,7 +117,7 @@ def _evaluations(condition: Condition, targets: Tensor, logits: dict[Setting, Te
 
 @cache
 def gains(metric: str, truth: str) -> dict[Setting, float]:
-    """What each setting gains in the population, in points: exactly 0 under the null."""
+    """Return the gain of each setting in the population, in percentage points: exactly 0 under the null."""
     if truth == "null":
         return dict.fromkeys(SETTINGS, 0.0)
     condition = Condition(metric, truth, POPULATION)
@@ -123,7 +127,7 @@ def gains(metric: str, truth: str) -> dict[Setting, float]:
 
 
 def run(condition: Condition, seed: int) -> list[Outcome]:
-    """Draw images once, and ask every protocol."""
+    """Draw one sample of images, and return the outcome of every protocol on it."""
     rng = np.random.default_rng([seed, condition.images])
     targets, logits = drawn(condition, condition.images, rng)
     evaluations = _evaluations(condition, targets, logits)
@@ -140,7 +144,7 @@ def run(condition: Condition, seed: int) -> list[Outcome]:
 
 
 def _agreed(condition: Condition, rng: np.random.Generator) -> Setting:
-    """The largest lam at which, and below which, enough other pictures keep the plain model's top class."""
+    """Return the setting with the largest lam up to which enough other pictures keep the plain model's top class."""
     _, logits = drawn(condition, CALIBRATION, rng)
     agreed = PLAIN
     for setting in sorted(s for s in SETTINGS if s.scores == LOG_SOFTMAX and s.temperature == (float("inf"),)):
@@ -155,7 +159,7 @@ def _outcome(condition: Condition, comparison: Comparison) -> Outcome:
     of_setting = gains(condition.metric, condition.truth)
     truth = float(np.mean([of_setting[setting] for setting in comparison.settings]))
     says = "no evidence"
-    if comparison.protocol == "nested" and comparison.interval is not None:  # tune goes by its interval
+    if comparison.protocol == "nested" and comparison.interval is not None:  # `tune` decides by the interval
         low, high = comparison.interval
         says = "better" if low > 0 else "worse" if high < 0 else says
     elif comparison.p_value is not None and comparison.p_value < 0.05:
@@ -168,10 +172,10 @@ def _runs(condition: Condition, seeds: range) -> list[list[Outcome]]:
 
 
 def summed(condition: Condition, outcomes: list[list[Outcome]]) -> Iterator[dict[str, object]]:
-    """One row for each protocol."""
+    """Yield one row for each protocol."""
     for of_protocol in zip(*outcomes, strict=True):
         intervals = [(one.interval, one.truth) for one in of_protocol if one.interval is not None]
-        # Where lam = 0 was chosen the interval is a point, and rounding decides on which side of it 0 lies.
+        # The tolerance is for rounding: if lam = 0 was chosen, the interval is the point 0.
         covered = sum(low - 1e-9 <= truth <= high + 1e-9 for (low, high), truth in intervals)
         yield {
             "metric": condition.metric,
@@ -201,7 +205,7 @@ def _shares(covered: int, count: int) -> dict[str, object]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Simulate, print and write. Returns 0, or 2 where --out is of other simulations."""
+    """Simulate, print and write. Returns 0, or 2 if --out has other columns or another number of runs."""
     args = _parser().parse_args(arguments)
     screen, log = Console(width=None if sys.stdout.isatty() else 120), Console(stderr=True)
     try:
@@ -227,10 +231,10 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _finished(out: Path | None, runs: int) -> list[dict[str, object]]:
-    """Rows of an interrupted run, which is gone on with.
+    """Return the rows that an interrupted run has written to `out`.
 
     Raises:
-        ValueError: the file is of other columns or of another number of runs.
+        ValueError: the file has other columns, or is of another number of runs.
     """
     if out is None or not out.exists():
         return []
@@ -238,7 +242,9 @@ def _finished(out: Path | None, runs: int) -> list[dict[str, object]]:
         reader = csv.DictReader(file)
         rows = [dict[str, object](row) for row in reader]
     if tuple(reader.fieldnames or ()) != COLUMNS or any(row["runs"] != str(runs) for row in rows):
-        raise ValueError(f"--out {out}: found something else than conditions of {runs} runs; name another file.")
+        raise ValueError(
+            f"--out {out}: found other columns, or conditions of another number of runs than {runs}; name another file."
+        )
     return rows
 
 
@@ -265,11 +271,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--runs", type=positive, default=1000, help="samples of each condition (default: %(default)s)")
     parser.add_argument("--images", type=positive, nargs="+", default=(100, 500, 2000), metavar="N",
-                        help="of a sample (default: 100 500 2000)")  # fmt: skip
+                        help="images in a sample (default: 100 500 2000)")  # fmt: skip
     parser.add_argument("--metrics", choices=METRICS, nargs="+", default=METRICS, help="default: all")
     parser.add_argument("--truth", choices=TRUTHS, nargs="+", default=TRUTHS, help="default: both")
     parser.add_argument("--jobs", type=positive, default=os.cpu_count() or 1, help="processes (default: all cores)")
-    parser.add_argument("--out", type=Path, help="a CSV file; conditions that it has are not run again")
+    parser.add_argument("--out", type=Path, help="a CSV file; conditions that it already has are not run again")
     return parser
 
 

@@ -1,9 +1,9 @@
-"""Check that every gain with an interval, in README and documentation, stands in a table of `benchmarks.report`.
+"""Check that every gain with an interval, in README and documentation, is in a table of `benchmarks.report`.
 
 A figure is a gain and its interval, as in `+3.21 [+2.67, +3.75]`; a loss may be written without its sign. All three
-numbers have to be those of one row, rounded as they are written. A time with its interval has to stand in
-docs/performance.md, letter by letter. Pages that report other runs are not checked; they are named, with what they
-report. Ends with status 1 where a figure is in no table.
+numbers must be those of one row, rounded as they are written. A time with its interval must be in docs/performance.md,
+character by character. Pages that report other runs are not checked, but named, with what they report. The exit status
+is 1 if a figure is in no table.
 """
 
 import argparse
@@ -17,7 +17,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 POOLED, SINGLE = "docs/run/pooled.csv", "docs/run/results.csv"
 SETTINGS = ("fixed", "fixed_log_softmax", "log_softmax_vs_logits")
-TABLES = [  # and their columns of gain and interval
+TABLES = [  # with their columns of gain and interval
     (POOLED, ("gain", "low", "high")),
     *((SINGLE, (f"gain_{setting}", f"{setting}_low", f"{setting}_high")) for setting in SETTINGS),
 ]
@@ -34,7 +34,7 @@ Triple = tuple[float, float, float]
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Check all pages; print what is in no table."""
+    """Check all pages, and print the figures that are in no table. Returns 0, or 1 if there are any."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.claims", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -59,7 +59,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def triples(file: Path, columns: tuple[str, str, str]) -> Iterator[Triple]:
-    """Gain and interval of each row that has them."""
+    """Yield gain and interval of each row that has them."""
     with file.open(encoding="utf-8", newline="") as opened:
         for row in csv.DictReader(opened):
             if all(row[column] for column in columns):
@@ -68,7 +68,7 @@ def triples(file: Path, columns: tuple[str, str, str]) -> Iterator[Triple]:
 
 
 def figures(page: Path) -> Iterator[tuple[int, tuple[str, str, str]]]:
-    """Line and text of each figure of a page."""
+    """Yield line number and text of each figure of a page."""
     for number, line in enumerate(page.read_text(encoding="utf-8").splitlines(), 1):
         for found in FIGURE.finditer(line):
             gain, low, high = (text.replace("−", "-") for text in found.groups())
@@ -76,9 +76,9 @@ def figures(page: Path) -> Iterator[tuple[int, tuple[str, str, str]]]:
 
 
 def stands_in(figure: tuple[str, str, str], rows: list[Triple]) -> bool:
-    """Whether a row has these three numbers, or, of a loss without its sign, the same turned over."""
+    """Whether a row has these three numbers, or, for a loss without its sign, their negatives."""
     wanted = [float(text) for text in figure]
-    # Half of the last digit; a row may be rounded itself, to four digits.
+    # Half of the last digit, and the rounding of the table to four decimals.
     within = [0.5 * 10.0 ** -len(text.partition(".")[2]) + 1e-4 for text in figure]
     signed = figure[0][0] in "+-"
     for gain, low, high in rows:

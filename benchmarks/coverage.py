@@ -1,7 +1,7 @@
-"""What wrapping means for every architecture of timm: kind of head, grid of locations, cost, or why it cannot be.
+"""Tabulate what wrapping means for every timm architecture: kind of head, grid, cost, or why it is not supported.
 
-One row for each architecture goes to a CSV file, the counts to the terminal. Weights are neither downloaded nor made:
-shapes come from the meta device. Started again with the same file, only what is missing or failed is done.
+The command writes one row for each architecture to a CSV file, and prints the counts. It neither downloads nor creates
+weights: shapes come from the meta device. Started again with the same file, it does only what is missing or failed.
 """
 
 import argparse
@@ -54,7 +54,7 @@ extra_share: MACs that scoring the locations adds, divided by the plain model's,
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Write the table. Returns 0; 1 where an architecture failed; 2 where none matches; 130 after Ctrl-C."""
+    """Write the table. Returns 0; 1 if an architecture failed; 2 if none matches; 130 after Ctrl-C."""
     args = _parser().parse_args(arguments)
     log = Console(stderr=True)
     names = [name for name in timm.list_models() if name in set(_matching(args.models))]
@@ -66,19 +66,19 @@ def main(arguments: list[str] | None = None) -> int:
     except ValueError as error:
         log.print(f"benchmarks.coverage: {error}", markup=False, highlight=False, soft_wrap=True)
         return 2
-    # Rows of other patterns stay, if this timm has the architecture and said it.
+    # Keep rows of other patterns if this version of timm has the architecture and wrote the row.
     rows = {name: row for name, row in rows.items() if VERSIONS.items() <= row.items() and timm.is_model(name)}
     missing = [name for name in names if name not in rows or rows[name]["kind"] == "failed"]
     started, interrupted = time.monotonic(), False
     if len(missing) < len(names):
-        log.print(f"{len(names) - len(missing)} of {len(names)} are in {args.out} already (--fresh does them again).")
+        log.print(f"{len(names) - len(missing)} of {len(names)} are already in {args.out} (--fresh repeats them).")
     try:
         for row in _measure_all(missing, args.jobs, log):
             rows[row["architecture"]] = row
             _write(args.out, rows)
     except KeyboardInterrupt:
         interrupted = True
-        log.print(f"Stopped; {args.out} holds what is finished. Start again to do the rest.")
+        log.print(f"Stopped; {args.out} has the finished architectures. Start again to do the rest.")
     wanted = [rows[name] for name in names if name in rows]
     print_counts(wanted, Console(width=None if sys.stdout.isatty() else 150))
     print(
@@ -88,7 +88,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def measure(name: str) -> Row:
-    """The row of one architecture; an error becomes a row too."""
+    """Return the row of one architecture; an error becomes a row, too."""
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     row = _row(name)
@@ -97,7 +97,7 @@ def measure(name: str) -> Row:
             model = timm.create_model(name)
         row |= _anatomy(model)
         explanation = timm_csra.explain(model)
-    except Exception as error:  # whatever timm or torch raises is this architecture's result
+    except Exception as error:  # any error of timm or torch is this architecture's result
         return row | {"kind": "failed", "reason": f"{type(error).__name__}: {error}"}
     if explanation.unsupported:
         kind = "unsupported" if model.num_classes else "no classifier"
@@ -123,7 +123,7 @@ def _row(name: str) -> Row:
 
 
 def _anatomy(model: nn.Module) -> Row:
-    """What a model's head is made of, by the names of its classes."""
+    """Return the class names of the parts of a model's head."""
     classifiers = model.get_classifier() if hasattr(model, "get_classifier") else None  # type: ignore[operator]
     classifiers = classifiers if isinstance(classifiers, tuple) else (classifiers,)
     head = getattr(model, "head", None)
@@ -138,12 +138,12 @@ def _anatomy(model: nn.Module) -> Row:
 
 
 def kind_of_head(row: Row) -> tuple[str, ...]:
-    """Architectures that agree in these run the same code from features to logits."""
+    """Return what identifies the kind of head: architectures with equal values run the same code after the features."""
     return tuple(row[name] for name in ("class", "pool", "head", "classifier", "features"))
 
 
 def smallest_of_each_kind(rows: list[Row]) -> list[Row]:
-    """Of every kind of head that can be wrapped, the architecture with the fewest parameters."""
+    """Return the architecture with the fewest parameters of every kind of head that can be wrapped."""
     smallest: dict[tuple[str, ...], Row] = {}
     for row in sorted(rows, key=lambda row: int(row["parameters"] or 0)):
         if row["path"]:
@@ -152,7 +152,7 @@ def smallest_of_each_kind(rows: list[Row]) -> list[Row]:
 
 
 def print_counts(rows: list[Row], console: Console) -> None:
-    """How many architectures of each kind, by which path, and the reasons of those that cannot be wrapped."""
+    """Print the number of architectures by kind and path, and the reasons why some cannot be wrapped."""
     counts = Counter((row["kind"], row["path"]) for row in rows)
     table = Table(box=None, pad_edge=False, header_style="bold")
     for name in ("kind", "path"):
@@ -177,17 +177,17 @@ def print_counts(rows: list[Row], console: Console) -> None:
 
 
 def read_rows(path: Path) -> dict[str, Row]:
-    """The table at `path` by architecture; empty where there is none.
+    """Read the table at `path`, by architecture; empty if there is no file.
 
     Raises:
-        ValueError: the file is another table.
+        ValueError: the file has other columns.
     """
     if not path.is_file():
         return {}
     with path.open(encoding="utf-8", newline="") as file:
         reader = csv.DictReader(file)
         if tuple(reader.fieldnames or ()) != COLUMNS:
-            raise ValueError(f"{path} has other columns than this version writes; choose another --out, or --fresh.")
+            raise ValueError(f"{path}: found other columns than this version writes; choose another --out, or --fresh.")
         return {row["architecture"]: row for row in reader}
 
 
@@ -202,7 +202,7 @@ def _matching(patterns: str) -> Iterator[str]:
 
 
 def _measure_all(names: list[str], jobs: int, log: Console) -> Iterator[Row]:
-    """Rows as they are finished. Each thread feeds one process: if that dies, it is known of which architecture."""
+    """Yield rows as they are finished. Each thread uses one process, so that a crash is of a known architecture."""
     local = threading.local()
     pools: list[ProcessPoolExecutor] = []
 
@@ -214,7 +214,7 @@ def _measure_all(names: list[str], jobs: int, log: Console) -> Iterator[Row]:
             return local.pool.submit(measure, name).result()
         except BrokenProcessPool:
             local.pool = None
-            return _row(name) | {"kind": "failed", "reason": "its process died, as it does when memory runs out"}
+            return _row(name) | {"kind": "failed", "reason": "its process died, perhaps because memory ran out"}
 
     columns = (
         BarColumn(),
@@ -230,17 +230,19 @@ def _measure_all(names: list[str], jobs: int, log: Console) -> Iterator[Row]:
             for count, future in enumerate(as_completed(futures), start=1):
                 row = future.result()
                 progress.update(overall, advance=1, description=row["architecture"])
-                if not log.is_terminal and (count % 100 == 0 or count == len(names)):  # a log has no progress bar
+                if not log.is_terminal and (
+                    count % 100 == 0 or count == len(names)
+                ):  # a terminal has a progress bar instead
                     log.print(f"{count} of {len(names)}", highlight=False)
                 yield row
         finally:
-            threads.shutdown(cancel_futures=True)  # waits for what is being measured
+            threads.shutdown(cancel_futures=True)  # waits for the architectures in progress
             for pool in pools:
                 pool.shutdown()
 
 
 def _ignore_interrupts() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which lets the last ones finish
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C: it lets these processes finish
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -256,7 +258,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--out", type=Path, default=Path("results/coverage.csv"), metavar="FILE", help="default: %(default)s"
     )
-    parser.add_argument("--fresh", action="store_true", help="measure again what the file has already")
+    parser.add_argument("--fresh", action="store_true", help="repeat architectures that the file already has")
     parser.add_argument("--jobs", type=positive, default=os.cpu_count() or 1, help="processes (default: %(default)s)")
     return parser
 

@@ -1,9 +1,9 @@
-"""What an engine itself costs: trivial cells, cells that only wait, and whether anything is lost or done twice.
+"""Measure the overhead of the engines with cells that compute nothing, and check that none is lost or run twice.
 
-Cells compute nothing, so that what is measured is giving them out, taking their records back and writing them, with all
-that a sweep does around it (locks, atomic records, logs). First many trivial cells through each engine: the time for
-each, the driver's memory, and that there is one record and one computation for every cell. Then cells that wait, on 1
-to N workers: the time that N workers should take is that of one, divided by N.
+What takes time is submitting cells, returning their records and writing them, with everything that a sweep does around
+it (locks, atomic records, logs). First each engine runs many trivial cells: the command reports the time for each and
+the driver's memory, and checks that every cell has one record and was computed once. Then each engine runs cells that
+wait, on 1 to N workers: ideally N workers take the time of one, divided by N.
 """
 
 import argparse
@@ -43,7 +43,7 @@ OPTIONS = Options((PLAIN, DEFAULT))
 
 
 class Named(Checkpoint):
-    """A checkpoint that nobody loads."""
+    """A checkpoint that is never loaded."""
 
     @cached_property
     def fingerprint(self) -> str | None:
@@ -52,12 +52,13 @@ class Named(Checkpoint):
 
 @dataclass(frozen=True)
 class Cost:
-    """Of one run.
+    """Cost of one run.
 
     Attributes:
-        seconds: from the first cell given out to the last record, the engine's start left out: it is `start_seconds`.
-        driver_mb: peak memory of the driver above what it had before.
-        records, computed: how many there were of each; `twice` cells were computed more than once.
+        seconds: time from the first submitted cell to the last record, without `start_seconds`, the engine's start.
+        driver_mb: peak memory of the driver above its memory before the run.
+        records, computed: number of records, and of computed cells.
+        twice: number of cells that were computed again.
     """
 
     engine: str
@@ -73,37 +74,37 @@ class Cost:
 
     @property
     def each(self) -> float:
-        """Seconds of a worker for each cell beyond what the cell itself takes."""
+        """Seconds of a worker for each cell, without the time that the cell waits."""
         return self.seconds * self.workers / self.cells - self.wait
 
 
-def wait(told: str, seconds: float, cell: Cell, options: Options, models: Models, track: Any) -> Record:
-    """A cell that waits, and leaves a line that it has been computed."""
+def wait(computed: str, seconds: float, cell: Cell, options: Options, models: Models, track: Any) -> Record:
+    """Compute a cell that only waits, and append a line to the file `computed`."""
     if seconds:
         time.sleep(seconds)
-    descriptor = os.open(told, os.O_WRONLY | os.O_APPEND | os.O_CREAT)  # a short line is appended in one piece
+    descriptor = os.open(computed, os.O_WRONLY | os.O_APPEND | os.O_CREAT)  # appending a short line is atomic
     os.write(descriptor, f"{cell.checkpoint.id}\n".encode())
     os.close(descriptor)
     return failure(cell, options, "") | {"status": "ok", "reason": None}
 
 
 def measure(name: str, workers: int, count: int, seconds: float) -> Cost:
-    """One run; the first cell is not counted, it starts every worker."""
+    """Measure one run, after one cell for each worker that starts it."""
     data = ImageSet("nothing", (), (), ("a", "b"))
     cells = [Cell(Named("timm", f"m{i}"), data, "single", (64, 64)) for i in range(count)]
     first = [replace(cell, checkpoint=Named("timm", f"first{i}")) for i, cell in enumerate(cells[:workers])]
     with tempfile.TemporaryDirectory() as folder:
-        told = str(Path(folder) / "computed")
+        computed = str(Path(folder) / "computed")
         run = Run(OPTIONS, Path(folder), {}, False, Console(quiet=True, force_terminal=True))
         began = time.perf_counter()
-        with _start(name, workers, partial(wait, told, seconds)) as engine, peak_of(torch.device("cpu")) as peak:
-            keep: Any = nullcontext(engine)  # a run does not close it: the next one uses it
+        with _start(name, workers, partial(wait, computed, seconds)) as engine, peak_of(torch.device("cpu")) as peak:
+            keep: Any = nullcontext(engine)  # keeps the engine open for the next run
             list(run.records(first, lambda _: keep, Downloads(False, False)))
             started = time.perf_counter()
             for _ in run.records(cells, lambda _: keep, Downloads(False, False)):
                 pass
             taken = time.perf_counter() - started
-        lines = Path(told).read_text().splitlines()
+        lines = Path(computed).read_text().splitlines()
         mine = [line for line in lines if not line.startswith("first")]
         records = {record["model"] for record in read_records(Path(folder))} - {cell.checkpoint.name for cell in first}
     lost_or_twice = len(mine) - len(set(mine))
@@ -133,7 +134,7 @@ def _start(name: str, workers: int, compute: Any) -> Any:
 
 
 class _Ray:
-    """Ends the cluster that was started for one run."""
+    """Stops the cluster that was started for one run."""
 
     def __init__(self, engine: Any) -> None:
         self.engine = engine
@@ -149,7 +150,7 @@ class _Ray:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Measure, print, and write OUT. Returns 0, or 1 where a cell was lost or computed twice."""
+    """Measure, print, and write OUT. Returns 0, or 1 if a cell was lost or computed twice."""
     args = _parser().parse_args(arguments)
     screen, log = Console(width=None if sys.stdout.isatty() else 120), Console(stderr=True)
     plans = [(name, args.trivial_workers, args.cells, 0.0) for name in args.engines.split(",")]
@@ -160,7 +161,7 @@ def main(arguments: list[str] | None = None) -> int:
     ]
     costs = []
     for plan in plans:
-        # A driver of its own, whose memory is its alone. No pool: its processes may have no children.
+        # A new process, to measure the driver's memory. No `Pool`, whose processes may not have children.
         with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
             costs.append(pool.submit(measure, *plan).result())
         log.print(str(costs[-1]), highlight=False, soft_wrap=True)
@@ -216,16 +217,18 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--engines", default="local,ray", help="default: %(default)s")
-    parser.add_argument("--cells", type=positive, default=10_000, help="trivial ones (default: %(default)s)")
-    parser.add_argument("--trivial-workers", type=positive, default=2, help="for them (default: %(default)s)")
-    parser.add_argument("--waiting", type=positive, default=64, help="cells that wait (default: %(default)s)")
-    parser.add_argument("--wait", type=float, default=1.0, help="seconds (default: %(default)s)")
-    parser.add_argument("--workers", default="1,2,4,8,16", help="for them (default: %(default)s)")
+    parser.add_argument("--cells", type=positive, default=10_000, help="number of trivial cells (default: %(default)s)")
+    parser.add_argument(
+        "--trivial-workers", type=positive, default=2, help="workers for trivial cells (default: %(default)s)"
+    )
+    parser.add_argument("--waiting", type=positive, default=64, help="number of cells that wait (default: %(default)s)")
+    parser.add_argument("--wait", type=float, default=1.0, help="seconds that they wait (default: %(default)s)")
+    parser.add_argument("--workers", default="1,2,4,8,16", help="workers for cells that wait (default: %(default)s)")
     parser.add_argument("--out", type=Path, help="a JSON file")
     return parser
 
 
 if __name__ == "__main__":
-    from benchmarks.engine_cost import main as run  # under its name, by which workers find what is here
+    from benchmarks.engine_cost import main as run  # not __main__: workers import the module by name
 
     sys.exit(run())

@@ -1,4 +1,4 @@
-"""Compare two reductions of the log-probabilities over locations: the library's, and one that it does not have.
+"""Compare two reductions of log-probabilities over locations: that of the library, and log-mean-exp.
 
 With p_c(j) the probability of class c at location j, s = log p and a finite T, the attention term is
 
@@ -7,8 +7,8 @@ With p_c(j) the probability of class c at location j, s = log p and a finite T, 
 
 Both approach the mean of s for T -> 0 and its maximum for T = inf, and the second at T is the average of the first over
 all temperatures from 0 to T. Each image runs once for both. For each of the two, lam and T are chosen from the same
-grid on one half of the images and measured on the other, both ways. Photographs with several labels are scored as they
-are (mAP and lrap), those with one label each in mosaics (lrap).
+grid on one half of the images and measured on the other, both ways. Metrics are mAP and lrap on photographs with
+several labels, and lrap on mosaics of photographs with one label each.
 """
 
 import argparse
@@ -49,7 +49,7 @@ from .scoring.cells import Cell, Options, show_temperature
 from .scoring.loading import Loaded, describe_bad_images, readable
 from .scoring.measure import load_images
 
-LOG_MEAN_EXP = "log_mean_exp"  # where `Setting` and `Term` have the kind of scores
+LOG_MEAN_EXP = "log_mean_exp"  # takes the place of the kind of scores in `Setting` and `Term`
 KINDS, NAMES = (LOG_SOFTMAX, LOG_MEAN_EXP), ("softmax-weighted mean", "log-mean-exp")
 METRICS = {"mosaic": ("lrap",), "multilabel": ("mAP", "lrap")}
 COLUMNS = "{:24}  {:13}  {:10}  {:>4}  {:6}  {:>4}  {:>5}  {:>40}  {:>40}  {:>20}".format
@@ -60,14 +60,16 @@ and T stay as they were chosen."""
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Print the comparison. Returns 0, or 2 where something could not be measured."""
+    """Print the comparison. Returns 0, or 2 if something could not be measured."""
     args = _parser().parse_args(arguments)
     log = Console(stderr=True)
     pooled: dict[tuple[str, ...], list[NDArray[np.float64]]] = {}
     try:
         options = asked_options(args, Path())
         if any(math.isinf(T) for setting in options.settings if setting.lam for T in setting.temperature):
-            raise ValueError("--temperatures: found inf; expected finite ones: at inf both terms are the maximum.")
+            raise ValueError(
+                "--temperatures: found inf; expected finite values, since at inf both terms are the maximum."
+            )
         models, data, mosaics = asked_what(args)
         every = (c for m in models for c in asked_cells(m, args.img_size, data, [("multilabel", None), *mosaics], {}))
         cells = [cell for cell in every if (cell.task == "multilabel") == cell.data.multilabel]
@@ -96,8 +98,8 @@ def compare(
     """Cross-fit both terms on one cell.
 
     Returns:
-        For each metric the gains over the plain model, in the order of `KINDS`, and the second gain less the first: of
-        the images, then of resamples, drawn within each half, `(1 + RESAMPLES,)`.
+        For each metric the gains over the plain model, in the order of `KINDS`, and the second gain minus the first,
+        `(1 + RESAMPLES,)`: on the images, then in bootstrap resamples drawn within each half.
     """
     loader, _, alignment = load_images(cell, loaded, options)
     bad: list[int] = []
@@ -108,7 +110,7 @@ def compare(
     if bad and not options.skip_bad_images:
         raise DataError(describe_bad_images(loader.dataset, bad))
     if len(targets) < 4:
-        raise DataError(f"{cell.data.name}: found {len(targets)} images, expected at least 4, for two halves.")
+        raise DataError(f"{cell.data.name}: found {len(targets)} images, expected at least 4, two for each half.")
     combine = options.class_map.combine if options.class_map else COMBINE[0]
 
     def logits(setting: Setting, images: slice = ALL, classes: slice = ALL) -> Tensor:
@@ -137,7 +139,11 @@ def score_both(
     columns: Sequence[int],
     device: str = "cpu",
 ) -> tuple[Scores, Tensor]:
-    """Run every image `(N, C, H, W)` once: logits and both terms for each T, of the classes in `columns`; targets."""
+    """Run every image `(N, C, H, W)` once.
+
+    Returns:
+        The logits and both terms for each T, of the classes in `columns`; and the targets.
+    """
     check_supported(model)
     head, kept, targets = cast(Callable[..., Tensor], plain_head(model)), [], []
     for images, target in batches:
@@ -183,13 +189,13 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--models", metavar="SPEC", required=True, help=find.HELP)
     parser.add_argument("--data", nargs="+", metavar="DATA", required=True, help="labelled photographs, see below")
     parser.add_argument("--lams", default=",".join(f"{lam:g}" for lam in LAMS), help="default: 0 and %(default)s")
-    parser.add_argument("--temperatures", default="1,5", help="finite ones (default: %(default)s)")
+    parser.add_argument("--temperatures", default="1,5", help="finite values of T (default: %(default)s)")
     add_labels(parser)
     add_images(parser)
     add_reading(parser)
     parser.add_argument("--device", default="auto", help="default: %(default)s")
     parser.add_argument(
-        "--seed", type=int, default=0, help="of samples, mosaics, halves, bootstrap (default: %(default)s)"
+        "--seed", type=int, default=0, help="seed of samples, mosaics, halves, bootstrap (default: %(default)s)"
     )
     unused = ("sample", "devices", "keep_scores", "rescore", "cache_images", "rivals", "time_plain")
     parser.set_defaults(also=(), activation="softmax", average_precision="continuous", engine="local")

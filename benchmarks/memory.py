@@ -1,4 +1,4 @@
-"""Peak memory of what is done within a block."""
+"""Measure the peak memory of a `with` block."""
 
 import math
 from collections.abc import Iterator
@@ -14,8 +14,10 @@ class Peak:
 
 @contextmanager
 def peak_of(device: torch.device) -> Iterator[Peak]:
-    """Peak memory of what is done within, above what there was before: of the allocator, or on a CPU of the process
-    (Linux)."""
+    """Measure the peak memory of the block above the memory before it.
+
+    On an accelerator it is that of torch's allocator, on a CPU that of the process (Linux only).
+    """
     peak = Peak()
     if device.type != "cpu":
         torch.accelerator.synchronize()
@@ -25,13 +27,13 @@ def peak_of(device: torch.device) -> Iterator[Peak]:
         torch.accelerator.synchronize()
         peak.megabytes = (torch.accelerator.max_memory_allocated() - before) / 2**20
     else:
-        Path("/proc/self/clear_refs").write_text("5")  # the peak is that from now on
+        Path("/proc/self/clear_refs").write_text("5")  # resets the peak, VmHWM
         before = _status("VmRSS")
         yield peak
         peak.megabytes = (_status("VmHWM") - before) / 2**10
 
 
 def _status(field: str) -> int:
-    """Kilobytes."""
+    """Read a field of the process's status, in kilobytes."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(f"{field}:"))

@@ -1,9 +1,10 @@
-"""What wrapping costs in time and memory, beside the plain model and what one would write or take instead.
+"""Measure the time and memory of wrapping, compared with the plain model and with alternatives.
 
-All variants of a model run in one process, each once in every round and in random order, so that whatever else the
-machine does hits all alike. A ratio is that of a variant to the plain model within a round; shown are the median over
-the rounds and its 95 % interval (binomial, scipy). The floor is the ratio of multiply-accumulates; `least` is what this
-machine makes of it: the plain model, and the product of the classifier with all locations alone. Weights are random.
+All variants of a model run in one process, each once in every round and in random order, so that other load on the
+machine affects all of them alike. A ratio is the time of a variant over that of the plain model in the same round; the
+command prints the median over the rounds and its 95 % interval (binomial, scipy). The floor is the ratio of
+multiply-accumulates; `least` is the ratio that this machine needs for the plain model and the product of the classifier
+with all locations, and nothing else. Weights are random.
 
   plain     the model
   naive     the four lines of the paper: the classifier on all locations of the batch at once, mean and maximum; for
@@ -12,15 +13,15 @@ machine makes of it: the plain model, and the product of the classifier with all
   wrapped   timm_csra.wrap(model)
   log_softmax  timm_csra.wrap(model, lam=0.3, scores="log_softmax")
 
-With --sweep also what `python -m benchmarks.sweep` does with a batch when it scores it: one forward pass, the attention
-terms of all settings that it tries by default (T 1, 5 and inf), timm's test-time pooling where that applies, and
-collecting all these logits. What it does once for a cell, a check of the model on a few images, is not in the time.
+With --sweep it also measures what `python -m benchmarks.sweep` does with a batch: one forward pass, the attention terms
+of all default settings (T 1, 5 and inf), timm's test-time pooling where that applies, and collecting all these logits.
+The time does not include what the sweep does once for a cell, a check of the model on a few images.
 
   sweep_logits  --scores logits
   sweep     both kinds of scores, the sweep's default
 
-`added` is the median over rounds of what the wrapped model takes longer than the plain one, with its interval; with
---batch-size 1 it is what wrapping adds to a single forward pass.
+`added` is the median over rounds of the time that the wrapped model takes longer than the plain one, with its interval;
+with --batch-size 1 it is what wrapping adds to the latency of a single image.
 """
 
 import argparse
@@ -68,7 +69,7 @@ Images = Callable[[Tensor], Any]
 
 @dataclass(frozen=True)
 class Ratio:
-    """Time of a variant over that of another, or their difference: median over rounds, and its 95 % interval."""
+    """Ratio or difference of the times of two variants: the median over rounds, and its 95 % interval."""
 
     median: float
     low: float
@@ -77,18 +78,18 @@ class Ratio:
 
 @dataclass(frozen=True)
 class Cost:
-    """Of one model.
+    """Cost of one model.
 
     Attributes:
         seconds: median time of a batch, for each variant that applies.
-        ratios: to the plain model.
-        over_naive: of the wrapped model to the naive four lines, where they apply.
-        over_logits: of log-probabilities to logits, both wrapped.
-        over_sweep_logits: with --sweep, of a sweep's pass with both kinds of scores to that with logits alone.
-        added: seconds by which a batch takes longer wrapped than plain.
-        least: the plain model and the product of its classifier with all locations, nothing else, to the plain model.
+        ratios: time of each variant over that of the plain model.
+        over_naive: time of the wrapped model over that of `naive`, where that applies.
+        over_logits: time with log-probabilities over that with logits, both wrapped.
+        over_sweep_logits: with --sweep, time of a sweep's pass with both kinds of scores over that with logits alone.
+        added: seconds that a batch takes longer wrapped than plain.
+        least: time of the plain model plus the product of its classifier with all locations, over the plain model's.
         floor: (MACs of the model + MACs of scoring its locations) / MACs of the model.
-        megabytes: peak memory of one batch above what the model takes, where it was measured.
+        megabytes: with --memory, peak memory of one batch above that of the model.
     """
 
     model: str
@@ -106,15 +107,17 @@ class Cost:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Measure, print, and write OUT. Returns 0, or 2 where nothing could be started."""
+    """Measure, print, and write OUT. Returns 0, or 2 if the arguments are wrong."""
     args = _parser().parse_args(arguments)
     screen, log = Console(width=None if sys.stdout.isatty() else 400), Console(stderr=True)
     names = args.models.split(",")
     if unknown := [name for name in names if not timm.is_model(name)]:
-        log.print(f"benchmarks.overhead: no timm architecture is called {', '.join(unknown)}.", highlight=False)
+        log.print(f"benchmarks.overhead: --models: timm has no architecture {', '.join(unknown)}.", highlight=False)
         return 2
     if args.sweep and args.compile:
-        log.print("benchmarks.overhead: a sweep compiles nothing; leave out --sweep or --compile.", highlight=False)
+        log.print(
+            "benchmarks.overhead: leave out --sweep or --compile: a sweep does not compile models.", highlight=False
+        )
         return 2
     costs = [measure(name, args) for name in track(names, "models", console=log, transient=True)]
     screen.print(_table(costs))
@@ -130,7 +133,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def measure(name: str, args: argparse.Namespace) -> Cost:
-    """Time, and with `--memory` memory, of every variant of one architecture."""
+    """Measure the time, and with `--memory` the memory, of every variant of one architecture."""
     model = _model(name, args)
     explanation = timm_csra.explain(model, args.img_size)
     assert explanation.input_size is not None
@@ -201,7 +204,7 @@ def _images(size: tuple[int, ...], args: argparse.Namespace) -> Tensor:
 def _call(
     model: nn.Module, variant: str, explanation: timm_csra.Explanation, args: argparse.Namespace
 ) -> Images | None:
-    """The variant as a function of a batch; None where it does not apply. All but timm's share the model's weights."""
+    """Return the variant as a function of a batch, or None if it does not apply. All but timm's share the weights."""
     if variant == "plain":
         call: Images = model
     elif variant == "wrapped":
@@ -220,7 +223,10 @@ def _call(
 
 
 def _product(model: Any, explanation: timm_csra.Explanation, args: argparse.Namespace) -> Images:
-    """The product alone, of the best shape for it: N * L rows that lie one after another, 1,024 classes at a time."""
+    """Return a function that computes the product alone, in its fastest shape.
+
+    That is N * L contiguous rows, and 1,024 classes at a time.
+    """
     classifier = model.get_classifier()
     assert explanation.grid is not None
     rows = torch.randn(args.batch_size * math.prod(explanation.grid), classifier.in_features).to(classifier.weight)
@@ -233,7 +239,10 @@ def _product(model: Any, explanation: timm_csra.Explanation, args: argparse.Name
 
 
 class _Naive(nn.Module):
-    """The classifier on every location, and two reductions of all its scores; beside a class token's logits, one."""
+    """Applies the classifier to every location, and adds 0.1 times the maximum of the scores to their mean.
+
+    With a class token, its logits take the place of the mean.
+    """
 
     def __init__(self, model: nn.Module, explanation: timm_csra.Explanation) -> None:
         super().__init__()
@@ -254,7 +263,7 @@ class _Naive(nn.Module):
 
 
 def _megabytes(name: str, variant: str, args: argparse.Namespace) -> float:
-    """Peak memory of one batch above what there was before it, in a process of its own."""
+    """Measure the peak memory of one batch above the memory before it, in a process of its own."""
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_report_peak, args=(sender, name, variant, args))
@@ -272,7 +281,7 @@ def _report_peak(sender: Any, name: str, variant: str, args: argparse.Namespace)
     assert call is not None and explanation.input_size is not None
     x = _images(explanation.input_size, args)
     with torch.inference_mode():
-        call(x if x.device.type != "cpu" else x[:1])  # what libraries allocate once
+        call(x if x.device.type != "cpu" else x[:1])  # warm-up: libraries allocate memory once
         with peak_of(x.device) as peak:
             call(x)
     sender.send(peak.megabytes)
@@ -317,7 +326,7 @@ def _machine(args: argparse.Namespace) -> str:
 
 
 def _peak(args: argparse.Namespace) -> float:
-    """GFLOP/s of a matrix product that is large enough to be as fast as the machine can."""
+    """Measure the GFLOP/s of a large matrix product, as the peak of this machine."""
     a, b = (torch.randn(2048, 2048).to(args.device, DTYPES[args.dtype]) for _ in range(2))
     with torch.inference_mode():
         seconds = [_seconds(lambda _: a @ b, a) for _ in range(20)]
@@ -325,7 +334,7 @@ def _peak(args: argparse.Namespace) -> float:
 
 
 def _plot(costs: list[Cost], path: Path) -> None:
-    """Measured ratios against their floor."""
+    """Plot the measured ratios against their floor."""
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(figsize=(7, 5), layout="constrained")
@@ -353,16 +362,18 @@ def _parser() -> argparse.ArgumentParser:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--models", default=MODELS, help="architectures, by comma (default: eight usual ones)")
+    parser.add_argument("--models", default=MODELS, help="architectures, comma-separated (default: eight common ones)")
     parser.add_argument("--batch-size", type=positive, default=8, help="default: %(default)s")
     parser.add_argument("--img-size", type=positive, help="default: the architecture's own")
     parser.add_argument("--num-classes", type=positive, help="default: the architecture's own")
     parser.add_argument("--device", default="cpu", help="default: %(default)s")
     parser.add_argument("--dtype", choices=tuple(DTYPES), default="float32", help="default: %(default)s")
     parser.add_argument("--channels-last", action="store_true")
-    parser.add_argument("--compile", action="store_true", help="every variant by torch.compile")
-    parser.add_argument("--memory", action="store_true", help="peak memory too, each variant in a process of its own")
-    parser.add_argument("--sweep", action="store_true", help="also what a sweep does with a batch, see above")
+    parser.add_argument("--compile", action="store_true", help="compile every variant with torch.compile")
+    parser.add_argument(
+        "--memory", action="store_true", help="also measure peak memory, each variant in a process of its own"
+    )
+    parser.add_argument("--sweep", action="store_true", help="also measure what a sweep does with a batch, see above")
     parser.add_argument("--rounds", type=positive, default=40, help="default: %(default)s")
     parser.add_argument(
         "--warmup", type=natural, default=3, help="batches before the first round (default: %(default)s)"

@@ -3,17 +3,17 @@
 A checkpoint's backbone runs once over photographs with several labels, or mosaics of photographs with one. Then, for
 each of several random splits, two linear heads are trained on one half of the images: with binary cross entropy
 (`sigmoid`), and with softmax cross entropy on the labels divided by their number (`softmax`). Each is wrapped by the
-library, and measured on the other half: mAP over the classes with 5 positives or more there, and one in the half
-trained on; those are the classes of the heads.
+library, and measured on the other half by mAP. The heads have the classes with at least 5 positives in the test half
+and at least one in the training half.
 
 The recipe was fixed before anything was measured, and is that of scikit-learn's LogisticRegression (C=1): features
 standardised, the losses of all images summed, half the squared weights added, L-BFGS until it has converged.
 
   fixed   logits: lam 0.1; log_softmax: lam 0.3
-  tuned   lam as `timm_csra.tune` chooses it for each of the two on the half trained on. There heads trained on four
-          fifths score the last one: of images that it has been trained on, a head ranks nearly all right.
+  tuned   lam as `timm_csra.tune` chooses it for each of the two on the training half, by scores from 5-fold
+          cross-validation, since a head ranks nearly all of its own training images correctly
 
-All with T inf. Splits share images: the spread over them says how much a result hangs on the split, and is no
+All with T inf. Splits share images: the spread over them shows how much a result depends on the split, and is not a
 confidence interval. Example: python -m benchmarks.probe --models resnet50 --data photos --out probe.csv
 """
 
@@ -69,19 +69,19 @@ COLUMNS = ("model", "size", "data", "task", "images", "split", "loss", "classes"
 LINE = "{:24} {:>4}  {:6} {:10} {:>6} {:>22} {:>22} {:>22}".format
 NOTE = """
 {data}, {task}, {images} images: mAP of the held-out half, and gains over the plain model in points, mean +- standard
-deviation over {splits} splits (in how many of them it is positive). Splits share images: no confidence interval.
-The difference is that of the sigmoid's figures less the softmax's, split by split."""
+deviation over {splits} splits (number of splits with a gain). Splits share images, so this is no confidence interval.
+The difference is that of the sigmoid's figures minus the softmax's, split by split."""
 Row = dict[str, Any]
 
 
 def sigmoid(logits: Tensor, targets: Tensor) -> Tensor:
-    """Sum over images and classes; what is not judged does not count."""
+    """Binary cross entropy, summed over images and classes; negative targets are ignored."""
     judged = (targets >= 0).to(logits)
     return F.binary_cross_entropy_with_logits(logits, targets.clamp(min=0).to(logits), judged, reduction="sum")
 
 
 def softmax(logits: Tensor, targets: Tensor) -> Tensor:
-    """Sum over images; those without a label do not count."""
+    """Softmax cross entropy, summed over images; images without a label are ignored."""
     labels = targets.clamp(min=0).to(logits)
     return F.cross_entropy(logits, labels / labels.sum(dim=1, keepdim=True).clamp(min=1), reduction="sum")
 
@@ -91,13 +91,14 @@ LOSSES: dict[str, Loss] = {"sigmoid": sigmoid, "softmax": softmax}
 
 
 def fit(features: Tensor, targets: Tensor, loss: Loss) -> tuple[Tensor, Tensor]:
-    """Train a linear head by the recipe above: weight `(K, C)` and bias `(K,)` for features `(n, C)` as they are."""
+    """Train a linear head by the recipe above. Returns weight `(K, C)` and bias `(K,)` for the features `(n, C)`, which
+    need not be standardised."""
     features, classes = features.double().cpu(), targets.shape[1]
     mean, deviation = features.mean(dim=0), features.std(dim=0, correction=0)
     deviation[deviation == 0] = 1
-    # Weights that are no sum of images only add to the squares: they are looked for among the n such directions.
+    # The optimal weights are in the span of the images, so that n directions are enough.
     left, values, directions = torch.linalg.svd((features - mean) / deviation, full_matrices=False)
-    inputs = F.pad(left * values, (0, 1), value=1)  # the last one is for the bias
+    inputs = F.pad(left * values, (0, 1), value=1)  # the last column is for the bias
 
     def objective(flat: NDArray[np.float64]) -> tuple[float, NDArray[np.float64]]:
         weight = torch.from_numpy(flat).view(classes, -1).requires_grad_()
@@ -119,8 +120,8 @@ def fit(features: Tensor, targets: Tensor, loss: Loss) -> tuple[Tensor, Tensor]:
 
 @dataclass(frozen=True)
 class Frozen:
-    """A model, and of n images what its backbone says: `maps`, as `forward_features` returns them, and the `pooled`
-    features `(n, C)` that a linear classifier gets."""
+    """A model, and features of n images: `maps`, as `forward_features` returns them, and the `pooled` features `(n, C)`
+    that the classifier gets."""
 
     model: nn.Module
     maps: Tensor
@@ -128,7 +129,13 @@ class Frozen:
 
     @classmethod
     def of(cls, model: nn.Module, batches: Iterator[tuple[Tensor, Tensor]], device: str) -> tuple["Frozen", Tensor]:
-        """Run every image once; also gives the targets. The model is copied: its classifier will be replaced."""
+        """Run every image once, and return the features and the targets.
+
+        The model is copied, since its classifier will be replaced.
+
+        Raises:
+            ValueError: the features are not one tensor, or the classifier is not one linear layer.
+        """
         model, maps, pooled, targets = copy.deepcopy(model), [], [], []
         check_supported(model)
         for images, target in batches:
@@ -147,7 +154,7 @@ class Frozen:
         return cls(model, torch.cat(maps), torch.cat(pooled)), torch.cat(targets)
 
     def scores(self, rows: Rows, head: tuple[Tensor, Tensor]) -> Scores:
-        """Of some images, of the model with this head, for all `SETTINGS`."""
+        """Score some images, the `rows`, for all `SETTINGS`, by the model with this head."""
         weight, bias = head
         self.model.reset_classifier(len(weight))  # type: ignore[operator]
         classifier = self.model.to(self.maps.device).eval().get_classifier()  # type: ignore[operator]
@@ -163,8 +170,10 @@ class Frozen:
 
 
 def out_of_fold(frozen: Frozen, rows: Rows, targets: Tensor, loss: Loss, seed: int) -> Scores:
-    """Scores of the images in `rows`, by heads that were trained on the others of them. The folds are those of
-    `choose`, so that no metric mixes the scores of several heads."""
+    """Score the images in `rows` by cross-validation: each fold by a head that was trained on the other folds.
+
+    The folds are those of `choose`, so that no metric mixes the scores of several heads.
+    """
     folds, parts = folds_of(len(rows), seed, FOLDS), []
     for fold in folds:
         rest = np.setdiff1d(np.arange(len(rows)), fold)
@@ -175,7 +184,11 @@ def out_of_fold(frozen: Frozen, rows: Rows, targets: Tensor, loss: Loss, seed: i
 
 
 def probe(frozen: Frozen, targets: Tensor, data: str, seed: int) -> Iterator[Row]:
-    """Train both heads on one random half of the images, and measure them on the other: one row for each."""
+    """Train both heads on one random half of the images, and measure them on the other. Yields a row for each head.
+
+    Raises:
+        DataError: fewer than two classes have enough positives in both halves.
+    """
     trained, held_out = halves(len(targets), seed)
     enough = ((targets[trained] > 0).sum(dim=0) >= 1) & ((targets[held_out] > 0).sum(dim=0) >= FEW)
     if (count := int(enough.sum())) < 2:
@@ -203,7 +216,7 @@ def mean_average_precision(scores: Scores, targets: Tensor, setting: Setting) ->
 
 
 def probe_cell(cell: Cell, loaded: Loaded, options: Options, splits: int, progress: Callable[..., Any]) -> list[Row]:
-    """Give one row for each split and loss."""
+    """Measure one cell; returns one row for each split and loss."""
     count = len(cell.data.classes)
     own = Alignment(tuple(range(count)), {label: label for label in range(count)})
     loader, _, _ = load_images(cell, loaded, options, own)
@@ -223,7 +236,7 @@ def probe_cell(cell: Cell, loaded: Loaded, options: Options, splits: int, progre
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Print and write. Returns 0, or 2 where something could not be measured."""
+    """Measure, print and write. Returns 0, or 2 if something could not be measured."""
     args = _parser().parse_args(arguments)
     log, rows = Console(stderr=True), []
     try:
@@ -247,7 +260,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def summary(rows: Sequence[Row]) -> str:
-    """One line of one checkpoint for each loss, and for their difference, with each way to take lam."""
+    """Format the rows of one checkpoint: a line for each loss and for their difference, with fixed and tuned lam."""
     lines = []
     for how, prefix in (("fixed", ""), ("tuned", "tuned_")):
         names = ("plain", *(prefix + kind for kind in SCORES))
@@ -274,13 +287,15 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--models", metavar="SPEC", required=True, help=find.HELP)
     parser.add_argument("--data", nargs=1, metavar="DATA", required=True, help="labelled photographs, see below")
     parser.add_argument("--task", choices=("multilabel", "mosaic"), default="multilabel", help="default: %(default)s")
-    parser.add_argument("--splits", type=positive, default=10, metavar="N", help="default: %(default)s")
+    parser.add_argument(
+        "--splits", type=positive, default=10, metavar="N", help="number of random splits (default: %(default)s)"
+    )
     parser.add_argument("--out", type=Path, help="a CSV file with two rows for each split, one for each loss")
-    parser.add_argument("--limit", type=positive, metavar="N", help="a sample of N photographs by --seed")
+    parser.add_argument("--limit", type=positive, metavar="N", help="use a random sample of N photographs, by --seed")
     add_images(parser)
     add_reading(parser)
     parser.add_argument("--device", default="auto", help="default: %(default)s")
-    parser.add_argument("--seed", type=int, default=0, help="of samples, mosaics, splits (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of samples, mosaics, splits (default: %(default)s)")
     unused = ("sample", "devices", "keep_scores", "rescore", "cache_images", "rivals", "time_plain", "class_map",
               "class_names", "split", "data_dir")  # fmt: skip
     parser.set_defaults(also=(), activation="softmax", average_precision="continuous", **dict.fromkeys(unused))

@@ -1,9 +1,10 @@
-"""One self-contained page from the records of a sweep, with plots and tables to take along.
+"""Write a self-contained page from the records of a sweep, and its plots and tables as files.
 
-Writes to RUN_DIR/report: `index.html` (no network needed), each plot as PNG and SVG, figures of the whole run in
-`figures`, `results.md`, `results.csv` with timm's column names, `pooled.csv`, mean gains over checkpoints, and
-`compute.csv`, what rivals gain and cost. Gains are in percentage points over lam = 0, intervals 95 %, p-values
-corrected by Holm's method over the checkpoints of the same data, task, requested size, metric and protocol.
+The folder RUN_DIR/report gets `index.html` (which needs no network), each plot as PNG and SVG, plots of the whole run
+in `figures`, `results.md`, `results.csv` with timm's column names, `pooled.csv` with mean gains over checkpoints, and
+`compute.csv` with gain and cost of the alternatives to wrapping. Gains are in percentage points over lam = 0, with
+95 % intervals; p-values have Holm's correction over the checkpoints of the same data, task, requested size, metric and
+protocol.
 """
 
 import argparse
@@ -24,7 +25,7 @@ from .reporting.summary import read_folder
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Write the report. Returns 0, or 2 where there is nothing to report."""
+    """Write the report. Returns 0, or 2 if there are no records or they cannot be read."""
     args = _parser().parse_args(arguments)
     screen, log = Console(), Console(stderr=True)
     warn = partial(log.print, markup=False, highlight=False, soft_wrap=True)
@@ -54,7 +55,7 @@ def main(arguments: list[str] | None = None) -> int:
     figures = write_figures(records, rows, out)
     screen.print(f"{out / 'index.html'}: {len(records)} records", highlight=False, soft_wrap=True)
     if replaced := len(folder.records) - len(records):
-        screen.print(f"{replaced} records left out, which others replace: summary.csv names them", soft_wrap=True)
+        screen.print(f"{replaced} records left out, since newer ones replace them; see summary.csv", soft_wrap=True)
     for note in notes:
         screen.print(note, markup=False, highlight=False, soft_wrap=True)
     screen.print(
@@ -74,7 +75,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="the --out folder of a sweep")
     parser.add_argument("--out", type=Path, help="folder (default: RUN_DIR/report)")
-    parser.add_argument("--no-plots", action="store_true", help="no plot of each data set, task and size by itself")
+    parser.add_argument(
+        "--no-plots", action="store_true", help="do not write plots of single data sets, tasks and sizes"
+    )
     return parser
 
 

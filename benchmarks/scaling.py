@@ -1,8 +1,8 @@
-"""What metrics and intervals cost, in time and memory, and how that grows with images, classes and settings.
+"""Measure time and memory of metrics and intervals, and how they grow with images, classes and settings.
 
-The scores are synthetic; the metrics, protocols, intervals and tests on them are the sweep's own. Every size is
-measured in a process of its own: seconds, and the peak of memory above the scores themselves. The sizes of ImageNet,
-which are the default, take a while.
+The scores are synthetic; the metrics, protocols, intervals and tests are those of the sweep. Every size runs in a
+process of its own, which measures seconds, and the peak memory above the scores themselves. The default, the size of
+ImageNet's validation set, takes a while.
 """
 
 import argparse
@@ -39,7 +39,7 @@ HEADS: tuple[float | tuple[float, ...], ...] = (
     *((temperature, math.inf) for temperature in TEMPERATURES[:3]),
     (1.0, 5.0, math.inf),
 )
-POSITIVES = 3  # labels of an image of the task multilabel
+POSITIVES = 3  # labels of each image for the task multilabel
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Size:
 
 @dataclass(frozen=True)
 class Cost:
-    """`seconds` of the phases, `scores_mb` that the scores take, `extra_mb` the peak of memory above them."""
+    """Seconds of both phases, memory of the scores, and peak memory above that, in MiB."""
 
     size: Size
     metrics_seconds: float
@@ -62,7 +62,7 @@ class Cost:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Measure, print, and write OUT."""
+    """Measure, print, and write OUT. Returns 0."""
     args = _parser().parse_args(arguments)
     screen, log = Console(width=None if sys.stdout.isatty() else 120), Console(stderr=True)
     keep_memory()
@@ -73,7 +73,7 @@ def main(arguments: list[str] | None = None) -> int:
         log.print(str(costs[-1]), highlight=False, soft_wrap=True)
     screen.print(_table(costs))
     machine = f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
-    screen.print(f"{machine}. Memory is above the scores.", highlight=False)
+    screen.print(f"{machine}. Memory does not include the scores.", highlight=False)
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)
         args.out.write_text(json.dumps({"machine": machine, "costs": [asdict(c) for c in costs]}, indent=1) + "\n")
@@ -81,7 +81,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _sizes(task: str, args: argparse.Namespace) -> list[Size]:
-    """The size asked for, and with --grow half of it along each axis."""
+    """Return the size of the arguments, and with --grow the sizes with half as many images, classes or settings."""
     full = Size(task, args.images, args.classes, args.settings)
     if not args.grow:
         return [full]
@@ -94,7 +94,7 @@ def _sizes(task: str, args: argparse.Namespace) -> list[Size]:
 
 
 def synthetic(size: Size) -> tuple[Scored, tuple[Setting, ...]]:
-    """Scores in which the right classes stand out a little, and that many settings."""
+    """Return random scores, with larger logits for the correct classes, and the settings."""
     generator = torch.Generator().manual_seed(0)
     labels = torch.randint(size.classes, (size.images, 1 if size.task == "single" else POSITIVES), generator=generator)
     present = torch.zeros(size.images, size.classes, dtype=torch.bool).scatter_(1, labels, True)
@@ -151,7 +151,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--images", type=positive, default=50_000, help="default: %(default)s")
     parser.add_argument("--classes", type=positive, default=1000, help="default: %(default)s")
     parser.add_argument("--settings", type=positive, default=80, help="default: %(default)s")
-    parser.add_argument("--grow", action="store_true", help="also half of the images, of the classes, of the settings")
+    parser.add_argument("--grow", action="store_true", help="also with half as many images, classes or settings")
     parser.add_argument("--out", type=Path, help="a JSON file")
     return parser
 

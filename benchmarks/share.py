@@ -1,8 +1,8 @@
-"""Records of sweeps to send to others, one file of JSON lines for each checkpoint; and what is wrong with such files.
+"""Collect records of sweeps to share with others, one file of JSON lines for each checkpoint; and check such files.
 
-Records of all folders go together, and with those that the file has already; of a cell the newest. Left out are cells
-that failed, what the report does not count, and where the data are on the disk. A folder with such files in `records/`
-is read like that of a sweep: `python -m benchmarks.report FOLDER`.
+The command merges the records of all folders with those that a file already has, and keeps the newest of each cell. It
+leaves out failed cells, records that the report does not count, and local paths. The other commands read a folder with
+such files in `records/` like the folder of a sweep: `python -m benchmarks.report FOLDER`.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from .scoring.software import EVALUATION
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Write or check. Returns 0; 1 where a file has a fault; 2 where there is nothing to write or check."""
+    """Write or check files. Returns 0; 1 if a file has a fault; 2 if there is nothing to write or check."""
     args = _parser().parse_args(arguments)
     screen, log = Console(soft_wrap=True), Console(stderr=True)
     warn = partial(log.print, markup=False, highlight=False, soft_wrap=True)
@@ -51,7 +51,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _replaced(records: list[Record]) -> list[str | None]:
-    """Why the report does not count a record. One that is counted under another name may still be sent."""
+    """Return why the report does not count each record, or None. Records counted under another name may be shared."""
     found = not_counted(len(records), rows_of(records))
     return [None if why and why.startswith(UNDER) else why for why in found]
 
@@ -60,7 +60,7 @@ def _check(paths: list[Path], screen: Console, warn: partial[None]) -> int:
     found_in = {path: _files(path) for path in paths if path.exists()}
     files = [file for found in found_in.values() for file in found]
     if nothing := [str(path) for path in paths if not found_in.get(path)]:
-        warn(f"benchmarks.share: {', '.join(nothing)}: found no {LINES} file, expected what --out has written")
+        warn(f"benchmarks.share: {', '.join(nothing)}: found no {LINES} file; expected files that --out has written")
         return 2
     found = faults(files, EVALUATION)
     for fault in found:
@@ -83,10 +83,16 @@ def _parser() -> argparse.ArgumentParser:
         "  python -m benchmarks.share --check docs/evidence",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("paths", type=Path, nargs="+", metavar="PATH", help="--out folders of sweeps; to check, files")
+    parser.add_argument(
+        "paths", type=Path, nargs="+", metavar="PATH", help="--out folders of sweeps; with --check, files or folders"
+    )
     what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--out", type=Path, metavar="FOLDER", help="writes FOLDER/records/MODEL.jsonl, and checks them")
-    what.add_argument("--check", action="store_true", help="say what is wrong with files, or with all of a folder")
+    what.add_argument(
+        "--out", type=Path, metavar="FOLDER", help="write FOLDER/records/MODEL.jsonl, and check the files"
+    )
+    what.add_argument(
+        "--check", action="store_true", help="report what is wrong with files, or with all files of a folder"
+    )
     return parser
 
 

@@ -1,7 +1,7 @@
-"""Show what wrapping changes on one picture, and where each class was seen.
+"""Show how wrapping changes the top classes of one picture, with a score map for each class.
 
-The top classes are those of the plain model, with logits (the paper's scores), and with log-probabilities.
-Without IMAGE it takes a mosaic of the first four photographs of the embedded sample.
+The picture has the top classes of the plain model, of the model wrapped with logits (as in the paper), and with
+log-probabilities. Without IMAGE the input is a mosaic of the first four photographs of the embedded sample.
 """
 
 import argparse
@@ -40,7 +40,7 @@ TOP = 6
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Write the picture. Returns 0, or 2 where model or image cannot be had or used."""
+    """Write the picture. Returns 0, or 2 if the model or the image cannot be loaded or used."""
     args = _parser().parse_args(arguments)
     try:
         _show(args)
@@ -89,10 +89,14 @@ def _show(args: argparse.Namespace) -> None:
 
 
 def _file(out: Path) -> Path:
-    """The picture to write, PNG where no format is named. ValueError where no picture can be written there."""
+    """Return the file to write, with the extension `.png` if there is none.
+
+    Raises:
+        ValueError: the path is a folder, or has the extension of an unknown format.
+    """
     file = out if out.suffix or out.is_dir() else out.with_name(f"{out.name}.png")
     if file.is_dir():
-        raise ValueError(f"--out {file}: is a folder; expected a file to write, such as {out / 'effect.jpg'}.")
+        raise ValueError(f"--out {file}: found a folder; expected a file to write, such as {out / 'effect.jpg'}.")
     formats = sorted(f".{name}" for name in Figure().canvas.get_supported_filetypes())
     if file.suffix.lower() not in formats:
         raise ValueError(f"--out {file}: found {file.suffix}; expected one of {', '.join(formats)}.")
@@ -100,7 +104,7 @@ def _file(out: Path) -> Path:
 
 
 def _path(image: str) -> Path:
-    """`sample:coffee` is a photograph of the embedded sample."""
+    """Return the path of an image; `sample:coffee` names a photograph of the embedded sample."""
     if not image.startswith("sample:"):
         return Path(image)
     photographs = {Path(photo.file).stem: photo for photo in sample.PHOTOGRAPHS}
@@ -111,7 +115,7 @@ def _path(image: str) -> Path:
 
 
 def _readable(names: set[str]) -> str:
-    """The shortest name that is no synset."""
+    """Return the shortest name that is not a synset, if there is one."""
     words = [name for name in names if not (name[0] == "n" and name[1:].isdigit())]
     return min(words or names, key=lambda name: (len(name), name))
 
@@ -165,14 +169,19 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "image",
         nargs="?",
-        help="any picture that Pillow reads, squashed to the input size; or sample:NAME, such as sample:coffee",
+        help="a picture that Pillow can read, squashed to the input size; or sample:NAME, such as sample:coffee",
     )
     parser.add_argument("--model", default="pypi:tf_efficientnet_lite0", metavar="SPEC", help=find.HELP)
     add_names(parser)
-    parser.add_argument("--lam", type=float, default=DEFAULT.lam, help="of logits (default: %(default)s)")
-    parser.add_argument("--lam-log-softmax", type=float, default=DEFAULT_LOG_SOFTMAX.lam, help="default: %(default)s")
+    parser.add_argument("--lam", type=float, default=DEFAULT.lam, help="lam with logits (default: %(default)s)")
     parser.add_argument(
-        "--scores", choices=SCORES, default=LOGITS, help="whose classes and maps are drawn (default: %(default)s)"
+        "--lam-log-softmax",
+        type=float,
+        default=DEFAULT_LOG_SOFTMAX.lam,
+        help="lam with log-probabilities (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--scores", choices=SCORES, default=LOGITS, help="kind of scores of the maps (default: %(default)s)"
     )
     parser.add_argument(
         "--img-size",
@@ -186,7 +195,7 @@ def _parser() -> argparse.ArgumentParser:
         type=Path,
         default=Path("results/effect.jpg"),
         metavar="FILE",
-        help="a picture; PNG where its name has no ending (default: %(default)s)",
+        help="file to write; PNG if its name has no extension (default: %(default)s)",
     )
     add_device(parser)
     return parser

@@ -1,13 +1,13 @@
-"""How near a sweep on many devices comes to the least time that it could take, by simulation.
+"""Simulate how close a sweep on many devices comes to the shortest possible time.
 
-The schedule is that of a sweep. It gives cells to nodes of eight devices that compute nothing: a cell takes the
-multiply-accumulates of its images (docs/coverage.csv) at a given speed, on a virtual clock, and a checkpoint some
-seconds to load. Nodes are lost at random; their cells come back unfinished, and minutes later another node takes the
-place. The driver takes its time, too. Cells are the pretrained checkpoints of timm that have a classifier, again from
-the first where they are too few, on five sets of photographs at 1x, 1.5x and 2x.
+The schedule is that of a sweep, but its nodes, of eight devices each, compute nothing: on a virtual clock a cell takes
+the time of its multiply-accumulates (docs/coverage.csv) at a given speed, and a checkpoint takes some seconds to load.
+Nodes are lost at random; the sweep computes their cells again, and minutes later another node joins. The driver takes
+time, too. Cells are the pretrained timm checkpoints with a classifier, repeated if there are too few, on five sets of
+photographs at 1x, 1.5x and 2x.
 
-The least time is the larger of two: all computing, repeated work included, spread evenly over the devices; and the cell
-that took longest, with what was lost of it.
+The shortest possible time is the larger of two: that of all computing, including repeated work, spread evenly over the
+devices; and that of the longest cell, including its lost attempts.
 """
 
 import argparse
@@ -36,7 +36,7 @@ from .scoring.cells import Cell
 
 SETS, SIZES = 5, (1.0, 1.5, 2.0)
 HOUR = 3600.0
-AHEAD = 1  # cells that wait with Ray, for each device: see `engines/cluster.py`, which Ray is needed for
+AHEAD = 1  # cells that wait for each device, as in `engines/cluster.py`, which cannot be imported without Ray
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class _Photographs(ImageSet):
 
 @dataclass
 class _Memory:
-    """A folder of records that nobody reads: their number, and that of the checkpoints that are open, are kept."""
+    """Takes the place of `Run`: keeps records in memory, and counts the checkpoints that are open."""
 
     engine: SimulatedEngine
     asking: float
@@ -77,7 +77,7 @@ class _Memory:
         self.open -= 1
 
     def wait_for(self, checkpoints: list[Checkpoint]) -> None:
-        raise AssertionError(f"nobody else is there who could have locked {checkpoints[0].name}")
+        raise AssertionError(f"{checkpoints[0].name} is locked, although there is no other sweep")
 
     def log_file(self, cell: Cell) -> Path:
         return Path()
@@ -91,12 +91,12 @@ class _Memory:
 
 @dataclass(frozen=True)
 class Simulation:
-    """What a simulated sweep took.
+    """The result of a simulation; times are in seconds.
 
     Attributes:
-        lost: cells without a record of what they found.
-        open: checkpoints that were locked at a time, at most.
-        seconds: of this machine, for the simulation.
+        lost: number of cells without a result.
+        open: largest number of checkpoints that were open at a time.
+        seconds: time that the simulation took on this machine.
     """
 
     cells: int
@@ -109,7 +109,7 @@ class Simulation:
 
     @property
     def even(self) -> float:
-        """Seconds of all computing, repeated work included, spread evenly."""
+        """Seconds of all computing, including repeated work, spread evenly over the devices."""
         return (self.spent.computing + self.spent.repeated) / self.devices
 
     @property
@@ -122,12 +122,12 @@ class Simulation:
 
     @property
     def plain_ratio(self) -> float:
-        """Of the least time if no node were lost."""
+        """Shortest possible time without lost nodes, over the time of the sweep."""
         return max(self.spent.computing / self.devices, self.largest) / self.spent.makespan
 
 
 def cells_of(count: int, images: int, seed: int) -> list[Cell]:
-    """As many cells, checkpoint by checkpoint, in an order that the seed gives."""
+    """Return `count` cells, checkpoint by checkpoint, in random order."""
     known = architectures()
     names = [name for name in timm.list_models(pretrained=True) if name.split(".")[0] in known]
     random.Random(seed).shuffle(names)
@@ -144,12 +144,12 @@ def cells_of(count: int, images: int, seed: int) -> list[Cell]:
 
 
 def simulate(cells: list[Cell], cluster: Cluster, asking: float = 0.0) -> Simulation:
-    """Run a sweep of the cells on a cluster that is only simulated.
+    """Simulate a sweep of the cells on a cluster.
 
     Args:
-        cells: what to compute.
-        cluster: where.
-        asking: seconds of the driver in which it finds out which cells of a checkpoint have an answer.
+        cells: the cells.
+        cluster: the cluster.
+        asking: seconds that the driver takes for each checkpoint to find out which of its cells apply.
     """
     groups: dict[Checkpoint, list[Cell]] = {}
     for cell in cells:
@@ -166,15 +166,18 @@ def simulate(cells: list[Cell], cluster: Cluster, asking: float = 0.0) -> Simula
 
 
 def durations(cells: list[Cell], speed: float, spread: float, seed: int) -> Mapping[int, float]:
-    """Seconds of each cell, by its id. With `spread`, checkpoints are faster and slower than their multiply-accumulates
-    say: by a factor whose logarithm is normal with this deviation."""
+    """Return the seconds of each cell, by its id.
+
+    With `spread`, the time of a checkpoint differs from that of its multiply-accumulates by a factor whose logarithm is
+    normal with this standard deviation.
+    """
     drawn = random.Random(seed)
     factors = {checkpoint: drawn.lognormvariate(0, spread) for checkpoint in dict.fromkeys(c.checkpoint for c in cells)}
     return {id(cell): factors[cell.checkpoint] * cell.images * macs_of(cell) / speed for cell in cells}
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Simulate and print. Returns 0, or 1 where a cell was lost."""
+    """Simulate and print. Returns 0, or 1 if a cell was lost."""
     args = _parser().parse_args(arguments)
     cells = cells_of(args.cells, args.images, args.seed)
     taken = durations(cells, args.speed, args.spread, args.seed)
@@ -213,11 +216,11 @@ def _print(found: Simulation, screen: Console) -> None:
     for row in (
         ("makespan", f"{spent.makespan / HOUR:.2f}", f"hours: {found.cells:,} cells on {found.devices} devices"),
         ("ideal", f"{found.ideal / HOUR:.2f}", "hours, the larger of"),
-        ("  all", f"{found.even / HOUR:.2f}", "hours: computing, repeated work too, spread evenly"),
+        ("  all", f"{found.even / HOUR:.2f}", "hours: computing, including repeated work, spread evenly"),
         (
             "  longest",
             f"{spent.longest / HOUR:.2f}",
-            f"hours: a cell, {found.largest / HOUR:.2f} without what was repeated",
+            f"hours: the longest cell, {found.largest / HOUR:.2f} without lost attempts",
         ),
         ("ratio", f"{found.ratio:.3f}", f"{found.plain_ratio:.3f} of the ideal if no node were lost"),
         ("computing", f"{spent.computing / HOUR:,.1f}", "device hours"),
@@ -244,19 +247,24 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--cells", type=positive, default=27_000, help="default: %(default)s")
     add("--devices", type=positive, default=256, help="default: %(default)s")
-    add("--images", type=positive, default=50_000, help="of each set (default: %(default)s)")
-    add("--speed", type=above_zero, default=1e13, help="multiply-accumulates a second, of a device (default: 1e13)")
-    add("--spread", type=from_zero, default=0.0, help="how far checkpoints are from that speed, of which the schedule "
-        "knows nothing: the deviation of its logarithm (default: 0)")  # fmt: skip
+    add("--images", type=positive, default=50_000, help="images of each set (default: %(default)s)")
+    add("--speed", type=above_zero, default=1e13, help="multiply-accumulates a second of a device (default: 1e13)")
+    add("--spread", type=from_zero, default=0.0, help="standard deviation of the logarithm of a checkpoint's speed, "
+        "which the schedule does not know (default: 0)")  # fmt: skip
     add("--failures", type=from_zero, default=1.0, help="percent of the nodes that are lost in an hour (default: 1)")
     add("--back", type=from_zero, default=10.0, help="minutes until another node joins (default: 10)")
     add("--load", type=from_zero, default=START, help="seconds for loading a checkpoint (default: %(default)g)")
-    add("--asking", type=from_zero, default=2.0, help="seconds of the driver in which it finds out which cells of a "
-        "checkpoint have an answer (default: 2)")  # fmt: skip
-    add("--giving", type=from_zero, default=0.005, help="seconds of the driver for each cell (default: 0.005)")
-    add("--engine", choices=("ray", "local"), default="ray", help="ray: whoever is free takes the next cell, and one "
-        "waits for each device; local: a cell goes where its checkpoint is (default: ray)")  # fmt: skip
-    add("--seed", type=natural, default=0, help="of checkpoints and failures (default: 0)")
+    add("--asking", type=from_zero, default=2.0, help="seconds that the driver takes for each checkpoint to find out "
+        "which of its cells apply (default: 2)")  # fmt: skip
+    add(
+        "--giving",
+        type=from_zero,
+        default=0.005,
+        help="seconds that the driver takes to submit a cell (default: 0.005)",
+    )
+    add("--engine", choices=("ray", "local"), default="ray", help="ray: the first free device takes the next cell, "
+        "one waits for each device; local: a cell goes to the device with its checkpoint (default: ray)")  # fmt: skip
+    add("--seed", type=natural, default=0, help="seed of checkpoints and failures (default: 0)")
     return parser
 
 

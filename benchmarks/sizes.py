@@ -1,4 +1,4 @@
-"""The image sizes that `--img-size` asks for, of each checkpoint."""
+"""Turn the requests of `--img-size` into pixels for each checkpoint."""
 
 from .checkpoints.find import Checkpoint
 from .records.shape import REQUEST
@@ -7,7 +7,7 @@ TEST = "test"
 
 
 def own_size(model: Checkpoint, missing: dict[Checkpoint, str]) -> tuple[int, int] | None:
-    """None where the checkpoint cannot be asked."""
+    """Return the checkpoint's own size `(H, W)`, or None if its configuration cannot be read."""
     if model in missing and model.source == "hf-hub":
         return None
     try:
@@ -19,8 +19,10 @@ def own_size(model: Checkpoint, missing: dict[Checkpoint, str]) -> tuple[int, in
 def sizes_of(
     model: Checkpoint, requests: str, missing: dict[Checkpoint, str], crop_pct: float | None
 ) -> dict[tuple[tuple[int, int] | str, float | None], tuple[str, ...]]:
-    """`1x,320,test` -> sizes in pixels and crops, see `size_of`, with their requests; the request itself where the
-    checkpoint cannot be asked."""
+    """Parse `1x,320,test` into sizes and crops, see `size_of`, each with the requests for it.
+
+    If the checkpoint's configuration cannot be read, the requests take the place of the sizes.
+    """
     parts = list(dict.fromkeys(part.strip() for part in requests.split(",")))
     if model in missing and model.source == "hf-hub":
         return {(part, None): (part,) for part in parts}
@@ -36,7 +38,7 @@ def sizes_of(
 
 
 def size_of(model: Checkpoint, request: str) -> tuple[tuple[int, int], float | None]:
-    """`320`, `2x` or `test` in pixels, `(H, W)`, and for the last the crop_pct that goes with it, see `test_input`."""
+    """Return the size `(H, W)` of `320`, `2x` or `test`, and for `test` the crop_pct, see `test_input`, else None."""
     if request == TEST:
         return model.test_input()
     if not request.endswith("x"):
@@ -46,6 +48,6 @@ def size_of(model: Checkpoint, request: str) -> tuple[tuple[int, int], float | N
 
 
 def check_sizes(requests: str) -> None:
-    """ValueError where `requests` is no list of sizes."""
+    """Raise ValueError if `requests` is not a comma-separated list of sizes."""
     if any(not REQUEST.fullmatch(part.strip()) for part in requests.split(",")):
         raise ValueError(f"--img-size: found {requests!r}; expected pixels, multiples or test, such as 224 or 1x,2x.")

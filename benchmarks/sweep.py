@@ -1,8 +1,8 @@
 """Measure what class-specific residual attention gains or loses, over pretrained checkpoints.
 
-Each image runs once and serves every setting of lam and T. One JSON record for each (checkpoint, data, task, size)
-goes to OUT/records, all of them to OUT/summary.csv and to the table on the terminal. Started again with the same
-arguments, a sweep does only what is missing or failed.
+Each image runs once, for all settings of lam and T. The sweep writes a JSON record for each cell, which is one
+checkpoint, data set, task and image size, to OUT/records, and all results to OUT/summary.csv and to the terminal.
+Started again with the same arguments, it skips cells that are finished; --retry-failed repeats those that failed.
 """
 
 import argparse
@@ -32,13 +32,13 @@ from .engines.estimate import estimate
 from .engines.local import Engine, EngineError, LocalEngine, Progress
 from .engines.run import Run
 from .records.files import Record
-from .records.identity import Place, names_apart
+from .records.identity import Place, distinct_names
 from .records.phases import where_the_time_went
-from .reporting.expected import keep_expected, precision_said
+from .reporting.expected import keep_expected, precision_notes
 from .reporting.overview import print_overview, too_many
 from .reporting.plan import TO_DO, Planned, is_long, print_plan
 from .reporting.pooled import pooled, unpooled
-from .reporting.push import choose, push, told_apart
+from .reporting.push import choose, push, repository_clash
 from .reporting.summary import Row, headline, kept, write_summary
 from .reporting.tables import print_headline, print_pooled, print_prose, print_records
 from .scoring.caching import wanted
@@ -49,7 +49,7 @@ from .workers import asked_answering, asked_jobs, asked_workers
 def main(arguments: list[str] | None = None) -> int:
     """Run a sweep.
 
-    Returns 0; 1 where a cell failed or none has a result; 2 where nothing could be started; 130 after Ctrl-C.
+    Returns 0; 1 if a cell failed or none has a result; 2 if the sweep could not start; 130 after Ctrl-C.
     """
     args = parser(__doc__ or "").parse_args(arguments)
     out = args.out or Path("results") / ("sample" if args.sample else "")
@@ -59,8 +59,8 @@ def main(arguments: list[str] | None = None) -> int:
         workers = asked_workers(args, options)
         models, data, tasks = asked_what(args)
         data = asked_calibration(args, data)
-        missing = {} if args.rescore else _not_to_be_had(models)
-        with ThreadPoolExecutor(16) as pool:  # the Hub is asked for the hashes of many checkpoints at once
+        missing = {} if args.rescore else _unavailable(models)
+        with ThreadPoolExecutor(16) as pool:  # requests to the Hub
             hashes = list(pool.map(lambda model: model.fingerprint, models))
     except (CheckpointError, DataError, ValueError, TypeError) as error:
         return _refused(log, error)
@@ -71,17 +71,16 @@ def main(arguments: list[str] | None = None) -> int:
     for model, weights in zip(models, hashes, strict=True):
         if weights is None and model not in missing:
             missing[model] = (
-                f"no hash of its weights could be had ({model.why_unknown}), and without one its records cannot be "
-                "told from those of other weights. Run again when the Hub gives it."
+                f"the hash of its weights is unknown ({model.why_unknown}), and without it its records cannot be "
+                "distinguished from those of other weights. Run again when the Hub answers."
             )
 
-    # Five crops are compared at a checkpoint's own size, and so is the larger image, a rival at its own cost: its
-    # records hold the plain model's figures beside the wrapped one's.
+    # Five crops need cells at the checkpoint's own size; cells at 2x have the plain model's figures for larger images.
     sizes = f"{args.img_size},1x,2x" if args.rivals else args.img_size
     cells = [cell for model in models for cell in asked_cells(model, sizes, data, tasks, missing, args.crop_pct)]
     run = Run(options, out, missing, args.retry_failed, log)
     if args.calibration_data and not args.rescore and any(run.state(cell)[0] == TO_DO for cell in cells):
-        with log.status("Looking for calibration pictures among those measured"):
+        with log.status("Comparing the calibration pictures with the images of --data"):
             data = without_measured(data)
         cells = [cell for model in models for cell in asked_cells(model, sizes, data, tasks, missing, args.crop_pct)]
     ask = args.models == "all" and options.device == "cpu" and not args.yes
@@ -92,7 +91,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        return _refused(log, f"--out {out}: cannot be made: {error}")
+        return _refused(log, f"--out {out}: cannot be created: {error}")
     if options.cache_images:
         cached = wanted((cell for cell in cells if run.state(cell)[0] == TO_DO), options)
         if args.engine == "local" and cached.lacking > cached.free:  # nodes of a cluster have disks of their own
@@ -118,7 +117,7 @@ def main(arguments: list[str] | None = None) -> int:
     warn = partial(log.print, style="yellow", markup=False, highlight=False, soft_wrap=True)
     try:
         summary, folder = write_summary(out, warn)
-    except ValueError as error:  # published figures that somebody has changed meanwhile
+    except ValueError as error:  # `expected.csv` was changed meanwhile
         return _refused(log, error)
     if present := [
         (cell, records[id(cell)]) for cell in cells if id(cell) in records and folder.replaced(records[id(cell)])
@@ -135,7 +134,7 @@ def main(arguments: list[str] | None = None) -> int:
         print_records(in_order, screen)
         print_headline(headline(mine), screen)
         print_pooled(pooled(mine), screen)
-    for said in (*precision_said(folder.counted), *folder.notes, *unpooled(mine)):
+    for said in (*precision_notes(folder.counted), *folder.notes, *unpooled(mine)):
         print_prose(said, screen)
     if line := where_the_time_went(in_order):
         print_prose(line, screen)
@@ -151,7 +150,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _refused(log: Console, why: object) -> int:
-    """The exit status of a sweep that could not be started."""
+    """Print why the sweep could not start; returns its exit status."""
     log.print(f"benchmarks.sweep: {why}", markup=False, highlight=False, soft_wrap=True)
     return 2
 
@@ -172,18 +171,19 @@ def _engine(
 
 
 def _plan(run: Run, cells: list[Cell], shown: str | None, console: Console) -> int:
-    """Print what a sweep would do with its cells, where that is to be shown, and what it takes; give how many it would
-    compute."""
+    """Print the estimated time of a sweep, and with `shown` what it would do; returns the number of cells to do."""
     build = not is_long(cells)
     states = [run.state(cell, build) for cell in cells]
     to_do = [cell for cell, (state, _) in zip(cells, states, strict=True) if state == TO_DO]
     if shown:
-        names = names_apart((cell.data.name, cell.data.where) for cell in cells)
+        names = distinct_names((cell.data.name, cell.data.where) for cell in cells)
         planned = [_planned(cell, names, *state) for cell, state in zip(cells, states, strict=True)]
         print_plan(planned, shown == EVERY_CELL, console)
         if not build and (other := sum(cell.size != cell.own for cell in to_do)):
-            text = f"{other} of them for another size than the checkpoint's own; models that cannot be built for it are"
-            print_prose(f"{text} found out when their turn comes, before they are downloaded.", console)
+            text = (
+                f"{other} of them are not at the checkpoint's own size. Whether the model can be built for the size is"
+            )
+            print_prose(f"{text} checked when the checkpoint's turn comes, before its weights are downloaded.", console)
     console.print(str(estimate(to_do, run.options)), highlight=False, soft_wrap=True)
     if run.options.cache_images and shown:
         console.print(str(wanted(to_do, run.options)), markup=False, highlight=False, soft_wrap=True)
@@ -198,7 +198,7 @@ def _planned(cell: Cell, names: Mapping[Place, str], state: str, reason: str | N
 
 def _confirmed(log: Console, what: str, question: str) -> bool:
     if not sys.stdin.isatty():
-        log.print(f"{what}, and nobody can be asked: say --yes for it.", highlight=False, soft_wrap=True)
+        log.print(f"{what}. Use --yes to confirm without a terminal.", highlight=False, soft_wrap=True)
         return False
     return Confirm.ask(f"{what}. {question}", console=log, default=False)
 
@@ -211,7 +211,7 @@ def _pushed(
     log: Console,
     screen: Console,
 ) -> bool:
-    """Whether all that is to be pushed has been."""
+    """Push the chosen checkpoints; returns whether all of them have been pushed."""
     measured: dict[Checkpoint, list[Record]] = {}
     for cell, record in zip(cells, records, strict=True):
         measured.setdefault(cell.checkpoint, []).append(record)
@@ -221,7 +221,7 @@ def _pushed(
     if not choices:
         screen.print("Nothing to push: no checkpoint has a significant cross-fitted gain at its own size.")
         return True
-    if clash := told_apart(choices, args.push_best):
+    if clash := repository_clash(choices, args.push_best):
         log.print(clash, markup=False, highlight=False, soft_wrap=True)
         return False
     what = f"{len(choices)} of {len(measured)} checkpoints would be pushed to {constants.ENDPOINT}"
@@ -231,14 +231,14 @@ def _pushed(
     for choice in choices:
         try:
             screen.print(f"pushed {push(choice, args.push_best)}", highlight=False, soft_wrap=True)
-        except (HfHubHTTPError, HTTPError, ValueError) as error:  # the others can still be pushed
+        except (HfHubHTTPError, HTTPError, ValueError) as error:  # continue with the other checkpoints
             good = False
             log.print(f"{choice.checkpoint.name}: not pushed: {error}", markup=False, highlight=False, soft_wrap=True)
     return good
 
 
-def _not_to_be_had(models: list[Checkpoint]) -> dict[Checkpoint, str]:
-    """Checkpoints that are neither local nor cached, with the reason, where the Hub cannot be reached."""
+def _unavailable(models: list[Checkpoint]) -> dict[Checkpoint, str]:
+    """Return checkpoints that are neither local nor cached, with the reason, if the Hub cannot be reached."""
     absent = [model for model in models if not model.is_cached()]
     reason = unreachable_hub() if absent else None
     return dict.fromkeys(absent, f"not cached, and the Hub cannot be reached: {reason}") if reason else {}
@@ -251,7 +251,7 @@ def _offline(missing: dict[Checkpoint, str]) -> str:
 
 
 def _console() -> Console:
-    """On a terminal its own width; in a file or pipe wide enough for every column."""
+    """Return a console as wide as the terminal, or, for a file or pipe, wide enough for every column."""
     return Console() if sys.stdout.isatty() else Console(width=320)
 
 

@@ -1,4 +1,4 @@
-"""The scoring pass of a sweep, batch by batch, for `python -m benchmarks.overhead --sweep`."""
+"""Time the scoring pass of a sweep on single batches, for `python -m benchmarks.overhead --sweep`."""
 
 import math
 import time
@@ -16,19 +16,21 @@ from timm_csra.evaluation.scoring import Setting, allows_test_time_pool, score
 from .arguments import parser
 from .asked import asked_options
 
-PASSES = {"sweep_logits": LOGITS, "sweep": ",".join(SCORES)}  # what the sweep is told by --scores
+PASSES = {"sweep_logits": LOGITS, "sweep": ",".join(SCORES)}  # values of --scores
 
 
 def default_settings(scores: str) -> tuple[Setting, ...]:
-    """Give the settings that a sweep tries when it is told nothing but `--scores`."""
+    """Return the settings that a sweep tries by default with `--scores`."""
     return asked_options(parser("").parse_args(["--scores", scores]), Path()).settings
 
 
 def batch_seconds(
     model: nn.Module, explanation: Explanation, settings: Sequence[Setting], device: str, x: Tensor
 ) -> float:
-    """Time what a sweep does with one batch. A batch of one image goes before it and is not timed, because `score`
-    checks the model's forward on the first images that it gets."""
+    """Time what a sweep does with one batch, in seconds.
+
+    `score` checks the model's forward on its first batch, so a batch of one image precedes the batch that is timed.
+    """
     assert explanation.num_classes is not None
     started = math.nan
 

@@ -1,15 +1,15 @@
-"""How fast a sweep is, the share of time in which the device works, and what holds it back.
+"""Measure how fast a sweep is, for which share of the time the device is busy, and which step limits it.
 
-A sweep of a few checkpoints with random weights over photographs made for it runs as `python -m benchmarks.sweep` does,
-with its options that say how (--device, --jobs, --workers, --amp, --batch-size, ...), and each of its steps runs alone:
-reading images, copying them, the model, the attention terms and copying the logits back, metrics and intervals, writing
-a record. The device works from the first kernel of a batch to
-the last, by its own clock; on a CPU that is the time that Python takes for a batch. Processes are started before the
-clock is, and the end of the last metrics is in it.
+The command runs a sweep of a few checkpoints with random weights over generated photographs, with the options of
+`python -m benchmarks.sweep` on how to run (--device, --jobs, --workers, --amp, --batch-size, ...). Then it runs each
+step alone: reading images, copying them, the model, the attention terms and copying the logits back, metrics and
+intervals, writing a record. The device is busy from the first kernel of a batch to the last, by its own clock; a CPU is
+busy for the time that Python takes for a batch. The time does not include the start of processes, but includes the last
+cell's metrics.
 
-With --fake nothing is computed: reading the images of a batch, its forward pass, and a batch's share of metrics and
-intervals all wait that long. What is measured then is how well the sweep overlaps them, and `busy_share` counts the
-waiting of forward passes alone. The last line that is printed is JSON.
+With --fake nothing is computed: reading the images of a batch, its forward pass, and its share of metrics and intervals
+each wait for that long. This measures how well the sweep overlaps them, and `busy_share` counts the waiting of forward
+passes alone. The last line of the output is JSON.
 """
 
 import argparse
@@ -58,7 +58,7 @@ CLASSES = 10
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Measure and print. Returns 0, or 1 where a cell has failed, 2 where a device cannot be used."""
+    """Measure and print. Returns 0; 1 if a cell failed; 2 if an argument is wrong or a device cannot be used."""
     args, of_sweep = _parser().parse_known_args(arguments)
     args.checkpoints = args.checkpoints or (16 if args.fake else 3)
     args.batches = args.batches or (200 if args.fake else 100)
@@ -126,12 +126,12 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _records(run: Run, cells: list[Cell], engine: LocalEngine) -> list[Record]:
-    keep: Any = nullcontext(engine)  # a run does not close it: the next one uses it
+    keep: Any = nullcontext(engine)  # keeps the engine open for the next run
     return [record for _, record in run.records(cells, lambda _: keep, Downloads(False, False))]
 
 
 def _photographs(folder: Path, count: int) -> ImageSet:
-    """JPEG files of the size of ImageNet's, `count` of them in ten classes; forty different ones."""
+    """Write `count` JPEG files of ImageNet's usual size in ten classes; they are copies of forty pictures."""
     rng = np.random.default_rng(0)
     small = rng.integers(0, 256, (40, 24, 32, 3), dtype=np.uint8)
     pictures = [Image.fromarray(pixels).resize((500, 375), Image.Resampling.BICUBIC) for pixels in small]
@@ -143,7 +143,7 @@ def _photographs(folder: Path, count: int) -> ImageSet:
 
 
 def _cells(architecture: str, count: int, data: ImageSet, folder: Path) -> list[Cell]:
-    """One cell for each of `count` checkpoints with random weights."""
+    """Return one cell for each of `count` checkpoints with random weights, which are saved in `folder`."""
     found = []
     for seed in range(count):
         torch.manual_seed(seed)
@@ -155,13 +155,13 @@ def _cells(architecture: str, count: int, data: ImageSet, folder: Path) -> list[
 
 
 def _alone(cell: Cell, options: Options, record: Record, folder: Path) -> dict[str, float]:
-    """Milliseconds for an image that each step takes when nothing else runs, the device waited for."""
+    """Time each step when nothing else runs, with the device synchronised, in milliseconds an image."""
     device = torch.device(options.device)
     steps: dict[str, float] = {}
     models = Models(options.device, options.channels_last)
     loaded = models.get(cell)
     loader, *_ = load_images(cell, loaded, options)
-    iter(loader)  # starts the processes that read
+    iter(loader)  # starts the loader's processes
     with _timed(steps, "decode", record["n"], device):
         batches = [images for images, *_ in loader][:8]
     x, model = batches[0], loaded.model
@@ -207,23 +207,23 @@ def _timed(steps: dict[str, float], name: str, images: int, device: torch.device
 
 def _table(found: dict[str, Any]) -> Table:
     table = Table(box=None, pad_edge=False, show_header=False)
-    table.add_row("the device works", f"{found['busy_share']:.0%} of the time")
+    table.add_row("the device is busy", f"{found['busy_share']:.0%} of the time")
     table.add_row("images a second", f"{found['images_per_second']:,.0f}")
     every = sum(found["phases"].values())
     for name, seconds in found["phases"].items():
         if seconds:
-            table.add_row(NAMES[name], f"{seconds / every:.0%} of what all processes did")
+            table.add_row(NAMES[name], f"{seconds / every:.0%} of the time of all processes")
     for name, milliseconds in found["alone_ms_per_image"].items():
         table.add_row(f"{name}, alone", f"{milliseconds:.3f} ms an image")
     return table
 
 
 def _length(text: str) -> float:
-    """Seconds, of `4ms` or `0.5s`."""
+    """Parse `4ms` or `0.5s` into seconds."""
     for unit, factor in (("ms", 1e-3), ("s", 1.0)):
         if text.endswith(unit):
             return factor * above_zero(text.removesuffix(unit))
-    raise argparse.ArgumentTypeError(f"found {text!r}; expected a length of time with its unit, as 4ms.")
+    raise argparse.ArgumentTypeError(f"found {text!r}; expected a time with its unit, such as 4ms or 0.5s.")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -234,12 +234,16 @@ def _parser() -> argparse.ArgumentParser:
     )
     found.add_argument("--fake", type=_length, metavar="TIME", help="wait that long for each batch, e.g. 4ms")
     found.add_argument("--model", default="test_resnet", help="architecture (default: %(default)s)")
-    found.add_argument("--checkpoints", type=positive, metavar="N", help="default: 3, with --fake 16")
-    found.add_argument("--batches", type=positive, metavar="N", help="of each (default: 100, with --fake 200)")
+    found.add_argument(
+        "--checkpoints", type=positive, metavar="N", help="number of checkpoints (default: 3, with --fake 16)"
+    )
+    found.add_argument(
+        "--batches", type=positive, metavar="N", help="batches of each checkpoint (default: 100, with --fake 200)"
+    )
     return found
 
 
 if __name__ == "__main__":
-    from benchmarks.throughput import main as run  # under its name, by which workers find what is here
+    from benchmarks.throughput import main as run  # not __main__: workers import the module by name
 
     sys.exit(run())

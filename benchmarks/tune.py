@@ -1,13 +1,13 @@
-"""Choose lam, T and scores for a checkpoint from labelled pictures of one's own, or be told to leave it plain.
+"""Choose lam, T and scores for a checkpoint on your own labelled pictures, or recommend the plain model.
 
 Every picture runs once and is scored for every setting, on logits and on log-probabilities. The setting is chosen by
-cross-validation (of the kind that does best, the smallest lam within one standard error of the best), and what the
-choice gains is measured on folds that had no part in it. lam = 0 is recommended unless the 95 % interval of that gain
-lies above 0.
+cross-validation (of the kind of scores that does best, the smallest lam within one standard error of the best), and the
+gain of the choice is measured on folds that were not used for it. The command recommends lam = 0 unless the 95 %
+interval of that gain lies above 0.
 
-With --without-labels, choose lam alone, by pictures of one object each, such as the checkpoint was trained on: the
-largest lam at which the plain model keeps its top class on nearly all of them. Labels are neither needed nor used: any
-folder of such pictures will do. Pictures of several objects will not: their top class may change for the better.
+With --without-labels it chooses lam alone, on pictures of one object each, like those that the checkpoint was trained
+on: the largest lam at which nearly all of them keep the plain model's top class. Labels are neither needed nor used:
+any folder of such pictures will do. Do not use pictures of several objects, whose top class wrapping may improve.
 """
 
 import argparse
@@ -35,7 +35,7 @@ from .reporting.summary import task
 from .reporting.tables import origins
 from .scoring.applicable import Applicability
 from .scoring.measure import score_cell
-from .without_labels import UNLABELLED_LAMS, add_without_labels, choose_without_labels, refuse_what_does_not_apply
+from .without_labels import UNLABELLED_LAMS, add_without_labels, check_options, choose_without_labels
 
 EPILOG = """
 examples:
@@ -47,12 +47,12 @@ examples:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Print what was found. Returns 0, or 2 where nothing could be started."""
+    """Print the recommendation. Returns 0, or 2 if an argument is wrong or something cannot be read."""
     parser = _parser()
     args = parser.parse_args(arguments)
     log, screen = Console(stderr=True), Console(soft_wrap=True, highlight=False)
     try:
-        refuse_what_does_not_apply(args, parser)
+        check_options(args, parser)
         if args.without_labels:
             return choose_without_labels(args, screen, log)
         args.lams = args.lams or DEFAULT_LAMS
@@ -96,7 +96,7 @@ def main(arguments: list[str] | None = None) -> int:
             model.pretrained_cfg = {  # type: ignore[assignment]
                 **cast(dict[str, Any], model.pretrained_cfg),
                 "label_names": list(options.class_names.names),
-                "label_descriptions": None,  # of other names
+                "label_descriptions": None,  # the descriptions are of the old names
             }
         timm_csra.save_pretrained(model, args.save)
         screen.print(f"saved with lam={result.lam:g}, scores={result.scores!r} to {args.save}", markup=False)
@@ -125,20 +125,27 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--lams", help=f"default: {DEFAULT_LAMS}; without labels {UNLABELLED_LAMS}")
     parser.add_argument(
         "--temperatures",
-        help=f"1+inf averages the terms of both (default: {DEFAULT_TEMPERATURES}; without labels one, inf)",
+        help=f"1+inf averages the terms of both (default: {DEFAULT_TEMPERATURES}; without labels only one, inf)",
     )
     parser.add_argument(
-        "--scores", help=f"what is compared over locations (default: {DEFAULT_SCORES}; without labels one, log_softmax)"
+        "--scores", help=f"kinds of scores to try (default: {DEFAULT_SCORES}; without labels only one, log_softmax)"
     )
-    parser.add_argument("--folds", type=positive, default=5, help="default: %(default)s")
     parser.add_argument(
-        "--save", type=Path, metavar="FOLDER", help="save the checkpoint, wrapped as recommended, with --class-names"
+        "--folds", type=positive, default=5, help="folds of the cross-validation (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--save",
+        type=Path,
+        metavar="FOLDER",
+        help="save the checkpoint with the recommended setting, and with --class-names",
     )
     add_labels(parser)
     add_images(parser)
     add_reading(parser)
     add_device(parser)
-    parser.add_argument("--seed", type=int, default=0, help="of --limit, folds and bootstrap (default: %(default)s)")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="seed of --limit, folds and bootstrap (default: %(default)s)"
+    )
     sweeps = ("sample", "devices", "keep_scores", "rescore", "cache_images", "rivals", "time_plain")
     parser.set_defaults(also=(), activation="softmax", average_precision="continuous", engine="local")
     parser.set_defaults(**dict.fromkeys(sweeps, False))

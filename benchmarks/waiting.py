@@ -1,7 +1,7 @@
-"""A sweep in which everything only waits: images, forward passes, metrics and intervals, each as long as it is told to.
+"""Cells whose images, forward passes, metrics and intervals only wait for a given time.
 
-What is measured with it is how well the sweep's own processes, queue and locks overlap these three; nothing but the
-waiting is replaced. Forward passes wait as a GPU makes one wait: Python is a batch ahead of the device.
+They measure how well the processes, the queue and the locks of a sweep overlap these three; everything else is as in a
+real sweep. Forward passes wait as with a GPU: Python is one batch ahead of the device.
 """
 
 import time
@@ -26,29 +26,31 @@ PIXELS, CLASSES = 32, 10
 
 
 class Device(nn.Module):
-    """A classifier whose forward pass takes `seconds`, which nothing but waiting is done for."""
+    """A classifier whose forward pass waits for `seconds`."""
 
     def __init__(self, seconds: float) -> None:
         super().__init__()
         self.seconds, self.num_classes = seconds, CLASSES
-        self.done = [0.0]  # when the last batch is; in place, since a head whose attributes change is examined anew
+        self.done = [
+            0.0
+        ]  # end of the last batch; a list, since changing an attribute would make timm_csra examine the head again
         self.head = nn.Linear(3, CLASSES)
         self.pretrained_cfg = {"input_size": (3, PIXELS, PIXELS), "num_classes": CLASSES}
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """Wait for the batch before, and give the images as their own features."""
+        """Wait for the previous batch, and return subsampled images as features."""
         began = max(time.perf_counter(), self.done[0])
         self.done[0] = began + self.seconds
         time.sleep(max(0.0, began - time.perf_counter()))
         return x[..., ::16, ::16]
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """Average, and classify."""
+        """Average the features, and classify."""
         pooled = x.mean((2, 3))
         return pooled if pre_logits else self.head(pooled)
 
     def get_classifier(self) -> nn.Module:
-        """Its linear layer."""
+        """Return the linear layer."""
         return self.head
 
     def forward(self, x: Tensor) -> Tensor:
@@ -74,12 +76,12 @@ class Waiting(Checkpoint):
 
 @dataclass(frozen=True)
 class SlowImages:
-    """Images of which each takes `seconds` to read."""
+    """Images that take `seconds` each to read."""
 
     seconds: float
 
     def open(self, index: int) -> Image.Image:
-        """Wait, and give a grey image."""
+        """Wait, and return a grey image."""
         time.sleep(self.seconds)
         return Image.new("RGB", (PIXELS, PIXELS), (index % 256,) * 3)
 
@@ -99,19 +101,22 @@ class SlowMetrics(Unfinished):
 
 
 def waiting(cell: Cell, options: Options, models: Models, track: Track) -> Record | Unfinished:
-    """Run the images of a cell; what is left then waits, too."""
+    """Run the images of a cell, and return it with metrics that wait, too."""
     found = compute(cell, options, models, track)
     return SlowMetrics(**vars(found)) if isinstance(found, Unfinished) else found
 
 
 def passes(images: int, batch_size: int) -> int:
-    """How many forward passes of a cell are waited for: of every batch but the last, behind which nothing waits, and
-    two by which `score` checks the first."""
+    """Return the number of forward passes that a cell waits for.
+
+    These are one for each batch except the last, since no batch follows it, and the two with which `score` checks the
+    first batch.
+    """
     return -(-images // batch_size) - 1 + 2
 
 
 def cells(count: int, batches: int, seconds: float, batch_size: int) -> list[Cell]:
-    """One for each of `count` checkpoints, all over the same images."""
+    """Return one cell for each of `count` checkpoints, all with the same images."""
     n = batches * batch_size
     store: Any = SlowImages(seconds / batch_size)
     labels = tuple((index % CLASSES,) for index in range(n))

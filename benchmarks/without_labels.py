@@ -1,4 +1,4 @@
-"""`benchmarks.tune --without-labels`: lam from pictures of one object each, by `timm_csra.choose_lam`."""
+"""`benchmarks.tune --without-labels`: choose lam on pictures of one object each, by `timm_csra.choose_lam`."""
 
 import argparse
 import warnings
@@ -25,7 +25,7 @@ from .scoring.loading import describe_bad_images, unlabelled
 
 UNLABELLED_LAMS = ",".join(f"{lam:g}" for lam in LAMS)
 
-# Options of the choice with labels, and of that without, by their names in the parsed arguments.
+# Options that apply only with labels, and only without, by their names in the parsed arguments.
 WITH_LABELS = ("task", "metric", "folds", "class_map", "class_scores", "class_names", "score_classes", "grid")
 WITHOUT_LABELS = ("agreement",)
 
@@ -35,20 +35,23 @@ def add_without_labels(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--without-labels",
         action="store_true",
-        help="choose lam by the top classes of the plain model on --data, any folder of pictures of ONE OBJECT EACH "
-        "(or another form below, whose labels are not used)",
+        help="choose lam by the top classes of the plain model on --data, any folder of pictures of ONE OBJECT EACH, "
+        "or another form below, whose labels are not used",
     )
     group.add_argument(
-        "--agreement", type=share, metavar="SHARE", help="of pictures that have to keep their top class (default: 0.98)"
+        "--agreement",
+        type=share,
+        metavar="SHARE",
+        help="share of pictures that must keep their top class (default: 0.98)",
     )
 
 
-def refuse_what_does_not_apply(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
-    """ValueError for an option of the other way to choose."""
+def check_options(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
+    """Raise ValueError for an option that applies only with labels if there are none, or the other way round."""
     wrong, advice = (
-        (WITH_LABELS, "chooses by labels; leave it out with --without-labels")
+        (WITH_LABELS, "needs labels; leave it out with --without-labels")
         if args.without_labels
-        else (WITHOUT_LABELS, "expected together with --without-labels; add that, or leave it out")
+        else (WITHOUT_LABELS, "needs --without-labels; add that, or leave it out")
     )
     for name in wrong:
         if getattr(args, name) != parser.get_default(name):
@@ -56,10 +59,11 @@ def refuse_what_does_not_apply(args: argparse.Namespace, parser: argparse.Argume
 
 
 def choose_without_labels(args: argparse.Namespace, screen: Console, log: Console) -> int:
-    """Print what was found; with --save, save the checkpoint wrapped with it. Returns 0.
+    """Print the chosen lam; with --save, save the checkpoint wrapped with it. Returns 0.
 
     Raises:
-        CheckpointError, DataError, ValueError: what cannot be meant or read, before a picture is run where possible.
+        CheckpointError, DataError, ValueError: an argument is wrong, or something cannot be read; before a picture is
+            run where possible.
     """
     args.lams = UNLABELLED_LAMS if args.lams is None else args.lams
     args.temperatures = "inf" if args.temperatures is None else args.temperatures

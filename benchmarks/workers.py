@@ -1,4 +1,4 @@
-"""Where cells are computed: the devices and workers that the command line asks for."""
+"""Turn the arguments of the command line into devices and workers."""
 
 import argparse
 import math
@@ -12,13 +12,16 @@ from timm_csra.accelerators import AUTO, default_device, on_accelerator, precisi
 
 from .scoring.cells import Options
 
-JOBS = 2  # on an accelerator: one runs images, the other loads its checkpoint and reads its first images
-MOST_LOADERS = 32  # each is a process, with two batches in shared memory: of 64 images of 448 pixels, 308 MB
+JOBS = 2  # default on an accelerator: one runs images, the other loads its checkpoint and reads its first images
+MOST_LOADERS = 32  # each process has two batches in shared memory: 308 MB for 64 images of 448 pixels
 
 
 def asked_loaders(args: argparse.Namespace, processes: int = 1) -> int:
-    """How many processes read images for each of those that compute. By default they share the cores that this process
-    may use, by its affinity and its container; what Ray counts for a cell is the cell's."""
+    """Return the number of processes that read images for each process that computes.
+
+    By default they share the cores that this process may use, by its affinity and its container; with Ray, the cores of
+    a cell.
+    """
     if args.workers is not None:
         return int(args.workers)
     if args.engine == "ray":
@@ -27,10 +30,10 @@ def asked_loaders(args: argparse.Namespace, processes: int = 1) -> int:
 
 
 def asked_workers(args: argparse.Namespace, options: Options) -> list[Options]:
-    """The options of each worker of the local engine: they differ in the device.
+    """Return the options of each worker of the local engine, which differ in the device.
 
     Raises:
-        ValueError: what does not go together, or a device that is not there.
+        ValueError: options exclude each other, or a device does not exist.
     """
     found = _workers(args, options)
     loaders = asked_loaders(args, max(1, len(found)))
@@ -39,12 +42,12 @@ def asked_workers(args: argparse.Namespace, options: Options) -> list[Options]:
 
 
 def asked_jobs(args: argparse.Namespace, options: Options) -> int:
-    """How many checkpoints share a device."""
+    """Return the number of checkpoints that share a device."""
     return int(args.jobs or (JOBS if on_accelerator(options.device) else 1))
 
 
 def asked_answering(args: argparse.Namespace, workers: Sequence[Options]) -> int:
-    """How many processes compute metrics beside the passes of each worker."""
+    """Return the number of metric processes for each worker."""
     devices = len({worker.device for worker in workers})
     if args.metric_workers is None:
         each = cpu_count() // devices if on_accelerator(workers[0].device) else 0
@@ -59,10 +62,10 @@ def _workers(args: argparse.Namespace, options: Options) -> list[Options]:
         given |= {"--jobs": args.jobs and not on_accelerator(options.device), "--prefetch": args.prefetch}
         given |= {"--free-cache": args.free_cache, "--keep-scores": args.keep_scores, "--rescore": args.rescore}
         if wrong := [name for name, value in given.items() if value]:
-            raise ValueError(f"{', '.join(wrong)}: of this machine alone; leave it out with --engine ray.")
+            raise ValueError(f"{', '.join(wrong)}: only for --engine local; leave it out with --engine ray.")
         return []
     if args.address:
-        raise ValueError("--address: is of --engine ray; add that, or leave it out.")
+        raise ValueError("--address: only for --engine ray; add that, or leave it out.")
     if args.jobs and not on_accelerator(options.device):
         if args.devices:
             raise ValueError("--devices and --jobs: expected one of them; without a GPU --jobs divides the CPU.")
@@ -75,28 +78,30 @@ def _workers(args: argparse.Namespace, options: Options) -> list[Options]:
     elif args.devices:
         devices = [usable_device(name.strip()) for name in args.devices.split(",")]
         if len({torch.device(device).type for device in devices}) > 1:
-            raise ValueError(f"--devices: found {args.devices}; expected devices of one kind, whose figures agree.")
+            raise ValueError(
+                f"--devices: found {args.devices}; expected devices of one kind, since their results differ."
+            )
     else:
         return [options]
     for device in devices[1:]:
         if args.amp == AUTO and (its := precision(AUTO, device)) != options.amp:
             raise ValueError(
-                f"--amp auto: found {options.amp} for {devices[0]} and {its} for {device}; expected one for all. Say "
-                "which with --amp, or leave a device out."
+                f"--amp auto: found {options.amp} for {devices[0]} and {its} for {device}; expected the same for "
+                "all. Choose it with --amp, or leave out a device."
             )
     return [replace(options, device=device) for device in devices]
 
 
 def usable_device(name: str) -> str:
-    """The device of that name; `auto` is an accelerator where there is one.
+    """Return the name of a usable device; `auto` stands for an accelerator if there is one, else the CPU.
 
     Raises:
-        ValueError: it cannot be used here.
+        ValueError: the device cannot be used here.
     """
     if name != "auto":
         try:
             torch.empty(0, device=name)
-        except (RuntimeError, AssertionError) as error:  # torch says it in many ways
+        except (RuntimeError, AssertionError) as error:  # depends on the kind of device
             raise ValueError(f"--device {name}: cannot be used here: {str(error).splitlines()[0]}") from error
         return name
     return default_device()

@@ -79,7 +79,7 @@ def literal(plain: nn.Module, batches: list[Tensor], lams: Any, *settings: Any) 
 )
 @pytest.mark.parametrize("scores", ["logits", "log_softmax"])
 @pytest.mark.parametrize("temperature", [math.inf, (1.0, 20.0)], ids=str)
-@pytest.mark.filterwarnings("ignore:.*(pictures, which are few|the largest tried)")
+@pytest.mark.filterwarnings("ignore:.*(pictures, too few|the largest tried)")
 def test_agreement_is_that_of_wrapped_models(family: Family, scores: str, temperature: Any) -> None:
     batches, lams = [images(family, 6, seed) for seed in (0, 1)], (0.1, 1, 8, 100)
     expected = literal(create(family.name), batches, lams, temperature, scores)
@@ -166,7 +166,7 @@ def test_agreement_may_rise_again_where_logits_are_rounded() -> None:
         assert logits.dtype == torch.bfloat16
         tops.append((logits == logits.max()).tolist())
     assert tops == [[True, True], [False, True], [True, True]]
-    with pytest.warns(UserWarning, match="are few"):
+    with pytest.warns(UserWarning, match="too few"):
         choice = choose_lam(model, [pictures], lams=lams, scores="logits")  # in float32, as loaders give them
     assert choice.agreement == {0.5: 1, 0.98: 0, 0.99: 1}
     assert choice.lam == 0.5
@@ -174,7 +174,7 @@ def test_agreement_may_rise_again_where_logits_are_rounded() -> None:
 
 
 @pytest.mark.parametrize("scores", ["logits", "log_softmax"])
-@pytest.mark.filterwarnings("ignore:.*(pictures, which are few|the largest tried)")
+@pytest.mark.filterwarnings("ignore:.*(pictures, too few|the largest tried)")
 def test_reduced_precision_is_that_of_the_wrapped_model(scores: str) -> None:
     x, lams = images(FAMILIES[0], 32), (0.3, 3, 30)
 
@@ -215,7 +215,7 @@ def test_the_spread_of_one_lam_is_binomial(keep: int) -> None:
 def test_what_is_told() -> None:
     assert str(chosen(changing(0.05, *[0.2] * 2, *[0.5] * 7), 0.9)).splitlines() == [
         "Use lam=0.1: at this lam, and at all smaller ones tried, at least 90 % of pictures keep their top class.",
-        "  over resamples of the pictures  lam from 0 to 0.3 (95 %, n = 10)",
+        "  over resamples of the pictures  lam from 0 to 0.3 (95 % of resamples, n = 10)",
         "  pictures that keep their top class, T inf, scores logits",
         "    lam 0.1    90.00 %",
         "    lam 0.3    70.00 %",
@@ -242,12 +242,12 @@ def test_warnings() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert choose_lam(model, [enough], scores="logits").lam == 0.2
-    few = r"Pooled: found 199 pictures, which are few to choose lam by: over resamples of them it goes from 0.1 to 0.1. Use at least 200\."
+    few = r"Pooled: found 199 pictures, too few to choose lam reliably: over resamples of them it goes from 0.1 to 0.1. Use at least 200\."
     with pytest.warns(UserWarning, match=few) as told:
         choose_lam(model, [enough[1:]], lams=[0.1, 1], scores="logits")
     assert len(told) == 1
     assert told[0].filename == __file__
-    larger = r"Pooled: at lam=0.1, the largest tried, 100 % of pictures keep their top class, so that a larger one may pass too. Try larger ones, such as lams=\(0.1, 0.2, 0.4\)\."
+    larger = r"Pooled: at lam=0.1, the largest tried, 100 % of pictures keep their top class, so a larger lam may pass, too. Try larger ones, such as lams=\(0.1, 0.2, 0.4\)\."
     with pytest.warns(UserWarning, match=larger) as told:
         choose_lam(model, [enough], lams=[0.1], scores="logits")
     assert len(told) == 1
@@ -255,8 +255,8 @@ def test_warnings() -> None:
 
 PICTURES = changing(0.2, 0.5)
 REFUSED: list[tuple[dict[str, Any], type[Exception], str]] = [
-    ({"lams": []}, ValueError, "lams: found none; expected at least one, each above 0"),
-    ({"lams": [0.1, 0]}, ValueError, r"lams: found 0, 0.1; expected at least one, each above 0 \(the plain model agrees"),
+    ({"lams": []}, ValueError, "lams: found none; expected at least one value, all above 0"),
+    ({"lams": [0.1, 0]}, ValueError, r"lams: found 0, 0.1; expected at least one value, all above 0 \(the plain model agrees"),
     ({"lams": [1, 0.1, 1]}, ValueError, "lams: found 0.1, 1, 1; expected .* no two equal"),
     ({"lams": [-0.1]}, ValueError, "lam must be finite and at least 0, got -0.1"),
     ({"lams": [math.inf]}, ValueError, "lam must be finite and at least 0, got inf"),
@@ -268,14 +268,14 @@ REFUSED: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"agreement": "0.98"}, TypeError, r"agreement must be a real number, got '0.98' \(str\)"),
     ({"temperature": 0}, ValueError, "temperature must be positive, got 0"),
     ({"scores": "softmax"}, ValueError, "scores .*'logits'.*'log_softmax'.*'softmax'"),
-    ({"pictures": []}, ValueError, "Pooled: the loader gave no picture. Expected a few hundred"),
+    ({"pictures": []}, ValueError, "Pooled: the loader gave no picture; expected a few hundred"),
     ({"pictures": [PICTURES[:0]]}, ValueError, "Pooled: the loader gave no picture"),
-    ({"pictures": PICTURES.unbind()}, TypeError, r"Pooled: the loader gave a tensor \(2, 1, 2\); expected images \(N, C, H, W\), or \(images, anything\). A DataLoader makes"),
+    ({"pictures": PICTURES.unbind()}, TypeError, r"Pooled: the loader gave a tensor \(2, 1, 2\); expected images \(N, C, H, W\), or \(images, anything\). Use a DataLoader"),
     ({"pictures": [{"image": PICTURES}]}, TypeError, "Pooled: the loader gave a dict; expected images"),
     ({"pictures": [("label", PICTURES)]}, TypeError, "Pooled: the loader gave a str first in a tuple; expected images"),
     ({"pictures": [PICTURES.byte()]}, TypeError, r"Pooled: found images \(2, 2, 1, 2\) of torch.uint8; expected floats \(N, C, H, W\), as the model's transform gives them"),
     ({"pictures": [()]}, TypeError, "Pooled: the loader gave a tuple; expected images"),
-    ({"pictures": PICTURES * math.nan}, ValueError, r"Pooled: found NaN or \+inf among the logits at lam=0, expected finite ones, or -inf .* Look at the images"),
+    ({"pictures": PICTURES * math.nan}, ValueError, r"Pooled: found NaN or \+inf among the logits at lam=0, expected finite ones, or -inf .* Check the images"),
     ({"pictures": PICTURES + math.inf}, ValueError, r"found NaN or \+inf among the logits at lam=0"),
     ({"lams": [3e38]}, ValueError, r"Pooled: found NaN or \+inf among the logits at lam=3e\+38, .* Try smaller lams, or float32"),
 ]  # fmt: skip
@@ -287,7 +287,7 @@ def test_refusals(wrong: dict[str, Any], error: type[Exception], text: str) -> N
         chosen(**{"pictures": PICTURES} | wrong)
 
 
-@pytest.mark.filterwarnings("ignore:.*(pictures, which are few|the largest tried)")
+@pytest.mark.filterwarnings("ignore:.*(pictures, too few|the largest tried)")
 def test_models_that_are_refused() -> None:
     with pytest.raises(
         ValueError, match=r"Pooled: found a model in training mode, expected eval: call model.eval\(\) first"
@@ -317,7 +317,7 @@ class Doubles(Pooled):
         return 2 * super().forward(x)
 
 
-@pytest.mark.filterwarnings("ignore:.*(pictures, which are few|the largest tried)")
+@pytest.mark.filterwarnings("ignore:.*(pictures, too few|the largest tried)")
 def test_it_is_the_models_own_forward_that_is_run() -> None:
     x = torch.randn(40, 2, 3, 3, generator=torch.Generator().manual_seed(0))
     for model in (Prepares().eval(), timm_csra.wrap(Prepares().eval(), 5)):
@@ -334,7 +334,7 @@ def test_it_is_the_models_own_forward_that_is_run() -> None:
             choose_lam(model, [x])
 
 
-@pytest.mark.filterwarnings("ignore:.*(pictures, which are few|the largest tried)")
+@pytest.mark.filterwarnings("ignore:.*(pictures, too few|the largest tried)")
 def test_a_masked_class_is_legal() -> None:
     pictures = torch.cat([changing(0.2, 0.5), torch.full((2, 1, 1, 2), 9.0)], dim=1)  # class 2 would win
     for scores in ("logits", "log_softmax"):
@@ -348,7 +348,7 @@ def test_a_masked_class_is_legal() -> None:
 
 
 @pytest.mark.parametrize("name", ["test_resnet", "pit_ti_224"])
-@pytest.mark.filterwarnings("ignore:.*(pictures, which are few|the largest tried)")
+@pytest.mark.filterwarnings("ignore:.*(pictures, too few|the largest tried)")
 def test_nothing_is_changed_and_every_picture_runs_once(name: str) -> None:
     family = next(family for family in FAMILIES if family.name == name)
     seen: list[int] = []
@@ -376,7 +376,7 @@ def test_nothing_is_changed_and_every_picture_runs_once(name: str) -> None:
 @pytest.mark.cuda
 def test_on_a_gpu(cuda: torch.device) -> None:
     model = Pooled().eval().to(cuda)
-    with pytest.warns(UserWarning, match="are few"):
+    with pytest.warns(UserWarning, match="too few"):
         choice = choose_lam(model, [PICTURES], 0.5, (0.1, 0.3, 1), scores="logits")
     assert choice == chosen(PICTURES, 0.5)
 
@@ -392,7 +392,7 @@ def test_no_extra_is_needed() -> None:
 
 
 @pytest.mark.parametrize("name", ["test_resnet", "test_vit"])
-@pytest.mark.filterwarnings("ignore:.*(pictures, which are few|the largest tried)")
+@pytest.mark.filterwarnings("ignore:.*(pictures, too few|the largest tried)")
 def test_real_photographs_and_checkpoints(name: str, real_data: Path, real_weights: Path) -> None:
     def load() -> nn.Module:
         return timm.create_model(f"local-dir:{real_weights / name}", pretrained=True).eval()
@@ -414,8 +414,8 @@ def test_real_photographs_and_checkpoints(name: str, real_data: Path, real_weigh
 def test_a_model_compiled_in_place_gets_the_same_lam() -> None:
     model = timm.create_model("test_resnet", num_classes=5).eval()
     pictures = [torch.randn(20, 3, 64, 64, generator=torch.Generator().manual_seed(0))]
-    with pytest.warns(UserWarning, match="few to choose lam by"):
+    with pytest.warns(UserWarning, match="few to choose lam reliably"):
         expected = timm_csra.choose_lam(model, pictures)
     model.compile(backend="eager")
-    with pytest.warns(UserWarning, match="few to choose lam by"):
+    with pytest.warns(UserWarning, match="few to choose lam reliably"):
         assert timm_csra.choose_lam(model, pictures) == expected

@@ -265,7 +265,7 @@ REFUSALS: list[tuple[Callable[[], Any], str]] = [
     ),
     (
         lambda: timm_csra.wrap(timm.create_model("test_vit", features_only=True)),
-        "FeatureGetterNet is not a timm classifier: .*It holds one: wrap.model.model. instead",
+        "FeatureGetterNet is not a timm classifier: .*It contains one: wrap.model.model. instead",
     ),
     (
         lambda: timm_csra.wrap(timm.create_model("test_resnet", features_only=True)),

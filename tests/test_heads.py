@@ -261,12 +261,12 @@ class OfTheBatch(nn.Module):
 
 
 POOLS = [
-    (SumPool, "test_resnet: its head gives a constant map of 2x2 locations other logits than one such location"),
-    (LogSumExpPool, "gives a constant map of 2x2 locations other logits .*Expected a pooling .*Replace that part"),
-    (MeanAndDeviation, "gives a constant map of 2x2 locations other logits"),
+    (SumPool, "test_resnet: its head returned other logits for a constant map of 2x2 locations than for one location"),
+    (LogSumExpPool, "other logits for a constant map of 2x2 locations .*Expected a pooling .*Replace that part"),
+    (MeanAndDeviation, "other logits for a constant map of 2x2 locations"),
     (FlattenAll, "test_resnet: its head cannot run on maps of one and of 2x2 locations: .*Expected a pooling"),
-    (SumOfRoots, "gives a constant map of 2x2 locations other logits"),
-    (OfTheBatch, "gives a constant map of 2x2 locations other logits .*no use of other images"),
+    (SumOfRoots, "other logits for a constant map of 2x2 locations"),
+    (OfTheBatch, "other logits for a constant map of 2x2 locations .*no use of other images"),
 ]
 
 
@@ -360,7 +360,7 @@ def test_a_pooling_that_changes_after_the_first_forward_is_refused() -> None:
     model.global_pool = Pool()
     timm_csra.wrap(model, lam=0.3)(x)
     model.global_pool.mode = "sum"
-    with pytest.raises(UnsupportedModelError, match="gives a constant map of 2x2 locations other logits"):
+    with pytest.raises(UnsupportedModelError, match="returned other logits for a constant map of 2x2 locations"):
         model(x)
 
 

@@ -206,21 +206,21 @@ def no_classifier(model: nn.Module) -> None:
     model.reset_classifier(0)
 
 
-CLASSES_20 = "set model.num_classes = 20 too, or make the classifier with model.reset_classifier(20)."
-OWN_LAYERS = "Layers of your own cannot be saved in timm's format: make the classifier with model.reset_classifier(1000), put back the layers that timm builds"
+CLASSES_20 = "set model.num_classes = 20, or make the classifier with model.reset_classifier(20)."
+OWN_LAYERS = "timm's format cannot hold layers of your own: make the classifier with model.reset_classifier(1000), put back the layers that timm builds"
 UNLOADABLE = [
-    (replaced, "test_resnet", "of another shape: fc.bias (found (20,), expected (1000,)), fc.weight (found (20, 96), expected (1000, 96)). The classifier gives 20 classes and model.num_classes says 1000: " + CLASSES_20),
-    (replaced_head, "test_vit", "of another shape: head.bias (found (20,), expected (1000,)), head.weight (found (20, 64), expected (1000, 64)). The classifier gives 20 classes and model.num_classes says 1000: " + CLASSES_20),
-    (too_many, "test_resnet", "The classifier gives 1000 classes and model.num_classes says 20: set model.num_classes = 1000 too"),
+    (replaced, "test_resnet", "of another shape: fc.bias (found (20,), expected (1000,)), fc.weight (found (20, 96), expected (1000, 96)). The classifier has 20 classes, but model.num_classes is 1000: " + CLASSES_20),
+    (replaced_head, "test_vit", "of another shape: head.bias (found (20,), expected (1000,)), head.weight (found (20, 64), expected (1000, 64)). The classifier has 20 classes, but model.num_classes is 1000: " + CLASSES_20),
+    (too_many, "test_resnet", "The classifier has 1000 classes, but model.num_classes is 20: set model.num_classes = 1000, or"),
     (mlp, "test_resnet", "missing: fc.bias, fc.weight; unexpected: fc.0.bias, fc.0.weight, fc.2.bias, fc.2.weight. " + OWN_LAYERS),
     (no_bias, "test_resnet", "missing: fc.bias. " + OWN_LAYERS),
     (another_buffer, "test_resnet", "unexpected: prior. " + OWN_LAYERS),
-    (weight_norm, "test_resnet", "missing: fc.weight; unexpected: fc.parametrizations.weight.original0, fc.parametrizations.weight.original1. Its layers are parametrized: undo that with torch.nn.utils.parametrize.remove_parametrizations("),
-    (old_weight_norm, "test_resnet", "It has torch.nn.utils.weight_norm: undo that with torch.nn.utils.remove_weight_norm("),
-    (pruned, "test_resnet", "It has torch.nn.utils.spectral_norm or prune: undo that with "),
+    (weight_norm, "test_resnet", "missing: fc.weight; unexpected: fc.parametrizations.weight.original0, fc.parametrizations.weight.original1. Some layers are parametrized: undo that with torch.nn.utils.parametrize.remove_parametrizations("),
+    (old_weight_norm, "test_resnet", "A layer has torch.nn.utils.weight_norm: undo that with torch.nn.utils.remove_weight_norm("),
+    (pruned, "test_resnet", "A layer has torch.nn.utils.spectral_norm or prune: undo that with "),
     (compiled_layer, "test_resnet", "One of its layers is compiled: save the model first, then compile."),
-    (reparameterised, "repghostnet_050", " more. It is reparameterised: save the model as it was before timm.utils.reparameterize_model, and"),
-    (reparameterised, "levit_128s", " more. It is reparameterised: save the model as it was before"),
+    (reparameterised, "repghostnet_050", " more. The model is reparameterised: save it as it was before timm.utils.reparameterize_model, and"),
+    (reparameterised, "levit_128s", " more. The model is reparameterised: save it as it was before"),
 ]  # fmt: skip
 
 
@@ -373,9 +373,9 @@ def test_settings_are_not_trusted(case: str, tmp_path: Path) -> None:
 
 BAD_CONFIGS = {
     "no architecture": ({"architecture": None}, "config.json has no architecture; expected the name of a timm model"),
-    "an unknown one": ({"architecture": "resnet_of_tomorrow"}, "names 'resnet_of_tomorrow', which timm .* does not have"),
+    "an unknown one": ({"architecture": "resnet_of_tomorrow"}, "names the architecture 'resnet_of_tomorrow', which timm .* does not have"),
     "arguments that load files": ({"model_args": {"checkpoint_path": "/etc/passwd"}}, "has model_args {'checkpoint_path'"),
-    "arguments no model has": ({"model_args": {"depth_of_field": 3}}, "describes no model that timm can build: .*depth_of"),
+    "arguments no model has": ({"model_args": {"depth_of_field": 3}}, "timm cannot build the model that config.json describes: .*depth_of"),
     "other weights": ({"num_classes": 7}, r"of another shape: fc.bias \(found \(1000,\), expected \(7,\)\), fc.weight"),
     "another architecture": ({"architecture": "test_vit"}, "missing: .*blocks.0.attn.proj.bias.*; unexpected: bn1.bias"),
 }  # fmt: skip
@@ -409,7 +409,7 @@ def test_broken_files_are_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"model.safetensors is damaged: .*Download or save it again"):
         timm_csra.from_pretrained(tmp_path)
     (tmp_path / "config.json").write_text("{")
-    with pytest.raises(ValueError, match=r"config.json is no JSON"):
+    with pytest.raises(ValueError, match=r"config.json is not valid JSON"):
         timm_csra.from_pretrained(tmp_path)
     (tmp_path / "config.json").unlink()
     with pytest.raises(ValueError, match=r"found no config.json; expected a folder in timm's format"):
@@ -428,7 +428,7 @@ def test_a_pretrained_cfg_that_is_no_object_is_named(found: object, tmp_path: Pa
 @pytest.mark.parametrize("argument", [{"pretrained": False}, {"checkpoint_path": "/nope"}])
 def test_other_weights_than_those_of_the_folder_are_refused(argument: dict[str, Any], tmp_path: Path) -> None:
     timm_csra.save_pretrained(make(), tmp_path)
-    with pytest.raises(TypeError, match=rf"found the argument {next(iter(argument))}; the weights are those of the"):
+    with pytest.raises(TypeError, match=rf"found the argument {next(iter(argument))}, but from_pretrained loads"):
         timm_csra.from_pretrained(tmp_path, **argument)
 
 
@@ -442,21 +442,22 @@ def test_pickles_are_not_read(tmp_path: Path) -> None:
     timm_csra.save_pretrained(model, tmp_path)
     (tmp_path / "model.safetensors").unlink()
     torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
-    with pytest.raises(ValueError, match=r"found no model.safetensors, .*pickled weights are not read there"):
+    with pytest.raises(ValueError, match=r"found no model.safetensors, .*pickled weights are not read"):
         timm_csra.from_pretrained(tmp_path)
     edit_config(tmp_path, csra=None)  # then it is timm's affair, which reads tensors and runs no code
     assert torch.equal(plain_logits(timm_csra.from_pretrained(tmp_path)), plain_logits(model))
     torch.save({"fc.bias": Exploit()}, tmp_path / "pytorch_model.bin")
     with pytest.raises(
-        ValueError, match=r"pytorch_model.bin: cannot be read with weights_only=True: .*is refused. Where you trust it"
+        ValueError,
+        match=r"pytorch_model.bin: cannot be read with weights_only=True: .*is refused. If you trust the file",
     ):
         timm_csra.from_pretrained(tmp_path)
 
 
 NAMES = {
-    "resnet50": "expected user/repo on the Hub, or a folder that exists. timm's own are loaded by create_model",
-    "no/such/folder": "expected user/repo on the Hub, or a folder that exists",
-    "hf-hub:user/repo@one": "found a second revision, 'two'",
+    "resnet50": "expected user/repo on the Hub, or an existing folder. For timm's model of this name use create_model",
+    "no/such/folder": "expected user/repo on the Hub, or an existing folder",
+    "hf-hub:user/repo@one": "found a second revision, revision='two'",
 }
 
 
@@ -467,7 +468,7 @@ def test_names_that_mean_nothing(name: str) -> None:
 
 
 def test_a_folder_has_no_revision(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="found revision='main' for a folder"):
+    with pytest.raises(ValueError, match="found revision='main' with a folder"):
         timm_csra.from_pretrained(tmp_path, revision="main")
 
 
@@ -669,7 +670,7 @@ def test_the_card_says_what_it_is_and_how_to_use_it(tmp_path: Path) -> None:
         "| lam | 0.1 |",
         "| temperature T | inf |",
         "| scores | logits |",
-        "Logits grow by about 1 + lam",
+        "Logits grow by a factor of about 1 + lam",
         "timm_csra.from_pretrained(",
     ):
         assert words in card.text
@@ -724,7 +725,7 @@ def test_the_card_has_what_was_measured(tmp_path: Path) -> None:
     wrapped = results["lrap, wrapped, fixed"]
     assert wrapped.dataset_name == "imagenette500, mosaic, 224 px, 125 pictures"
     assert [wrapped.metric_args[name] for name in ("ci_low", "scores", "n")] == [2.32, "logits", 44]
-    assert "n: the pictures that\ncount for the metric." in card.text
+    assert "n is the number of pictures that the metric counts." in card.text
 
     other = make(lam=0.4)  # `fixed` is not what this model does
     timm_csra.save_pretrained(other, tmp_path / "other", results=[record(other)])
@@ -738,7 +739,7 @@ def test_the_card_of_log_softmax_has_its_own_figures(tmp_path: Path) -> None:
     assert "| scores | log_softmax |" in text
     assert "| lrap | fixed_log_softmax | log_softmax | 0.3 | inf | 31.88 | 35.40 | +3.52" in text
     assert "| fixed |" not in text and "| log_softmax_vs_logits |" not in text
-    assert "a log-probability, at most 0, is added to each logit" in text
+    assert "a log-probability, which is at most 0, is added to each logit" in text
 
 
 def test_records_of_an_earlier_version_are_of_logits(tmp_path: Path) -> None:

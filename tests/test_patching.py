@@ -129,7 +129,7 @@ REFUSED = [
     (lambda: nn.Sequential(Detector()), r"wrap\(model.get_submodule\('0.backbone'\)\) instead"),
     (
         positions_in_the_pool,
-        r"test_vit3: found an attention pool with positions, `attn_pool`.*to be `model.head`.*without positions",
+        r"test_vit3: found an attention pool with a position embedding, `attn_pool`.*except `model.head`.*without pos",
     ),
 ]
 
@@ -158,7 +158,7 @@ def test_refused_at_the_forward_pass() -> None:
     model = timm_csra.wrap(create("test_resnet"))
     model.forward_features = types.MethodType(lambda self, x: torch.zeros(len(x), 96), model)
     with pytest.raises(
-        UnsupportedModelError, match=r"no location is left.*returned \(2, 96\), expected \(N, C, H, W\)"
+        UnsupportedModelError, match=r"its features have no locations.*returned \(2, 96\), expected \(N, C, H, W\)"
     ):
         model(x)
 
@@ -184,7 +184,9 @@ def test_a_forward_that_does_not_reach_the_head_is_told_once() -> None:
         warnings.simplefilter("error")
         model(x)
         model.csra.lam = 0.3
-        with pytest.raises(UserWarning, match="test_resnet: its forward did not call forward_head: wrapping changes"):
+        with pytest.raises(
+            UserWarning, match="test_resnet: its forward did not call forward_head, so wrapping has no effect"
+        ):
             model(x)
         assert torch.equal(model(x), plain)
         for works in (create("test_resnet"), create("test_vit2")):
@@ -256,7 +258,7 @@ def test_explain_reads_well() -> None:
     assert "locations         5 x 5 for an input of 3x160x160" in text
     assert "extra MACs        2.40 M" in text  # 25 locations x 96 channels x 1000 classes
     assert (
-        "settings          not wrapped. Pictures of several objects, weights trained with softmax cross entropy: wrap(m"
+        "settings          not wrapped. For pictures of several objects: if the model was trained with softmax cross"
         in text
     )
     wrapped = timm_csra.wrap(create("test_resnet"), lam=0.3, scores="log_softmax")

@@ -151,7 +151,7 @@ def test_forward_is_checked_where_a_class_is_masked() -> None:
 def test_refusals() -> None:
     model = create("test_resnet")
     batch = (images(FAMILIES[0]), torch.zeros(2))
-    with pytest.raises(ValueError, match="test_resnet: no image to score"):
+    with pytest.raises(ValueError, match="test_resnet: found no image to score"):
         score(model, [], [PLAIN])
     with pytest.raises(ValueError, match="test_resnet: found NaN or infinite logits"):
         score(model, [batch, (batch[0] * math.nan, batch[1])], [PLAIN])

@@ -110,9 +110,7 @@ def test_nothing_in_a_file_is_run(tmp_path: Path) -> None:
     torch.save({"state_dict": state, "args": Payload(tmp_path / "ran")}, tmp_path / "a.pth.tar")
     (tmp_path / "b.pth.tar").write_bytes(pickle.dumps({"state_dict": Payload(tmp_path / "ran")}, protocol=2))
     for name in ("a", "b"):
-        text = (
-            f"{name}.pth.tar: cannot be read with weights_only=True: .*is refused. Where you trust it, load it yourself"
-        )
+        text = f"{name}.pth.tar: cannot be read with weights_only=True: .*is refused. If you trust the file, load it"
         with pytest.raises(ValueError, match=text):
             read_trained(f"test_resnet@{tmp_path / name}.pth.tar")
     assert not (tmp_path / "ran").exists()
@@ -130,7 +128,7 @@ def test_what_does_not_fit_is_named(tmp_path: Path) -> None:
         ("test_resnet@gone.pth.tar", "gone.pth.tar not found; expected a checkpoint of timm's train script"),
         (
             f"test_vit@{file}",
-            "model_best.pth.tar: holds a test_resnet.r160_in1k, found test_vit@; expected test_resnet",
+            "model_best.pth.tar: holds a test_resnet.r160_in1k, but test_vit was given; use test_resnet",
         ),
         (f"test_vit@{weights}", "weights.pth: found .* weights, the first conv1.* expected head.weight among them"),
     ):

@@ -196,7 +196,7 @@ def test_what_does_not_fit_is_refused() -> None:
         timm_csra.tune(model, loader(model), lams=[math.nan])
     with pytest.raises(ValueError, match="found no setting to try but the plain model; expected a lam above 0"):
         timm_csra.tune(model, loader(model), lams=[0])
-    with pytest.raises(ValueError, match="metric: found top5, which says nothing of these targets with 4 classes"):
+    with pytest.raises(ValueError, match="metric: found top5, which does not apply to these targets with 4 classes"):
         timm_csra.tune(model, loader(model), metric="top5")
 
 
@@ -210,7 +210,7 @@ def test_a_classifier_that_num_classes_does_not_know() -> None:
     for targets in (labels, torch.nn.functional.one_hot(labels, 20)):
         expected = timm_csra.tune(told, [(images, targets)], folds=3)
         assert timm_csra.tune(model, [(images, targets)], folds=3) == expected
-    with pytest.raises(ValueError, match=r"found targets \(40,\) .*index \(N,\) from 0 to 19, or \(N, 20\) with 1"):
+    with pytest.raises(ValueError, match=r"found targets \(40,\) .*indices \(N,\) from 0 to 19, or \(N, 20\) with 1"):
         timm_csra.tune(model, [(images, labels + 1)], folds=3)
 
 
@@ -309,7 +309,9 @@ def test_several_labels_of_any_type(targets: Tensor) -> None:
 def test_targets_that_do_not_fit_the_model(targets: Tensor, found: str) -> None:
     model = timm.create_model("test_resnet", num_classes=4).eval()
     batches = iter([(torch.randn(12, 3, 64, 64), targets), pytest.fail])
-    with pytest.raises(ValueError, match=rf"test_resnet: found {found}.*index \(N,\) from 0 to 3, or \(N, 4\) with 1"):
+    with pytest.raises(
+        ValueError, match=rf"test_resnet: found {found}.*indices \(N,\) from 0 to 3, or \(N, 4\) with 1"
+    ):
         timm_csra.tune(model, batches)  # type: ignore[arg-type]
     assert next(batches) is pytest.fail  # nothing more was asked for
 
@@ -324,7 +326,7 @@ def test_a_loader_that_gives_something_else() -> None:
     ]:
         with pytest.raises(TypeError, match=rf"test_resnet: the loader gave {found}; expected two tensors: .images, "):
             timm_csra.tune(model, [batch])  # type: ignore[list-item]
-    with pytest.raises(ValueError, match=r"found targets \(12, 4\) for 12 images.*; the same in all batches"):
+    with pytest.raises(ValueError, match=r"found targets \(12, 4\) for 12 images.*, and the same form in all batches"):
         timm_csra.tune(model, [(images, LABELS), (images, ONE_HOT)])
 
 
@@ -342,7 +344,7 @@ def test_a_single_value_is_tried_alone() -> None:
     [
         (
             {"metric": 5},
-            r"metric must be the name of one, such as 'top1', or a function of logits and targets, got 5 \(int",
+            r"metric must be the name of a metric, such as 'top1', or a function of logits and targets, got 5 \(int",
         ),
         ({"folds": "3"}, r"folds must be a whole number, at least 3, got '3' \(str\)"),
         ({"folds": 3.5}, r"folds must be a whole number, at least 3, got 3.5 \(float\)"),
@@ -376,7 +378,7 @@ def test_a_larger_lam_may_do_better_where_all_folds_choose_the_largest(largest: 
     settings = settings_grid([largest, 0.02], [1.0])
     result = choose(*synthetic(0, 500, signal=2.0), settings)
     assert all(setting.lam == largest for setting in result.nested.settings)
-    assert f"all folds choose lam {largest:g}, the largest tried: a larger one may do better" in str(result)
+    assert f"all folds choose lam {largest:g}, the largest tried: a larger lam may gain more" in str(result)
     wider = choose(*synthetic(0, 500, signal=2.0), settings_grid([0.02, 1.0, 1000.0], [1.0]))
     assert any(setting.lam < 1000 for setting in wider.nested.settings)
     assert "the largest tried" not in str(wider)
@@ -410,7 +412,9 @@ def test_empty_batches_are_passed_over() -> None:
     expected = timm_csra.tune(model, [(images, LABELS)], folds=3)
     assert timm_csra.tune(model, [empty, (images, LABELS), empty], folds=3) == expected
     for batches in ([], [empty, empty]):
-        with pytest.raises(ValueError, match="test_resnet: no image to score. Expected at least one; a generator can"):
+        with pytest.raises(
+            ValueError, match="test_resnet: found no image to score, expected at least one. A generator can"
+        ):
             timm_csra.tune(model, batches)
     for wrong, found in (
         ((images[:0], LABELS), r"\(12,\) for 0 images"),

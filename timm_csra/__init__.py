@@ -19,7 +19,7 @@ _WITH_EXTRAS = {"tune": ".evaluation.tuning", "TuneResult": ".evaluation.tuning"
 
 
 def __getattr__(name: str) -> Any:
-    """Names that need an extra are imported when they are used."""
+    """Import names that need an extra when they are first used."""
     if name in _WITH_EXTRAS:
         return getattr(import_module(_WITH_EXTRAS[name], __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

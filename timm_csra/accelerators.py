@@ -1,4 +1,4 @@
-"""How forward passes run on a device: in which precision, and how images lie in its memory."""
+"""Run forward passes on a device: precision, memory format, asynchronous copies and timing."""
 
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -15,24 +15,24 @@ AUTO = "auto"  # bf16 where the device has it
 
 
 def default_device() -> str:
-    """Name the accelerator of this machine, `cpu` where there is none."""
+    """Return the device type of this machine's accelerator, `cpu` where there is none."""
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     return accelerator.type if accelerator else "cpu"
 
 
 def on_accelerator(device: torch.device | str) -> bool:
-    """Whether it is one: a CPU keeps float32, and the layout of its models."""
+    """Return whether the device is an accelerator; models on a CPU keep float32 and their memory format."""
     return torch.device(device).type != "cpu"
 
 
 def precision(asked: str, device: torch.device | str) -> str:
-    """Give the name in `AMP` that is meant by it on a device: `auto` is `bf16` on an accelerator that computes in it,
-    `none` on those that only emulate it, and on a CPU."""
+    """Resolve a requested precision to a name in `AMP`: `auto` is `bf16` on an accelerator that computes in bf16, and
+    `none` on accelerators that only emulate it and on a CPU."""
     if asked != AUTO:
         return asked
     kind = torch.device(device).type
     if kind == "cuda":
-        with torch.cuda.device(device):  # the question is of the current one
+        with torch.cuda.device(device):  # is_bf16_supported looks at the current device
             supported = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
         supported = kind == "xpu" and torch.xpu.is_bf16_supported()
@@ -40,13 +40,13 @@ def precision(asked: str, device: torch.device | str) -> str:
 
 
 def autocast(device: torch.device | str, amp: str) -> AbstractContextManager[Any]:
-    """Make operations run in the precision called so."""
+    """Return the autocast context of a precision in `AMP`."""
     dtype = AMP[amp]
     return torch.autocast(torch.device(device).type, dtype) if dtype else nullcontext()
 
 
 def is_convolutional(model: nn.Module) -> bool:
-    """Whether windows of a convolution overlap: those of a patch embedding do not."""
+    """Return whether the model has a convolution with overlapping windows, unlike that of a patch embedding."""
     return any(
         isinstance(module, nn.Conv2d)
         and any(kernel > stride for kernel, stride in zip(module.kernel_size, module.stride, strict=True))
@@ -55,29 +55,29 @@ def is_convolutional(model: nn.Module) -> bool:
 
 
 def in_channels_last(model: nn.Module) -> nn.Module:
-    """Lay out the weights of a convolutional model so, in place. What its convolutions make of images follows, however
-    the images lie in memory."""
+    """Convert the weights of a convolutional model to channels_last, in place. The outputs of its convolutions are then
+    channels_last, too, for images in any memory format."""
     if is_convolutional(model):
         nn.utils.convert_conv2d_weight_memory_format(model, torch.channels_last)  # type: ignore[arg-type]
     return model
 
 
 def to_device(model: nn.Module, device: torch.device | str, channels_last: bool) -> nn.Module:
-    """Move a model, in place."""
+    """Move a model to a device, in place."""
     model = model.to(device)
     return in_channels_last(model) if channels_last else model
 
 
 def runs_ahead(device: torch.device | str) -> bool:
-    """Whether Python goes on while the device computes, and can be told by an event when it is done."""
+    """Return whether the device works asynchronously and has events."""
     return torch.device(device).type in ("cuda", "xpu")
 
 
 def to_cpu(tensor: Tensor) -> Callable[[], Tensor]:
-    """Start to copy a tensor to the CPU; calling what is returned waits for it and gives the copy."""
+    """Start to copy a tensor to the CPU; return a function that waits for the copy and returns it."""
     if not runs_ahead(tensor.device):
         return tensor.cpu
-    copy = tensor.to("cpu", non_blocking=True)  # pinned memory, which is scarce and slow to get
+    copy = tensor.to("cpu", non_blocking=True)  # in pinned memory, which is scarce: `wait` returns a clone and frees it
     arrived = torch.Event(tensor.device)
     arrived.record()
 
@@ -89,7 +89,7 @@ def to_cpu(tensor: Tensor) -> Callable[[], Tensor]:
 
 
 class DeviceClock:
-    """Measures how long a device works on batches: on a GPU by its own events, else while Python handles them.
+    """Measures how long a device works on batches: on a GPU by events, else by wall-clock time.
 
     Example:
         >>> clock = DeviceClock("cpu")
@@ -104,14 +104,14 @@ class DeviceClock:
         self._marks: list[tuple[Any, Any]] = []
 
     def over(self, batches: Iterable[T]) -> Iterator[T]:
-        """Give the batches; what the loop's body does with one, up to asking for the next, is measured."""
+        """Yield the batches, and measure the time from each batch to the request for the next one."""
         for batch in batches:
             begin = self._now()
             yield batch
             self._marks.append((begin, self._now()))
 
     def seconds(self) -> float:
-        """Wait for the device, and add up."""
+        """Wait for the device, and return the total time in seconds."""
         if not self._ahead:
             return sum(end - begin for begin, end in self._marks)
         torch.accelerator.synchronize(self._device)

@@ -1,7 +1,7 @@
-"""lam without labels: the largest at which a model still says of single objects what it says without.
+"""Choose lam without labels: the largest lam at which a model keeps its top class on pictures of one object each.
 
-How large a lam a head tolerates differs from head to head. On pictures that show one object each there is nothing to
-gain, so a top class that changes there is a sign of harm, and it can be seen without knowing which class is right.
+How large lam may be differs from head to head. On pictures of one object each, wrapping has little to gain, so a change
+of the top class there is a sign of harm, and it can be detected without labels.
 """
 
 import math
@@ -26,22 +26,22 @@ from .patching import check_supported, plain_head, unwrap, wrap
 
 Model = TypeVar("Model", bound=nn.Module)
 LAMS = (0.05, 0.1, 0.2, 0.3, 0.5, 1.0, 2.0, 4.0, 8.0)
-FEW = 200  # pictures: 2 % of them are four
+FEW = 200  # pictures, below which `choose_lam` warns: 2 % of 200 pictures are only four
 RESAMPLES = 2000
 
 
 @dataclass(frozen=True)
 class LamChoice:
-    """What `choose_lam` found; `str()` of it is meant to be read.
+    """Result of `choose_lam`; `str()` gives a readable summary.
 
     Attributes:
-        lam: the largest that passes; 0, the plain model, where the smallest tried does not.
+        lam: the largest lam that passes; 0, the plain model, where the smallest lam tried does not pass.
         agreement: for each lam tried, in ascending order, the share of pictures that keep their top class.
-        required: the share that was asked for.
-        images: how many pictures were used.
-        spread: the 2.5 % and 97.5 % quantiles of `lam` over resamples of the pictures.
-        temperature: the paper's T of each head.
-        scores: of which scores the attention is.
+        required: the share that has to keep their top class.
+        images: number of pictures.
+        spread: the 2.5 % and 97.5 % quantiles of `lam` over bootstrap resamples of the pictures.
+        temperature: the paper's T of each attention term.
+        scores: the kind of scores, see `CSRAConfig`.
     """
 
     lam: float
@@ -53,7 +53,7 @@ class LamChoice:
     scores: str
 
     def apply(self, model: Model) -> Model:
-        """`wrap` the model, in place, with this lam, temperature and scores."""
+        """Wrap the model in place, with this lam, temperature and kind of scores."""
         return wrap(model, self.lam, self.temperature, self.scores)
 
     def __str__(self) -> str:
@@ -69,7 +69,7 @@ class LamChoice:
         return (
             f"{verdict}\n"
             f"  over resamples of the pictures  lam from {self.spread[0]:g} to {self.spread[1]:g} "
-            f"(95 %, n = {self.images})\n"
+            f"(95 % of resamples, n = {self.images})\n"
             f"  pictures that keep their top class, T {temperatures}, scores {self.scores}\n{rows}"
         )
 
@@ -82,36 +82,37 @@ def choose_lam(
     temperature: float | tuple[float, ...] = math.inf,
     scores: str = "log_softmax",
 ) -> LamChoice:
-    """Find the largest lam at which the plain model keeps its top class on nearly all pictures; no label is needed.
+    """Find the largest lam at which a model keeps its top class on nearly all pictures; no labels are needed.
 
-    A lam passes where at least `agreement * n` of the n pictures keep their top class, of all classes of the head. The
-    choice is the largest lam that passes together with all smaller ones tried; agreement need not fall at every step.
-    Where several classes share the highest logit, a picture keeps its top class if one of them has the highest logit
-    with lam too: a tie, frequent in bf16, decides nothing. Logits are rounded as the wrapped model rounds them.
-    Every picture runs once.
+    A lam passes if at least `agreement * n` of the n pictures keep their top class, among all classes of the head. The
+    choice is the largest lam that passes together with all smaller lams tried, because agreement need not fall at every
+    step. Where several classes share the highest logit, frequent in bf16, a picture keeps its top class if one of them
+    has the highest logit with lam, too. Logits are rounded as in the wrapped model. The model runs once on every
+    picture.
 
     Args:
-        model: a timm classifier in eval mode, plain or wrapped (its own settings are not used, nothing is changed), on
-            any device.
-        loader: gives batches of images `(N, C, H, W)`, floats of any precision, or tuples that begin with them.
-            Pictures of one object each, such as the model was trained on, prepared as for the model; a few hundred, of
-            all kinds.
+        model: a timm classifier in eval mode, plain or wrapped, on any device. It is not changed, and its own settings
+            are not used.
+        loader: yields batches of images `(N, C, H, W)`, floats of any precision, or tuples that begin with them. Give a
+            few hundred pictures of one object each, of all kinds that the model was trained on, after the model's
+            transform.
         agreement: the share of pictures that have to keep their top class, above 0 and at most 1.
-        lams: to try, in any order; None for 0.05 to 8.
-        temperature: the paper's T, or a tuple whose terms are averaged.
+        lams: the values to try, in any order; None for 0.05 to 8.
+        temperature: the paper's T, or a tuple of several, whose attention terms are averaged.
         scores: `log_softmax`, for a classifier trained with softmax, or `logits`, for one with a sigmoid per class.
 
     Returns:
         A `LamChoice`; `apply(model)` wraps the model with it.
 
     Warns:
-        UserWarning: fewer than 200 pictures; or the largest lam tried passes too.
+        UserWarning: there are fewer than 200 pictures, or the largest lam tried passes.
 
     Raises:
-        UnsupportedModelError: the model cannot be wrapped, or its `forward` does not end with its `forward_head`.
-        TypeError: a setting of a wrong type, or a loader that gives something else than images of floats.
-        ValueError: a setting out of range, duplicate lams, a model in training mode, no picture, or logits that are
-            NaN or +inf (-inf is a class that has been masked).
+        UnsupportedModelError: the model cannot be wrapped, or its `forward` does not return what its `forward_head`
+            returned.
+        TypeError: a setting has the wrong type, or the loader does not yield images of floats.
+        ValueError: a setting is out of range, `lams` has duplicates, the model is in training mode, there is no
+            picture, or logits are NaN or +inf (-inf is legal: a masked class).
 
     Example:
         >>> import timm, torch, warnings
@@ -129,7 +130,7 @@ def choose_lam(
     parts = [_agrees(model, images, tried, config) for batch in loader if len(images := _images(model, batch))]
     if not parts:
         raise ValueError(
-            f"{describe(model)}: the loader gave no picture. Expected a few hundred; a generator can be used only once."
+            f"{describe(model)}: the loader gave no picture; expected a few hundred. A generator can be used only once."
         )
     agrees = np.concatenate(parts)
     lam = float(_largest(agrees.sum(axis=0), len(agrees), tried, required))
@@ -137,14 +138,14 @@ def choose_lam(
     shares = dict(zip(tried, agrees.mean(axis=0).tolist(), strict=True))
     if len(agrees) < FEW:
         warnings.warn(
-            f"{describe(model)}: found {len(agrees)} pictures, which are few to choose lam by: over resamples of them "
+            f"{describe(model)}: found {len(agrees)} pictures, too few to choose lam reliably: over resamples of them "
             f"it goes from {spread[0]:g} to {spread[1]:g}. Use at least {FEW}.",
             stacklevel=2,
         )
     if lam == tried[-1]:
         warnings.warn(
             f"{describe(model)}: at lam={lam:g}, the largest tried, {100 * shares[lam]:.4g} % of pictures keep their "
-            f"top class, so that a larger one may pass too. Try larger ones, such as lams=({lam:g}, {2 * lam:g}, "
+            f"top class, so a larger lam may pass, too. Try larger ones, such as lams=({lam:g}, {2 * lam:g}, "
             f"{4 * lam:g}).",
             stacklevel=2,
         )
@@ -152,15 +153,15 @@ def choose_lam(
 
 
 def _validate_lams(lams: Any) -> tuple[float, ...]:
-    """In ascending order."""
+    """Return `lams` in ascending order, validated."""
     if not isinstance(lams, Iterable) or isinstance(lams, str):
         raise TypeError(f"lams: found {lams!r}; expected several numbers, such as (0.1, 0.3, 1).")
     tried = tuple(sorted(map(validate_lam, lams)))
     if not tried or tried[0] <= 0 or len(set(tried)) < len(tried):
         shown = ", ".join(f"{lam:g}" for lam in tried) or "none"
         raise ValueError(
-            f"lams: found {shown}; expected at least one, each above 0 (the plain model agrees with itself) and no two "
-            "equal."
+            f"lams: found {shown}; expected at least one value, all above 0 (the plain model agrees with itself) and "
+            "no two equal."
         )
     return tried
 
@@ -180,14 +181,14 @@ def _images(model: nn.Module, batch: Any) -> Tensor:
         inside = f" first in a {type(batch).__name__}" if images is not batch else ""
         raise TypeError(
             f"{describe(model)}: the loader gave {found}{inside}; expected images (N, C, H, W), or (images, anything). "
-            "A DataLoader makes such batches of single images; one tensor of images goes into a list."
+            "Use a DataLoader to make batches of single images; put a single tensor of images into a list."
         )
     return images
 
 
 @torch.inference_mode()
 def _agrees(model: nn.Module, images: Tensor, lams: tuple[float, ...], config: CSRAConfig) -> NDArray[np.bool_]:
-    """Which pictures keep their top class at each lam: `(N, lams)`."""
+    """Return which pictures keep their top class at each lam: `(N, lams)`."""
     logits, attention = _logits_and_attention(model, as_weights(model, images), config)
     _check_finite(model, logits, 0)
     top = _top(logits)
@@ -200,64 +201,65 @@ def _agrees(model: nn.Module, images: Tensor, lams: tuple[float, ...], config: C
 
 
 def _top(logits: Tensor) -> Tensor:
-    """Which classes have the highest logit, `(N, K)`: one, or those that share it."""
+    """Return which classes have the highest logit, `(N, K)`: one, or several in a tie."""
     return logits == logits.amax(dim=1, keepdim=True)
 
 
 def _check_finite(model: nn.Module, logits: Tensor, lam: float) -> None:
     if (logits.isnan() | logits.isposinf()).any():
-        remedy = "Try smaller lams, or float32" if lam else "Look at the images"
+        remedy = "Try smaller lams, or float32" if lam else "Check the images and the weights"
         raise ValueError(
             f"{describe(model)}: found NaN or +inf among the logits at lam={lam:g}, expected finite ones, or -inf for "
-            f"a class that has been masked. {remedy}."
+            f"a masked class. {remedy}."
         )
 
 
 def _logits_and_attention(model: nn.Module, images: Tensor, config: CSRAConfig) -> tuple[Tensor, list[Tensor]]:
-    """Give the plain model's logits `(N, K)` and the attention term of each temperature, by one call of its `forward`:
-    what a subclass does there before the features (normalising the images, say) is done here too.
+    """Compute the plain model's logits `(N, K)` and the attention term of each temperature in one call of its
+    `forward`, because a subclass may do something there before the features, such as normalising the images.
 
-    The call goes to a second object with the same parameters, buffers and modules, whose `forward_head` also scores
-    the locations; the model itself is left alone.
+    The call runs on a second object with the same parameters, buffers and modules, whose `forward_head` also scores
+    the locations; the model itself is not changed.
     """
     plain = cast(Any, object.__new__(type(model)))
-    plain.__dict__ = dict(model.__dict__, _compiled_call_impl=None)  # what model.compile() has made calls the model
+    plain.__dict__ = dict(model.__dict__, _compiled_call_impl=None)  # the function of model.compile() calls `model`
     unwrap(plain)
     head, terms = plain_head(plain), [(config.scores, temperature) for temperature in config.temperatures]
     seen: list[tuple[Tensor, list[Tensor]]] = []
 
     def forward_head(features: Any, *args: Any, **kwargs: Any) -> Any:
-        # Locations first, as in a wrapped model: a head may work in place.
+        # Locations first, as in a wrapped model, because a head may change the features in place.
         (attention,) = location_attention(model, plain_head(model), features, terms)
         seen.append((cast(Tensor, head(features, *args, **kwargs)), attention))  # a tuple only in distilled training
         return seen[-1][0]
 
     plain.forward_head = forward_head
-    if overrides(type(plain)):  # its own features have no locations
+    if overrides(type(plain)):  # the features of the plain class have no locations
         plain.forward_features = lambda x: spatial_features(model, x)
     said = plain(images)
     if len(seen) != 1 or (said is not seen[0][0] and not torch.equal(said, seen[0][0])):
         raise UnsupportedModelError(
             f"{describe(model)}: its forward does not return what one call of its forward_head returned, expected "
-            "forward_head(forward_features(x)), as timm's models have it. Undo what has replaced or changed forward."
+            "forward_head(forward_features(x)), as in timm's models. Undo what has replaced or changed forward."
         )
     return seen[0]
 
 
 def _largest(counts: NDArray[np.intp], images: int, lams: tuple[float, ...], required: float) -> NDArray[np.float64]:
-    """The largest lam that passes with all smaller ones, or 0; `counts` `(..., lams)` are the pictures that agree."""
-    # 0.07 * 100 is a little more than 7, which must not ask for an eighth picture.
+    """Return the largest lam that passes together with all smaller ones, or 0. `counts`, `(..., lams)`, are the numbers
+    of pictures that keep their top class."""
+    # In floats 0.07 * 100 is a little more than 7, which must not require an eighth picture.
     needed = max(1, math.ceil(round(required * images, 6)))
     passed = np.logical_and.accumulate(counts >= needed, axis=-1).sum(axis=-1)
     return np.array([0.0, *lams])[passed]
 
 
 def _spread(agrees: NDArray[np.bool_], lams: tuple[float, ...], required: float) -> tuple[float, float]:
-    """Quantiles of the choice over bootstrap resamples. Pictures with the same row are drawn together, so that neither
-    the order nor much of the number of pictures matters."""
+    """Compute quantiles of the chosen lam over bootstrap resamples. Pictures with equal rows are drawn together, so
+    that the order of pictures does not matter and the time hardly depends on their number."""
     rows, counts = np.unique(agrees, axis=0, return_counts=True)
     shares, rng = counts / len(agrees), np.random.default_rng(0)
     resampled = [rng.multinomial(len(agrees), shares) @ rows for _ in range(RESAMPLES)]
     chosen = _largest(np.stack(resampled), len(agrees), lams, required)
-    low, high = np.quantile(chosen, [0.025, 0.975], method="inverted_cdf")  # lams that were tried
+    low, high = np.quantile(chosen, [0.025, 0.975], method="inverted_cdf")  # this method returns lams that were tried
     return float(low), float(high)

@@ -4,8 +4,8 @@ Zhu & Wu, "Residual Attention: A Simple but Effective Method for Multi-Label Rec
 (arXiv 2108.02456), equations 1 to 5 and, for several temperatures, 6; without the weight
 normalisation of trained heads.
 
-The scores of all locations need not be in memory at once: `Attention` holds what some of the locations contribute, and
-the contributions of two parts merge into that of both, exactly, for every T.
+The scores of all locations need not be in memory at once: `Attention` holds the contribution of some of the locations,
+and `merge` combines the contributions of two groups of locations exactly, for every T.
 """
 
 import math
@@ -24,7 +24,8 @@ def class_attention(scores: Tensor, temperature: float, valid: Tensor | None = N
     Args:
         scores: class scores s_c(j) of every location, `(N, L, K)`; `-inf` (a masked class) is legal.
         temperature: the paper's T, positive or `inf`. The softmax runs over the L locations.
-        valid: which locations are none of padding, `(N, L)` booleans, at least one for each image; None for all.
+        valid: mask of the locations that are not padding, `(N, L)` booleans, at least one True for each image; None for
+            all.
 
     Returns:
         `(N, K)`, between the mean (T -> 0) and the maximum (T = inf) over locations, in the dtype of `scores`.
@@ -39,12 +40,12 @@ def class_attention(scores: Tensor, temperature: float, valid: Tensor | None = N
 class Attention(NamedTuple):
     """The contribution of some of the locations, for one or several temperatures.
 
-    With w_j = exp(T * (s_j - highest)), which no T can make overflow, and sums over these locations:
+    All sums are over these locations, with w_j = exp(T * (s_j - highest)), which cannot overflow for any T:
 
     Attributes:
         highest: max_j s_j, `(N, K)`, in the dtype of the scores.
-        weights: for each finite T sum_j w_j, `(N, K)`, in float32 at least, as autocast does for a softmax.
-        weighted: for each finite T sum_j w_j * (s_j - highest).
+        weights: sum_j w_j for each finite T, `(N, K)`, in float32 or wider, as autocast computes a softmax.
+        weighted: sum_j w_j * (s_j - highest) for each finite T, `(N, K)`.
     """
 
     highest: Tensor
@@ -53,7 +54,7 @@ class Attention(NamedTuple):
 
     @classmethod
     def of(cls, scores: Tensor, temperatures: Sequence[float], valid: Tensor | None = None) -> "Attention":
-        """Reduce the locations in `scores` `(N, l, K)`; see `class_attention`. `valid` may leave none of these."""
+        """Reduce the scores of some locations, `(N, l, K)`; see `class_attention`. `valid` may exclude all of them."""
         if valid is not None:
             scores = scores.masked_fill(~valid.unsqueeze(-1), -math.inf)
         highest = scores.amax(dim=1)
@@ -72,7 +73,7 @@ class Attention(NamedTuple):
         return Attention(highest, weights, tuple(x + y for x, y in zip(a.weighted, b.weighted, strict=True)))
 
     def _relative_to(self, highest: Tensor, temperatures: Sequence[float]) -> "Attention":
-        """Express the same sums relative to a higher score."""
+        """Express the same sums relative to a higher maximum."""
         weights, weighted = [], []
         for temperature, old, moment in zip(_finite(temperatures), self.weights, self.weighted, strict=True):
             drop = _difference(self.highest.to(old.dtype), highest.to(old.dtype))
@@ -82,7 +83,7 @@ class Attention(NamedTuple):
         return Attention(highest, tuple(weights), tuple(weighted))
 
     def terms(self, temperatures: Sequence[float]) -> list[Tensor]:
-        """Give the attention term of each temperature, `(N, K)`, in the dtype of the scores."""
+        """Return the attention term of each temperature, `(N, K)`, in the dtype of the scores."""
         parts = zip(self.weights, self.weighted, strict=True)
         softened = ((self.highest + weighted / weights).to(self.highest.dtype) for weights, weighted in parts)
         return [self.highest if math.isinf(temperature) else next(softened) for temperature in temperatures]
@@ -93,8 +94,8 @@ def _finite(temperatures: Sequence[float]) -> list[float]:
 
 
 def _difference(scores: Tensor, highest: Tensor) -> Tensor:
-    """scores - highest, finite for scores of -inf too: a masked class and padding then weigh exp(-large) = 0, and
-    a class that is masked everywhere keeps its maximum, -inf."""
+    """Compute scores - highest, finite even where the scores are -inf: masked classes and padding then get the weight
+    exp(-large) = 0, and a class that is masked at every location keeps its maximum, -inf."""
     return (scores - highest).nan_to_num(nan=0.0, neginf=torch.finfo(scores.dtype).min)
 
 
@@ -106,12 +107,13 @@ def add_attention(logits: Tensor, attention: Sequence[Tensor], lam: float) -> Te
     """Compute logit_c = base_c + lam * att_c.
 
     Args:
-        logits: the model's own, `(N, K)`.
-        attention: `(N, K)` of each temperature; several are averaged, so that lam keeps its meaning.
-        lam: their weight.
+        logits: the plain model's logits, `(N, K)`.
+        attention: the attention term of each temperature, `(N, K)`. Several terms are averaged, so that lam means the
+            same for any number of temperatures.
+        lam: weight of the attention term.
 
     Returns:
-        `(N, K)` in the dtype of `logits`; the sum itself is made in float32 at least.
+        `(N, K)` in the dtype of `logits`; the sum is computed in float32 or wider.
     """
     wide = torch.promote_types(logits.dtype, torch.float32)
     mean = attention[0] if len(attention) == 1 else torch.stack(list(attention)).mean(dim=0)

@@ -1,4 +1,4 @@
-"""The model card of a wrapped model: what it is, how to use it with and without this library, what was measured."""
+"""Write the model card of a wrapped model: its settings, how to use it with and without timm_csra, and its results."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -11,11 +11,11 @@ from .errors import describe
 
 Record = Mapping[str, Any]  # what `python -m benchmarks.sweep` writes for a cell
 
-RENAMED = {"recall_at_k": "r_precision"}  # metrics that records of earlier versions call otherwise
+RENAMED = {"recall_at_k": "r_precision"}  # names of metrics in records of earlier versions: old to new
 
-FIXED = ("fixed", "fixed_log_softmax")  # protocols whose settings were set before looking
+FIXED = ("fixed", "fixed_log_softmax")  # protocols whose settings were fixed before any measurement
 
-# What the Hub knows by an identifier; any other licence goes by its name.
+# Licences that the Hub knows by an identifier; any other one is given by name.
 LICENSES = ("apache-2.0", "bsd-3-clause", "cc-by-4.0", "cc-by-nc-4.0", "gemma", "mit", "unknown")
 
 TEMPLATE = """---
@@ -26,8 +26,9 @@ TEMPLATE = """---
 
 A [timm](https://github.com/huggingface/pytorch-image-models) image classifier, `{{ architecture }}` with {{ classes }}
 classes, wrapped by `timm_csra` with class-specific residual attention
-([Zhu & Wu, ICCV 2021](https://arxiv.org/abs/2108.02456)): what its classifier says of the most convinced locations of
-the last feature map is added to its logits. The weights are those of the plain model; nothing was retrained for it.
+([Zhu & Wu, ICCV 2021](https://arxiv.org/abs/2108.02456)): the classifier also scores every location of the last feature
+map, and lam times an attention-weighted mean of these scores (at T = inf, their maximum) is added to each logit. The
+weights are those of the plain model; nothing was retrained.
 
 | setting | value |
 |---|---|
@@ -62,32 +63,32 @@ model = timm.create_model({{ timm_literal }}, pretrained=True).eval()
 
 
 READING = {
-    LOGITS: "Logits grow by about 1 + lam: rank with them, but do not read them as probabilities of the plain model's\n"
-    "calibration.",
-    LOG_SOFTMAX: "lam times a log-probability, at most 0, is added to each logit: rank with them, but compare no\n"
-    "logit with a threshold.",
+    LOGITS: "Logits grow by a factor of about 1 + lam: use them to rank classes. Probabilities computed from them are\n"
+    "not calibrated like those of the plain model.",
+    LOG_SOFTMAX: "lam times a log-probability, which is at most 0, is added to each logit: use the logits to rank\n"
+    "classes, and do not compare them with a threshold.",
 }
 
 
 def model_card(model: nn.Module, settings: CSRAConfig, name: str, records: Sequence[Record], weights: str) -> ModelCard:
-    """The card of a wrapped model.
+    """Create the card of a wrapped model.
 
     Args:
         model: a wrapped model.
-        settings: of it.
-        name: the repository or folder it is to be loaded from.
-        records: finished records of a sweep, of this model.
-        weights: hash of the model's weights, as records have it.
+        settings: settings of the model.
+        name: the repository or folder that the model will be loaded from.
+        records: finished records of a sweep for this model.
+        weights: hash of the model's weights, see `weights_sha256`.
 
     Raises:
-        ValueError: a record is not finished, or of other weights.
+        ValueError: a record is not finished, or was measured with other weights.
     """
     for record in records:
         _check_record(record, weights)
     cfg: Mapping[str, Any] = getattr(model, "pretrained_cfg", {})
     base = str(cfg.get("hf_hub_id") or "").partition("@")[0] or None
     if base == name:
-        base = None  # a model that goes back to where it came from
+        base = None  # the model is pushed to the repository that it was loaded from
     licence = cfg.get("license") or "unknown"
     known = licence in LICENSES
     local = "/" not in name or name.startswith((".", "/", "~")) or name.count("/") != 1
@@ -124,7 +125,7 @@ def model_card(model: nn.Module, settings: CSRAConfig, name: str, records: Seque
 
 
 def _heads(settings: CSRAConfig) -> str:
-    """As `--temperatures` of the sweep takes it, and its records have it."""
+    """Format the temperatures like `--temperatures` of the sweep and its records, such as `1+inf`."""
     return "+".join(f"{temperature:g}" for temperature in settings.temperatures)
 
 
@@ -134,22 +135,22 @@ def _check_record(record: Record, weights: str) -> None:
         raise ValueError(f"results: found {found}; expected finished records of python -m benchmarks.sweep.")
     if record["weights_sha256"] != weights:
         raise ValueError(
-            f"results: the record of {record['model']} on {record['data']} was measured with other weights than this "
-            "model has; expected a record of these."
+            f"results: the record of {record['model']} on {record['data']} was measured with other weights than those "
+            "of this model. Give records that were measured with the same weights."
         )
 
 
 def results_of(record: Record) -> list[dict[str, Any]]:
-    """The results of a record, as this version writes them.
+    """Return the results of a record in the form of this version.
 
-    Earlier versions knew logits alone and did not name the scores, called a metric otherwise, and did not say how many
-    images count for a metric: where these need not be all of the record's, `n` is None.
+    Records of earlier versions do not name the kind of scores (always logits), have another name for a metric, and do
+    not contain how many images count for a metric: `n` is None where that may differ from the record's `n`.
     """
     return [_as_today(record, row) for row in record["results"]]
 
 
 def _as_today(record: Record, row: Record) -> dict[str, Any]:
-    settings = [lam for lam in row["lam"].split(";") if lam]  # none of a rival
+    settings = [lam for lam in row["lam"].split(";") if lam]  # empty for a rival, which has no lam
     metric = RENAMED.get(row["metric"], row["metric"])
     all_count = record["task"] == "single" or metric not in ("top1", "lrap", "r_precision")
     before = {"scores": ";".join([LOGITS] * len(settings)), "n": record["n"] if all_count else None}
@@ -157,8 +158,8 @@ def _as_today(record: Record, row: Record) -> dict[str, Any]:
 
 
 def _rows(record: Record, settings: CSRAConfig) -> list[dict[str, Any]]:
-    """Cross-fitted results, which choose settings themselves, and those of the settings fixed beforehand, where the
-    model has these."""
+    """Select the results for the card: `crossfit`, which chooses settings itself, and the fixed protocols whose
+    settings are the model's."""
     own = (f"{settings.lam:g}", _heads(settings), settings.scores)
     return [
         row
@@ -200,11 +201,11 @@ def _measured(records: Sequence[Record], settings: CSRAConfig) -> str:
         "",
         "## Measured",
         "",
-        "By `python -m benchmarks.sweep` of timm_csra: percent, and points of gain over the plain model with 95 %",
-        "paired bootstrap intervals over pictures. Without any choice on these pictures: `fixed` (logits, lam 0.1,",
-        "T inf) and `fixed_log_softmax` (lam 0.3, T inf), where they are this model's settings. `crossfit`: chosen on",
-        "one half of the pictures, measured on the other, both ways (both settings are listed). n: the pictures that",
-        "count for the metric.",
+        "Measured by `python -m benchmarks.sweep` of timm_csra: metrics in percent, and gains over the plain model in",
+        "percentage points with 95 % paired bootstrap confidence intervals over pictures. `fixed` (logits, lam 0.1,",
+        "T inf) and `fixed_log_softmax` (lam 0.3, T inf) are listed where they are this model's settings; they were",
+        "not chosen on these pictures. `crossfit`: the setting is chosen on one half of the pictures and measured on",
+        "the other half, both ways (both settings are listed). n is the number of pictures that the metric counts.",
         "",
         "| data, task | pixels | n | metric | protocol | scores | lam | T | plain | wrapped | gain |",
         "|---|---|---|---|---|---|---|---|---|---|---|",

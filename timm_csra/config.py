@@ -7,7 +7,12 @@ from typing import Any
 
 
 def validate_lam(lam: Any) -> float:
-    """Return `lam` as a float. TypeError if it is no real number, ValueError unless finite and >= 0."""
+    """Return `lam` as a float.
+
+    Raises:
+        TypeError: it is not a real number.
+        ValueError: it is negative, infinite or NaN.
+    """
     if isinstance(lam, bool) or not isinstance(lam, Real):
         raise TypeError(f"lam must be a real number, got {lam!r} ({type(lam).__name__}).")
     value = _as_float("lam", lam)
@@ -17,7 +22,12 @@ def validate_lam(lam: Any) -> float:
 
 
 def validate_temperature(temperature: Any) -> tuple[float, ...]:
-    """Return `temperature` as a non-empty tuple of positive floats (`inf` allowed)."""
+    """Return `temperature` as a non-empty tuple of positive floats (`inf` allowed).
+
+    Raises:
+        TypeError: a value is not a real number.
+        ValueError: there is no value, or one is not positive.
+    """
     values = tuple(temperature) if isinstance(temperature, (tuple, list)) else (temperature,)
     if not values:
         raise ValueError(
@@ -47,7 +57,12 @@ LOGITS, LOG_SOFTMAX = SCORES = ("logits", "log_softmax")
 
 
 def validate_scores(scores: Any) -> str:
-    """Return `scores` where it is one of `SCORES`. TypeError if it is no string, ValueError for another one."""
+    """Return `scores` unchanged if it is one of `SCORES`.
+
+    Raises:
+        TypeError: it is not a string.
+        ValueError: it is another string.
+    """
     if not isinstance(scores, str):
         raise TypeError(f"scores must be {_EITHER}, got {scores!r} ({type(scores).__name__}).")
     if scores not in SCORES:
@@ -56,7 +71,7 @@ def validate_scores(scores: Any) -> str:
 
 
 _EITHER = " or ".join(map(repr, SCORES))
-VERSION = 2  # of the form in which settings are stored; version 1 knew logits alone
+VERSION = 2  # of the stored settings; version 1 has no `scores`, since logits were the only kind
 _STORED = {1: ("version", "lam", "temperature"), 2: ("version", "lam", "temperature", "scores")}
 
 _VALIDATORS = {"lam": validate_lam, "temperature": validate_temperature, "scores": validate_scores}
@@ -64,18 +79,19 @@ _VALIDATORS = {"lam": validate_lam, "temperature": validate_temperature, "scores
 
 @dataclass
 class CSRAConfig:
-    """Settings of a wrapped model, kept in `model.csra`; every assignment is validated.
+    """Settings of a wrapped model, stored in `model.csra`; every assignment is validated.
 
     Args:
         lam: weight of the attention term, finite and >= 0. 0 is the plain model.
-        temperature: the paper's T, positive; `math.inf` takes the maximum over locations. Of several values the
+        temperature: the paper's T, positive; `math.inf` takes the maximum over locations. With several values, their
             attention terms are averaged. Always stored as a tuple.
-        scores: what is compared over locations: "logits", the paper's, or "log_softmax", the log-probabilities of
-            each location.
+        scores: the scores that the attention is computed from: "logits", as in the paper, or "log_softmax", the
+            log-probabilities at each location.
 
     Raises:
-        TypeError: a value of the wrong type (`bool` included).
-        ValueError: `lam` negative, infinite or NaN; `temperature` empty, NaN or not positive; unknown `scores`.
+        TypeError: a value has the wrong type (`bool` included).
+        ValueError: `lam` is negative, infinite or NaN; `temperature` is empty, NaN or not positive; `scores` is
+            unknown.
 
     Example:
         >>> config = CSRAConfig(lam=0.1)
@@ -96,17 +112,18 @@ class CSRAConfig:
         super().__setattr__(name, _VALIDATORS[name](value))
 
     def to_dict(self) -> dict[str, Any]:
-        """For a configuration file: plain JSON values, with the version of this form."""
+        """Return the settings as JSON values with a version, for a configuration file."""
         temperatures = ["inf" if math.isinf(t) else t for t in self.temperatures]
         return {"version": VERSION, "lam": self.lam, "temperature": temperatures, "scores": self.scores}
 
     @classmethod
     def from_dict(cls, stored: Any) -> "CSRAConfig":
-        """From what `to_dict` gave; nothing in it is trusted.
+        """Create the settings from the output of `to_dict`. Everything in it is validated, since files may come from
+        anyone.
 
         Raises:
-            TypeError: a value of the wrong type.
-            ValueError: another version, keys missing or unknown, or a value out of range.
+            TypeError: a value has the wrong type.
+            ValueError: the version is unknown, keys are missing or unknown, or a value is out of range.
 
         Example:
             >>> CSRAConfig.from_dict({"version": 2, "lam": 0.3, "temperature": ["inf"], "scores": "log_softmax"})
@@ -126,15 +143,15 @@ class CSRAConfig:
         if not isinstance(temperatures, list):
             raise TypeError(f'found temperature {temperatures!r}, expected a list such as ["inf"].')
         temperature = tuple(math.inf if t == "inf" else t for t in temperatures)
-        return cls(stored["lam"], temperature, stored.get("scores", LOGITS))  # what version 1 had
+        return cls(stored["lam"], temperature, stored.get("scores", LOGITS))  # version 1 has no `scores`
 
     @property
     def terms(self) -> tuple[tuple[str, float], ...]:
-        """The attention terms that are averaged: kind of scores and temperature of each."""
+        """Kind of scores and temperature of each attention term; the terms are averaged."""
         return tuple((self.scores, temperature) for temperature in self.temperatures)
 
     @property
     def temperatures(self) -> tuple[float, ...]:
-        """`temperature` as it is stored: a tuple."""
+        """`temperature` with the type in which it is stored, a tuple."""
         assert isinstance(self.temperature, tuple)
         return self.temperature

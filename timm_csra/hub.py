@@ -1,7 +1,7 @@
-"""Wrapped models to and from a folder or the Hugging Face Hub, in timm's own format and one key more.
+"""Save and load wrapped models in folders and on the Hugging Face Hub, in timm's own format plus one key.
 
-`model.safetensors` holds the plain model's weights and `config.json` is timm's, with the settings under `csra`. So
-plain timm and transformers load the same files, and see the plain model.
+`model.safetensors` holds the plain model's weights, and `config.json` is timm's with the settings under `csra`, so that
+timm and transformers can load the same files, as the plain model.
 """
 
 import hashlib
@@ -36,8 +36,8 @@ CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
 FOREIGN_WEIGHTS = (WEIGHTS, "pytorch_model.bin", "open_clip_model.safetensors", "open_clip_pytorch_model.bin")
 PICKLES = (".bin", ".pth", ".pt", ".tar", ".ckpt")
 LABELS = ("label_names", "label_descriptions")
-RECORDS_ARGUMENTS = hasattr(timm.models, "resolve_model_input_args")  # how a model was made, in `model_args`
-SHOWN = 4  # weights of each kind that do not fit, in errors of saving: a reparameterised model has hundreds
+RECORDS_ARGUMENTS = hasattr(timm.models, "resolve_model_input_args")  # this timm writes `model_args` such as img_size
+SHOWN = 4  # how many weights of each kind the error of saving lists: a reparameterised model has hundreds
 CLIENT: dict[str, Any] = {"library_name": "timm_csra", "library_version": __version__}
 
 _logger = logging.getLogger(__name__)
@@ -52,15 +52,15 @@ def create_model(
     scores: str = "logits",
     **kwargs: Any,
 ) -> nn.Module:
-    """`timm.create_model`, wrapped.
+    """Create a model with `timm.create_model` and wrap it.
 
     Args:
-        model_name: as timm takes it.
-        pretrained: load timm's weights.
+        model_name: as for `timm.create_model`.
+        pretrained: whether to load timm's pretrained weights.
         lam: see `wrap`.
         temperature: see `wrap`.
         scores: see `wrap`.
-        kwargs: for `timm.create_model`.
+        kwargs: further arguments of `timm.create_model`.
 
     Returns:
         The wrapped model, in training mode as timm returns it.
@@ -73,7 +73,7 @@ def create_model(
         >>> timm_csra.create_model('test_resnet', pretrained=False, lam=0.2).csra
         CSRAConfig(lam=0.2, temperature=(inf,), scores='logits')
     """
-    CSRAConfig(lam, temperature, scores)  # before anything is downloaded
+    CSRAConfig(lam, temperature, scores)  # validates the settings before anything is downloaded
     return wrap(timm.create_model(model_name, pretrained=pretrained, **kwargs), lam, temperature, scores)
 
 
@@ -82,21 +82,22 @@ def save_pretrained(
 ) -> None:
     """Write `model.safetensors`, `config.json` and, unless there is one, the model card `README.md`.
 
-    A file is either complete or as it was before.
+    If writing fails, each file is either complete or unchanged.
 
     Args:
         model: a wrapped model; it is not changed.
-        directory: where to; made if need be.
-        results: records of `python -m benchmarks.sweep` for the card, measured with these very weights.
+        directory: the folder; it is created if it does not exist.
+        results: records of `python -m benchmarks.sweep` for the card, measured with the same weights.
 
     Raises:
         TypeError: the model is not wrapped.
-        ValueError: `from_pretrained` could not load what would be saved: weights of layers that timm does not build
-            (a new classifier of which `model.num_classes` does not know, an MLP in its place, a parametrization, a
-            reparameterised model), or no classifier. Or `results` are no finished records, or of other weights.
+        ValueError: `from_pretrained` could not load the saved files, because the model has weights that timm does not
+            build (a new classifier with another number of classes than `model.num_classes`, an MLP as classifier, a
+            parametrization, a reparameterised model), or because it has no classifier. Or `results` are not finished
+            records, or were measured with other weights.
 
-    A change that has no weights and that timm does not record, such as another activation put into the model, is not
-    saved: what is loaded is the architecture as `timm.create_model` builds it.
+    A change that has no weights and that timm does not record, such as another activation, is not saved:
+    `from_pretrained` returns the architecture as `timm.create_model` builds it.
 
     Example:
         >>> import tempfile, timm_csra
@@ -126,24 +127,24 @@ def push_to_hub(
     commit_message: str = "Upload a timm model wrapped by timm_csra",
     results: Record | Sequence[Record] | None = None,
 ) -> CommitInfo:
-    """Push a wrapped model to the Hugging Face Hub, as one commit. A card that is there is left alone.
+    """Push a wrapped model to the Hugging Face Hub in one commit. An existing model card is not changed.
 
     Args:
         model: a wrapped model.
-        repo_id: `user/name`; made if there is none.
-        private: whether a repository that is made is private.
-        revision: a branch, made if there is none; default `main`.
-        create_pr: open a pull request instead of committing.
-        token: for the Hub; default: the one that `hf auth login` or `HF_TOKEN` gave.
-        commit_message: of the commit.
-        results: records of `python -m benchmarks.sweep` for the card, measured with these very weights.
+        repo_id: `user/name`; the repository is created if it does not exist.
+        private: whether a new repository is private.
+        revision: a branch, created if it does not exist; `main` by default.
+        create_pr: open a pull request instead of committing to the branch.
+        token: access token of the Hub; by default the one of `hf auth login` or `HF_TOKEN`.
+        commit_message: message of the commit.
+        results: records of `python -m benchmarks.sweep` for the card, measured with the same weights.
 
     Returns:
         huggingface_hub's `CommitInfo`, with the commit's URL.
 
     Raises:
         TypeError, ValueError: see `save_pretrained`; raised before anything is sent.
-        huggingface_hub.errors.HfHubHTTPError: the Hub refused.
+        huggingface_hub.errors.HfHubHTTPError: the Hub returned an error.
     """
     api = HfApi(token=token, **CLIENT)
     with TemporaryDirectory() as folder:
@@ -154,7 +155,7 @@ def push_to_hub(
         names = [CONFIG, WEIGHTS]
         if not api.file_exists(repo_id, CARD, revision=revision):
             names.append(CARD)
-        # Not `upload_folder`: that may make several commits of one folder.
+        # Not `upload_folder`, which may split one folder into several commits.
         return api.create_commit(
             repo_id,
             [CommitOperationAdd(name, Path(folder) / name) for name in names],
@@ -175,35 +176,35 @@ def from_pretrained(
     scores: str | None = None,
     **kwargs: Any,
 ) -> nn.Module:
-    """Load a wrapped model; or any model that timm can load, and wrap it.
+    """Load a wrapped model, or load any timm model and wrap it.
 
     Args:
-        name_or_path: `user/repo` or `hf-hub:user/repo@revision` on the Hugging Face Hub; a folder or
-            `local-dir:PATH`. A folder comes first where both are meant.
-        revision: branch, tag or commit.
-        cache_dir: of the downloads; default: huggingface_hub's.
-        token: for the Hub; default: the one that `hf auth login` or `HF_TOKEN` gave.
-        lam: instead of what is stored, or of the default of `wrap` where nothing is.
-        temperature: likewise.
-        scores: likewise.
-        kwargs: for `timm.create_model`, e.g. `num_classes=5` or `img_size=448`.
+        name_or_path: `user/repo` or `hf-hub:user/repo@revision` on the Hugging Face Hub, a folder, or
+            `local-dir:PATH`. An existing folder takes precedence over a repository of the same name.
+        revision: branch, tag or commit of the repository.
+        cache_dir: folder for downloads; huggingface_hub's cache by default.
+        token: access token of the Hub; by default the one of `hf auth login` or `HF_TOKEN`.
+        lam: replaces the stored value; None for the stored value, or the default of `wrap` where none is stored.
+        temperature: as `lam`.
+        scores: as `lam`.
+        kwargs: further arguments of `timm.create_model`, e.g. `num_classes=5` or `img_size=448`.
 
     Returns:
         The wrapped model in eval mode.
 
     Raises:
-        ValueError, TypeError: `name_or_path`, the settings, the configuration or the weights are not what is
-            expected. Where settings are stored, only `model.safetensors` is read.
+        ValueError, TypeError: `name_or_path`, the settings, the configuration or the weights are invalid, or the
+            weights do not fit the model. Where settings are stored, weights are read from `model.safetensors` alone.
         UnsupportedModelError: the model cannot be wrapped.
-        huggingface_hub.errors.HfHubHTTPError: the Hub refused, or has no such repository.
-        huggingface_hub.errors.LocalEntryNotFoundError: the Hub cannot be reached, and the cache does not have it.
+        huggingface_hub.errors.HfHubHTTPError: the Hub returned an error, or the repository does not exist.
+        huggingface_hub.errors.LocalEntryNotFoundError: the Hub cannot be reached, and the model is not in the cache.
     """
     source, location = _parse(name_or_path, revision)
     name = f"{source}:{location}"
     if refused := [key for key in ("pretrained", "checkpoint_path") if key in kwargs]:
         raise TypeError(
-            f"{name}: found the argument {refused[0]}; the weights are those of the folder or repository. For others "
-            "use timm_csra.create_model."
+            f"{name}: found the argument {refused[0]}, but from_pretrained loads the weights of the folder or "
+            "repository. For other weights use timm_csra.create_model."
         )
     if source == "local-dir":
         folder = Path(location)
@@ -215,7 +216,7 @@ def from_pretrained(
         repo, _, revision = location.partition("@")
         file = Path(hf_hub_download(repo, CONFIG, revision=revision or None, **hub))
         config, stored = _read_config(file, name)
-        folder = file.parent  # named by the commit, so that the weights are of the same
+        folder = file.parent  # its name is the commit, from which the weights are downloaded, too
         _download_weights(name, repo, folder.name, stored is not None, hub)
     if stored is not None:
         _check_weights(name, folder / WEIGHTS, config)
@@ -228,12 +229,13 @@ def from_pretrained(
     if stored is None:
         _logger.warning(f"{name}: {CONFIG} has no settings of timm_csra; wrapped with {settings}.")
     if (folder / WEIGHTS).is_file():
-        # By name: timm 1.0.22 gives the file it finds in a folder to torch.load, and torch 2.5 reads no safetensors.
+        # Named explicitly: timm 1.0.22 passes the file that it finds in a folder to torch.load, which in older torch
+        # versions cannot read safetensors.
         by_name = {"source": "", "file": str(folder / WEIGHTS), "custom_load": False}
         kwargs["pretrained_cfg_overlay"] = {**(kwargs.get("pretrained_cfg_overlay") or {}), **by_name}
     try:
         model = timm.create_model(f"local-dir:{folder}", pretrained=True, cache_dir=cache_dir, **kwargs)
-    except RuntimeError as error:  # timm's: no weights, pickles that want code, keys and shapes that do not fit
+    except RuntimeError as error:  # raised by timm: no weights, unsafe pickles, keys or shapes that do not fit
         raise ValueError(f"{name}: {error}") from error
     if source == "hf-hub":
         model.pretrained_cfg |= {"source": source, "hf_hub_id": location, "file": None}
@@ -243,7 +245,7 @@ def from_pretrained(
 
 
 def weights_sha256(model: nn.Module) -> str:
-    """Hash over names, shapes, types and values of all weights."""
+    """Compute a hash of the names, shapes, dtypes and values of all weights."""
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
@@ -252,7 +254,7 @@ def weights_sha256(model: nn.Module) -> str:
 
 
 def _write(model: nn.Module, folder: Path, name: str, results: Record | Sequence[Record] | None) -> None:
-    """All three files, into an empty folder: what `from_pretrained` loads, or an error that says why it could not."""
+    """Write all three files into an empty folder, and raise an error if `from_pretrained` could not load them."""
     if not is_wrapped(model):
         raise TypeError(f"{describe(model)}: found a {type(model).__name__}, expected a wrapped model: wrap it first.")
     records = [results] if isinstance(results, Mapping) else list(results or ())
@@ -261,12 +263,12 @@ def _write(model: nn.Module, folder: Path, name: str, results: Record | Sequence
     card = model_card(model, settings, name, records, weights_sha256(model) if records else "")
     extra: dict[str, Any] = {"csra": settings.to_dict()}
     cfg = getattr(model, "pretrained_cfg", {})
-    if len(cfg.get("label_names") or ()) == model.num_classes:  # timm drops them where the classifier was changed
+    if len(cfg.get("label_names") or ()) == model.num_classes:  # timm drops them after reset_classifier
         extra |= {key: cfg[key] for key in LABELS if cfg.get(key)}
     with _contiguous(model):
         timm.models.save_for_hf(model, str(folder), model_config=extra, safe_serialization=True)
     config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    # transformers' TimmWrapper takes both from the root alone, and fails on a second `num_classes`.
+    # transformers' TimmWrapper reads labels and `num_classes` at the root alone, and fails on a second `num_classes`.
     config.get("model_args", {}).pop("num_classes", None)
     for key in LABELS:
         if (value := config["pretrained_cfg"].pop(key, None)) is not None:
@@ -279,7 +281,7 @@ def _write(model: nn.Module, folder: Path, name: str, results: Record | Sequence
 
 @contextmanager
 def _contiguous(model: nn.Module) -> Iterator[None]:
-    """safetensors takes no channels_last tensors: `state_dict` gives them contiguous."""
+    """Make `state_dict` return contiguous tensors, since safetensors cannot save channels_last tensors."""
 
     def lay_out(module: nn.Module, state: dict[str, Any], *_: Any) -> None:
         state.update({name: tensor.contiguous() for name, tensor in state.items()})
@@ -292,31 +294,31 @@ def _contiguous(model: nn.Module) -> Iterator[None]:
 
 
 def _parse(name_or_path: str | Path, revision: str | None) -> tuple[str, str]:
-    """`hf-hub` and `user/repo[@revision]`, or `local-dir` and a folder."""
+    """Return `hf-hub` and `user/repo[@revision]`, or `local-dir` and a folder."""
     text = str(name_or_path)
     source, colon, location = text.partition(":")
     if not colon or source not in ("hf-hub", "local-dir"):
         source, location = ("local-dir" if Path(text).is_dir() else "hf-hub"), text
     if source == "local-dir":
         if revision is not None:
-            raise ValueError(f"{text}: found revision={revision!r} for a folder, expected it for a repository.")
+            raise ValueError(f"{text}: found revision={revision!r} with a folder; only a repository has revisions.")
         return source, location
     if location.partition("@")[0].count("/") != 1:
-        timm_name = f" timm's own are loaded by create_model({text!r})." if is_model(text) else ""
-        raise ValueError(f"{text}: expected user/repo on the Hub, or a folder that exists.{timm_name}")
+        timm_name = f" For timm's model of this name use create_model({text!r})." if is_model(text) else ""
+        raise ValueError(f"{text}: expected user/repo on the Hub, or an existing folder.{timm_name}")
     if revision is not None:
         if "@" in location:
-            raise ValueError(f"{text}: found a second revision, {revision!r}; expected one of the two.")
+            raise ValueError(f"{text}: found a second revision, revision={revision!r}; give only one of them.")
         location = f"{location}@{revision}"
     return source, location
 
 
 def _read_config(file: Path, name: str) -> tuple[dict[str, Any], CSRAConfig | None]:
-    """The configuration, which is data and not trusted, and its settings of timm_csra, if there are any."""
+    """Read and validate a configuration; return it with its settings of timm_csra, or None where it has none."""
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{name}: {CONFIG} is no JSON: {error}") from error
+        raise ValueError(f"{name}: {CONFIG} is not valid JSON: {error}") from error
     if not isinstance(config, dict):
         raise ValueError(f"{name}: {CONFIG} holds a {type(config).__name__}, expected an object.")
     try:
@@ -330,7 +332,8 @@ def _read_config(file: Path, name: str) -> tuple[dict[str, Any], CSRAConfig | No
         raise ValueError(f"{name}: {CONFIG} has no architecture; expected the name of a timm model.")
     if not is_model(architecture):
         raise ValueError(
-            f"{name}: {CONFIG} names {architecture!r}, which timm {timm.__version__} does not have. A newer timm may."
+            f"{name}: {CONFIG} names the architecture {architecture!r}, which timm {timm.__version__} does not have. A "
+            "newer timm may have it."
         )
     arguments = config.get("model_args", {})
     if not isinstance(arguments, dict) or any(key.startswith(("pretrained", "checkpoint")) for key in arguments):
@@ -355,13 +358,13 @@ def _no_weights(ours: bool) -> str:
     if not ours:
         return f"found no weights; expected one of {', '.join(FOREIGN_WEIGHTS)}."
     return (
-        f"found no {WEIGHTS}, expected it beside settings of timm_csra: pickled weights are not read there. Save the "
-        "model again with timm_csra.save_pretrained."
+        f"found no {WEIGHTS}, which has to be there because {CONFIG} holds settings of timm_csra: pickled weights are "
+        "not read. Save the model again with timm_csra.save_pretrained."
     )
 
 
 def _refuse_code(name: str, folder: Path) -> None:
-    """Pickles of plain timm repositories may hold tensors and nothing that runs: older versions of timm run it."""
+    """Raise ValueError if a pickle of weights contains code, which older timm versions would run."""
     for file in sorted(file for file in folder.iterdir() if file.suffix in PICKLES):
         try:
             read_weights_only(file, "meta")
@@ -370,8 +373,8 @@ def _refuse_code(name: str, folder: Path) -> None:
 
 
 def _check_weights(name: str, file: Path, config: dict[str, Any], saving: bool = False) -> None:
-    """Refuse weights that do not fit the architecture as it was saved: before anything is loaded, and before anything
-    that could not be loaded replaces files or is sent."""
+    """Raise ValueError for weights that do not fit the architecture in the configuration: before loading, and, with
+    `saving`, before files are replaced or pushed."""
     if not file.is_file():
         raise ValueError(f"{name}: {_no_weights(ours=True)}")
     try:
@@ -386,8 +389,8 @@ def _check_weights(name: str, file: Path, config: dict[str, Any], saving: bool =
     try:
         with torch.device("meta"):
             model = timm.create_model(config["architecture"], pretrained=False, **arguments)
-    except (TypeError, ValueError, RuntimeError, AssertionError) as error:  # as many ways as there are architectures
-        raise ValueError(f"{name}: {CONFIG} describes no model that timm can build: {error}") from error
+    except (TypeError, ValueError, RuntimeError, AssertionError) as error:  # architectures raise different errors
+        raise ValueError(f"{name}: timm cannot build the model that {CONFIG} describes: {error}") from error
     misfits = Misfits.of(found, _shapes(model))
     if misfits and saving:
         raise ValueError(
@@ -404,7 +407,7 @@ def _remedy(misfits: Misfits, expected: nn.Module, found: dict[str, Shape], clas
         fused = reparameterize_model(expected.eval())
     if not Misfits.of(found, _shapes(fused)):
         return REPARAMETERISED
-    older = f" timm {timm.__version__} does not record arguments it was made with, such as img_size: timm 1.0.31 does."
+    older = f" timm {timm.__version__} does not record arguments of the model such as img_size; timm 1.0.31 does."
     return misfits.remedy(classes) + ("" if RECORDS_ARGUMENTS else older)
 
 

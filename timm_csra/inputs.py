@@ -1,4 +1,4 @@
-"""What is asked of a model, and of the images of somebody else's loader, before they are run."""
+"""Check models and the images of a user's loader before they are run."""
 
 from torch import Tensor, nn
 
@@ -6,7 +6,7 @@ from .errors import describe
 
 
 def check_eval(model: nn.Module) -> None:
-    """Raise ValueError where any part of the model is in training: running it would change its statistics."""
+    """Raise ValueError if any module of the model is in training mode: a forward pass would change its statistics."""
     for name, module in model.named_modules():
         if module.training:
             where = f"`{name}`" if name else "a model"
@@ -16,10 +16,10 @@ def check_eval(model: nn.Module) -> None:
 
 
 def as_weights(model: nn.Module, images: Tensor) -> Tensor:
-    """Give images `(N, C, H, W)` on the device and in the dtype of the model's weights.
+    """Return images `(N, C, H, W)` on the device and in the dtype of the model's weights.
 
     Raises:
-        TypeError: another shape, or no floats: pixels that no transform has scaled.
+        TypeError: the images have another shape, or are not floats (pixels that no transform has scaled).
     """
     if images.ndim != 4 or not images.is_floating_point():
         raise TypeError(

@@ -1,4 +1,4 @@
-"""What wrapping means for one model: its kind of head, its grid of locations, and what scoring them costs."""
+"""Describe what wrapping does to a model: its kind of head, its grid of locations, and the cost of scoring them."""
 
 import copy
 from dataclasses import dataclass
@@ -20,44 +20,47 @@ from .locations import location_scores
 from .patching import check_supported, is_wrapped, plain_head
 
 _KINDS = {
-    "exact": "linear after average pooling: the mean of the location scores is the plain logit, as in the paper",
-    "nonlinear": "a norm, a hidden layer, an activation or another pooling makes the plain logit differ from that mean",
+    "exact": "linear after average pooling: the mean of the per-location logits is the plain logit, as in the paper",
+    "nonlinear": "a norm, a hidden layer, an activation or another pooling: the plain logit differs from the mean of "
+    "the per-location logits",
     "token": "class token or attention pooling: patch tokens were not trained to be classified, gains may be absent",
 }
-# With the evidence of docs/results.md, seven ImageNet-1k checkpoints.
+# Figures of docs/results.md, of seven ImageNet-1k checkpoints.
 _SEVERAL = (
-    "not wrapped. Pictures of several objects, weights trained with softmax cross entropy: "
-    'wrap(model, lam=0.3, scores="log_softmax") (mosaics gained 2 to 4 points of mAP, COCO 0.5); with a sigmoid for '
-    "each class: wrap(model, lam=0.1) (small heads alone were measured). One object each: leave it plain (no gain, up "
-    "to 1.4 points lost). timm_csra.tune decides on labelled pictures"
+    "not wrapped. For pictures of several objects: if the model was trained with softmax cross entropy, use "
+    'wrap(model, lam=0.3, scores="log_softmax") (it gained 2 to 4 points of mAP on mosaics, 0.5 on COCO); if it was '
+    "trained with a sigmoid for each class, use wrap(model, lam=0.1) (measured on small heads alone). For pictures of "
+    "one object each: leave the model plain (no gain, up to 1.4 points lost). timm_csra.tune measures the gain on "
+    "labelled pictures of your own"
 )
 _ADVICE = {
     "exact": _SEVERAL,
-    "nonlinear": f"{_SEVERAL}; of heads such as this one with 1,000 classes, one was measured, whose mosaics gained "
-    "0.6 to 4.5 points and COCO lost 3.4 on logits",
-    "token": "not wrapped. A class token or attention pooling decides: leave it plain, unless timm_csra.tune finds a "
-    "gain on labelled pictures (of one ViT, mosaics did not gain; COCO gained 1 point of mAP)",
+    "nonlinear": f"{_SEVERAL}. One checkpoint with such a head and 1,000 classes was measured: on mosaics it gained "
+    "0.6 to 4.5 points of mAP, on COCO it lost 1.2, or 3.4 on logits",
+    "token": "not wrapped. The class token or the attention pooling decides, so leave the model plain, unless "
+    "timm_csra.tune measures a gain on labelled pictures (one ViT was measured: no gain on mosaics, 1 point of mAP on "
+    "COCO)",
 }
 
 
 @dataclass(frozen=True)
 class Explanation:
-    """What `explain` found; `str()` of it is meant to be read.
+    """Result of `explain`; `str()` gives a readable summary.
 
     Attributes:
         architecture: timm's name of the architecture, else the class name.
-        input_size: images the figures are for, `(C, H, W)`.
+        input_size: size of the images that the figures are for, `(C, H, W)`.
         kind: `exact`, `nonlinear` or `token`; None where the model cannot be wrapped.
-        features: what `forward_features` returns, in timm's letters: `NCHW`, `NHWC`, `NLC`, or several of them.
-        prefix_tokens: tokens before the locations (class, distillation, registers), which are no locations.
-        path: how locations are scored: `general rule`, or `family adapter` with the family.
-        grid: rows and columns of locations, or None where they form none.
-        locations: number of locations L.
-        num_classes: K.
+        features: shape of the output of `forward_features`, in timm's notation: `NCHW`, `NHWC`, `NLC`, or several.
+        prefix_tokens: number of class, distillation and register tokens; they are not locations.
+        path: how locations are scored: `general rule`, or `family adapter` with its name.
+        grid: rows and columns of locations, or None where the locations form no grid.
+        locations: number of locations, L.
+        num_classes: number of classes, K.
         macs: multiply-accumulates of the plain model for one image.
-        extra_macs: those that scoring the locations adds.
+        extra_macs: multiply-accumulates that scoring the locations adds.
         extra_parameters: always 0.
-        settings: those that the model is wrapped with, or None.
+        settings: the settings of a wrapped model, or None.
         unsupported: why the model cannot be wrapped, or None.
     """
 
@@ -95,17 +98,17 @@ class Explanation:
 
 
 def explain(model: nn.Module, input_size: int | tuple[int, ...] | None = None) -> Explanation:
-    """Say what `wrap` would do, or does, to this model. Nothing is computed on real images and nothing is changed.
+    """Describe what `wrap` would do, or did, to this model. The model is not changed, and needs no images.
 
     Args:
-        model: plain or wrapped, on any device (the meta device too).
+        model: plain or wrapped, on any device, including the meta device.
         input_size: pixels as `S`, `(H, W)` or `(C, H, W)`; None for the model's own.
 
     Returns:
-        An `Explanation`. A model that cannot be wrapped gives one whose `unsupported` says why; it raises nothing.
+        An `Explanation`. For a model that cannot be wrapped, its `unsupported` gives the reason.
 
     Raises:
-        ValueError: an `input_size` that is none, or that the model does not take.
+        ValueError: `input_size` is not a size, or the model cannot run on it.
 
     Example:
         >>> import timm
@@ -141,7 +144,7 @@ def _input_size(model: nn.Module, requested: int | tuple[int, ...] | None) -> tu
 def _own_input_size(model: Any) -> tuple[int, int, int]:
     if hasattr(timm.models, "get_model_input_config"):
         return timm.models.get_model_input_config(model)["input_size"]
-    # timm < 1.0.31: the checkpoint's size, or that of the patch embedding where the model was built for another one.
+    # timm < 1.0.31: the size of the patch embedding, which may differ from the checkpoint's, else the checkpoint's.
     channels, *size = getattr(model, "pretrained_cfg", {}).get("input_size", (3, 224, 224))
     height, width = getattr(getattr(model, "patch_embed", None), "img_size", None) or size
     convolutions = (module.in_channels for module in model.modules() if isinstance(module, nn.Conv2d))
@@ -149,15 +152,15 @@ def _own_input_size(model: Any) -> tuple[int, int, int]:
 
 
 def _skeleton(model: nn.Module, mode: FakeTensorMode) -> nn.Module:
-    """A copy in eval mode whose weights have shapes and no values: it takes no memory, runs at no cost, and leaves no
-    trace in the model (attention caches its biases in some)."""
+    """Copy the model in eval mode, with weights that have shapes but no values: the copy takes no memory, runs at no
+    cost, and cannot change the model (some attention modules cache their biases)."""
     tensors = [leaf for module in model.modules() for leaf in tree_leaves(vars(module)) if isinstance(leaf, Tensor)]
     fakes = {id(t): mode.from_tensor(t if isinstance(t, nn.Parameter) else t.detach()) for t in tensors}
     return copy.deepcopy(model, fakes).eval()
 
 
 @torch.inference_mode(False)
-@torch.enable_grad()  # whatever the caller has set: the flop counter and the kind need gradients
+@torch.enable_grad()  # the flop counter and `_kind` need gradients, even where the caller has disabled them
 def _explain(model: nn.Module, size: tuple[int, int, int]) -> Explanation:
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     model = _skeleton(model, mode)
@@ -172,7 +175,7 @@ def _explain(model: nn.Module, size: tuple[int, int, int]) -> Explanation:
         layout = layout_of(model, features)
         shapes = [tuple(part.shape) for part in (features if isinstance(features, (list, tuple)) else [features])]
         grid = layout.grid(model, features, size[1:])
-    kind = _kind(model, head, shapes, recorder)  # with numbers: what cannot be wrapped is refused here
+    kind = _kind(model, head, shapes, recorder)  # computes with values: raises for heads that cannot be wrapped
     with mode, FlopCounterMode(display=False) as extra:
         scores = location_scores(model, head, features)
     return Explanation(
@@ -192,7 +195,7 @@ def _explain(model: nn.Module, size: tuple[int, int, int]) -> Explanation:
 
 
 class _HeadRecorder(TorchFunctionMode):
-    """Which parameters and buffers a head uses, and whether it attends."""
+    """Record which parameters and buffers a head uses, and whether it computes an attention."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -205,7 +208,8 @@ class _HeadRecorder(TorchFunctionMode):
         kwargs = kwargs or {}
         used = {self._names[id(leaf)] for leaf in tree_leaves((args, kwargs)) if id(leaf) in self._names}
         self.used |= used
-        self.attends |= func in _ATTENTION and not (func in _SOFTMAX and used)  # a softmax of a weight mixes branches
+        # A softmax of a weight mixes branches; it is not an attention.
+        self.attends |= func in _ATTENTION and not (func in _SOFTMAX and used)
         return func(*args, **kwargs)
 
 
@@ -227,8 +231,8 @@ class _Call(nn.Module):
 
 
 def _kind(model: nn.Module, head: Head, shapes: list[tuple[int, ...]], recorder: _HeadRecorder) -> str:
-    """Try the head on random features in float64, with random weights in place of its own: a head that starts at
-    zero, or has no weights yet (meta device), says nothing otherwise."""
+    """Find the kind of a head by running it on random features in float64, with random weights in place of its own: a
+    head initialised with zeros, or on the meta device, would show nothing."""
     if recorder.attends:
         return "token"
     generator = torch.Generator().manual_seed(0)

@@ -1,4 +1,4 @@
-"""Checkpoints and photographs that other installed packages bring along, for the demo."""
+"""Find checkpoints and photographs in other installed packages, so that the demo works without network."""
 
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
@@ -12,18 +12,18 @@ EXAMPLES = {
 
 
 def installed_wheels() -> list[str]:
-    """Checkpoints that need no network."""
+    """List the installed checkpoints."""
     return [name for name, wheel in WHEELS.items() if file_of(wheel, ".pth")]
 
 
 def installed_examples() -> dict[str, str]:
-    """Photographs by what they show."""
+    """List the installed photographs: description to path."""
     found = {name: file_of(wheel, file) for name, (wheel, file) in EXAMPLES.items()}
     return {name: str(path) for name, path in found.items() if path}
 
 
 def file_of(package: str, end: str) -> Path | None:
-    """The first file of an installed package that ends so; None where there is none."""
+    """Return the first file of an installed package whose path ends with `end`; None where there is none."""
     try:
         files = distribution(package).files or []
     except PackageNotFoundError:

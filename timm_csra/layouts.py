@@ -1,8 +1,8 @@
-"""Where the locations are in what `forward_features` returns, and how a map looks in which all of them are equal.
+"""Find the locations in the output of `forward_features`, and build constant maps, in which all locations are equal.
 
 `Map` and `Tokens` are all that most timm models need: pooling a constant map gives the constant, so a map of one
-location is enough. The other classes are the families whose head needs more, each with the definition of its constant
-map. `layout_of` chooses.
+location is enough. The other classes are adapters for families whose head needs more; each docstring defines the
+constant map of the family. `layout_of` chooses the layout.
 """
 
 import math
@@ -19,22 +19,22 @@ from torch.fx import Proxy
 
 from .errors import UnsupportedModelError, describe
 
-# A head: features to logits, or to a tuple of logits (distilled models in training).
+# A head maps features to logits, or to a tuple of logits (distilled models in training).
 Head = Callable[..., Tensor | tuple[Tensor, ...]]
 
 
 def elements(logits: Any) -> tuple[Tensor, ...]:
-    """What a head returned, as a tuple."""
+    """Return the output of a head as a tuple."""
     return logits if isinstance(logits, tuple) else (logits,)
 
 
 class Layout:
-    """One way in which features hold locations.
+    """How the locations are arranged in the features.
 
     Attributes:
-        format: the shape of the features, in timm's letters.
-        prefix_tokens: tokens before the locations, which are no locations.
-        adapter: the family that needs it; None for the general rule.
+        format: the shape of the features in timm's notation, such as `NCHW`.
+        prefix_tokens: number of tokens before the patch tokens; they are not locations.
+        adapter: name of the adapter; None for the general rule.
     """
 
     format: str
@@ -42,25 +42,26 @@ class Layout:
     adapter: str | None = None
 
     def locations(self, features: Any) -> tuple[Tensor, ...]:
-        """Give what the head sees of each location: one `(N, L, C)`, or one for each of its branches."""
+        """Return the features of every location: one tensor `(N, L, C)`, or one for each branch of the head."""
         raise NotImplementedError
 
     def constant_maps(self, *rows: Tensor, places: int = 1) -> Any:
-        """Make M constant maps of `(M, C)` for each branch, in the shape that the head takes; prefix tokens become the
-        location too. A map has 1 or 4 `places`, unless the layout needs more."""
+        """Build M constant maps from rows `(M, C)` for each branch, in the shape that the head takes; prefix tokens are
+        set to the location, too. A map has 1 or 4 locations (`places`), unless the layout needs more."""
         raise NotImplementedError
 
     def pre_logits(self, model: Any, head: Head, *rows: Tensor) -> Tensor:
-        """Compute what the last layer gets of M constant maps, `(M, D)`."""
+        """Compute the input of the last layer for M constant maps, `(M, D)`."""
         return head(self.constant_maps(*rows), pre_logits=True)  # type: ignore[return-value]
 
     def classifier(self, model: Any) -> Any:
-        """Find the last layer of the head, or layers."""
+        """Return the last layer of the head, or its last layers."""
         return model.get_classifier() if hasattr(model, "get_classifier") else None
 
     def grid(self, model: Any, features: Any, input_size: tuple[int, int]) -> tuple[int, int] | None:
-        """Find rows and columns of locations, None where they form none. Tokens lie as the patch embedding puts them;
-        where it does not say so, on the grid of L cells with the input's `(H, W)` aspect."""
+        """Return the numbers of rows and columns of the grid of locations, or None where they form no grid. The grid is
+        that of the patch embedding; where it does not report one, the L locations get the aspect ratio of the input
+        `(H, W)`."""
         count = self.locations(features)[0].shape[1]
         embedding: Any = getattr(model, "patch_embed", None)
         if hasattr(embedding, "dynamic_feat_size"):
@@ -92,7 +93,7 @@ class Map(Layout):
 
 
 class Tokens(Layout):
-    """Tokens `(N, L, C)`, the prefix tokens first."""
+    """Tokens `(N, P + L, C)`, the P prefix tokens first."""
 
     format = "NLC"
 
@@ -109,13 +110,14 @@ class Tokens(Layout):
 
 
 class AttentionPooledMap(Map):
-    """A map that `AttentionPool2d` pools (CLIP ResNets): its embedding makes each position another key and value.
+    """A map pooled by `AttentionPool2d` (CLIP ResNets), whose position embedding gives each position another key and
+    value.
 
-    The constant map of location j is the full one: x_j at every position, and their mean, x_j, as the query. With
-    positions p = 0 (the query's) to L, embedding e_p, and q, k, v the affine projections of one attention head, the
-    last layer gets
+    The constant map of location j has the full size: x_j at every position, and their mean, x_j, as the query. With
+    positions p = 0 (the query) to L, embedding e_p, and q, k, v the affine projections of one attention head, the input
+    of the last layer is
 
-        w_p = softmax_p(q(x_j + e_0) . k(e_p) / sqrt(d))           k(x_j) adds the same to every p and cancels
+        w_p = softmax_p(q(x_j + e_0) . k(e_p) / sqrt(d))           k(x_j) is the same for every p and cancels
         y_j = v(x_j) + sum_p w_p * (v(e_p) - v(0))                 the weights sum to 1
     """
 
@@ -130,7 +132,7 @@ class AttentionPooledMap(Map):
         return x[:, :, None, None].expand(-1, -1, *self.size)
 
     def classifier(self, model: Any) -> Any:
-        return model.head.proj  # older versions of timm do not find it themselves
+        return model.head.proj  # get_classifier of older timm versions does not return it
 
     def pre_logits(self, model: Any, head: Head, *rows: Tensor) -> Tensor:
         pool, (x,) = model.head, rows
@@ -146,16 +148,16 @@ class AttentionPooledMap(Map):
 
 
 def _project(pool: AttentionPool2d, part: str, x: Tensor) -> Tensor:
-    """Compute queries, keys or values of `(M, C)`: `(M, attention heads, d)`."""
+    """Compute queries, keys or values, `(M, attention heads, d)`, of `x`, `(M, C)`."""
     projected = getattr(pool, part)(x) if pool.qkv is None else pool.qkv(x).chunk(3, dim=-1)["qkv".index(part)]
     return projected.unflatten(-1, (pool.num_heads, pool.head_dim))
 
 
 class Branches(Layout):
-    """Several grids of tokens, each behind its class token (CoaT with parallel blocks, CrossViT).
+    """Several grids of tokens, each with a class token first (CoaT with parallel blocks, CrossViT).
 
-    The locations are those of the finest grid. The constant map of location j has in every branch the one token that
-    lies nearest to j's centre, as every token of that branch, its class token included.
+    The locations are those of the finest grid. In the constant map of location j, all tokens of a branch, its class
+    token included, equal the token of that branch that covers the centre of j.
     """
 
     prefix_tokens = 1
@@ -179,7 +181,7 @@ class Branches(Layout):
         return self.finest
 
     def _nearest(self, grid: tuple[int, int], device: torch.device) -> Tensor:
-        """For each location of the finest grid, which token of `grid` covers its centre: `(L,)`."""
+        """Return the indices of the tokens of `grid` that cover the centres of the finest grid's locations, `(L,)`."""
         rows, columns = (
             (2 * torch.arange(fine, device=device) + 1) * coarse // (2 * fine)
             for fine, coarse in zip(self.finest, grid, strict=True)
@@ -190,8 +192,8 @@ class Branches(Layout):
 class MapWithStates(Layout):
     """Hidden states, then the final map `(N, C, L)`, each with a classifier of its own (EfficientViM).
 
-    States belong to no place and stay as they are; the final map becomes constant. The head averages each state over
-    its slots first, so the average stands for the state.
+    States belong to no location: they stay as they are, and the final map becomes constant. The head averages each
+    state over its slots first, so the average can replace the state.
     """
 
     adapter = "map with states"
@@ -210,11 +212,11 @@ class MapWithStates(Layout):
 
 
 class PiTFeatures:
-    """PiT's `forward_features` drops the map and returns the class tokens alone.
+    """Adds the feature map to the output of PiT's `forward_features`, which returns the class tokens alone.
 
-    Wrapped, it returns the class tokens followed by the last stage's map through the same norm, `(N, L, C)`: PiT's
-    head takes the first tokens, and the map is where the locations are. Under the constant map every class token
-    becomes token j. With lam = 0 it returns what PiT does.
+    Wrapped, it returns the class tokens followed by the last stage's map through the same norm, `(N, P + L, C)`: PiT's
+    head uses the class tokens only, and the tokens of the map are the locations. In the constant map every class token
+    equals token j. With lam = 0 it returns what PiT does.
     """
 
     def forward_features(self, x: Tensor) -> Tensor:
@@ -229,20 +231,21 @@ def _pit_features(model: Any, x: Tensor) -> Tensor:
 
 
 def overrides(plain: type) -> tuple[type, ...]:
-    """What the wrapped class of a family overrides beside `forward_head`."""
+    """Return the classes that override methods other than `forward_head` in the wrapped class of a family."""
     return (PiTFeatures,) if issubclass(plain, PoolingVisionTransformer) else ()
 
 
 def spatial_features(model: nn.Module, x: Tensor) -> Any:
-    """`forward_features` with the locations in it, for a wrapped or plain model, whatever its `lam`."""
+    """Run `forward_features` so that its output contains the locations, for a wrapped or plain model and any `lam`."""
     return _pit_features(model, x) if isinstance(model, PoolingVisionTransformer) else model.forward_features(x)  # type: ignore
 
 
 def layout_of(model: nn.Module, features: Any) -> Layout:
-    """The layout of `features`, which `model.forward_features` returned: by what they are, then by the class.
+    """Return the layout of `features`, the output of `model.forward_features`, by their type and shape and by the class
+    of the model.
 
     Raises:
-        UnsupportedModelError: they are nothing that is known, or hold no location.
+        UnsupportedModelError: the layout is unknown, or the features have no locations.
     """
     if isinstance(features, (list, tuple)) and all(isinstance(part, Tensor) for part in features):
         if isinstance(model, (CoaT, CrossVit)):
@@ -251,9 +254,9 @@ def layout_of(model: nn.Module, features: Any) -> Layout:
             return MapWithStates(len(features) - 1)
     if isinstance(features, Proxy):
         raise UnsupportedModelError(
-            f"{describe(model)}: torch.fx cannot trace a wrapped model: its locations are found by the shape of the "
-            "features, and a proxy has none. Use torch.export.export, or trace the plain model: unwrap it, or set "
-            "model.csra.lam = 0."
+            f"{describe(model)}: torch.fx cannot trace a wrapped model: timm_csra finds the locations by the shape of "
+            "the features, and a proxy has no shape. Use torch.export.export, or trace the plain model: unwrap it, or "
+            "set model.csra.lam = 0."
         )
     if not isinstance(features, Tensor):
         raise UnsupportedModelError(
@@ -275,14 +278,14 @@ def layout_of(model: nn.Module, features: Any) -> Layout:
         return Map("NHWC" if output_fmt == "NHWC" or (output_fmt is None and last) else "NCHW")
     tokens = f" of which {prefix} are prefix tokens" if features.ndim == 3 else ""
     raise UnsupportedModelError(
-        f"{describe(model)}: no location is left in its features: forward_features returned "
+        f"{describe(model)}: its features have no locations: forward_features returned "
         f"{tuple(features.shape)}{tokens}, expected (N, C, H, W), (N, H, W, C) or (N, L, C) with L >= 1 locations. "
-        "Class-specific residual attention needs an unpooled feature map; use a model that keeps one."
+        "Class-specific residual attention needs an unpooled feature map; use a model that returns one."
     )
 
 
 def _class_tokens(model: nn.Module) -> int:
-    """How many class tokens a model has that counts none in `num_prefix_tokens` (CoaT-Lite, VOLO, PiT)."""
+    """Count the class tokens of a model that has no `num_prefix_tokens` (CoaT-Lite, VOLO, PiT)."""
     tokens = [p.shape[1] for name, p in model.named_parameters(recurse=False) if name.startswith("cls_token")]
     return tokens[0] if tokens else 0
 

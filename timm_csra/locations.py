@@ -1,15 +1,16 @@
 """From the last feature map to the class scores of every location, by one rule for every head.
 
-The score of location j is what the model's own head says when every location looks like j (the constant map). The head
-itself runs on N * L constant maps, with norms, hidden layers and activations applied as trained, and no table of
-families is needed; `layouts.py` says how small such a map may be, and knows the families that need more than that.
+The score of location j is the model's own logit for a constant map: a feature map in which every location equals
+location j. The head runs on N * L constant maps, with its norms, hidden layers and activations as trained, so no table
+of families is needed. `layouts.py` decides how small a constant map may be, and has adapters for the families whose
+head needs more than one location.
 
-Where the head is its `pre_logits` followed by one linear layer (`heads.py` finds that out), the head runs up to that
-layer. In eager mode the scores are made for some rows at a time and reduced over the locations at once: those of all
-locations and classes are never held together.
+Where the head is `pre_logits` followed by one linear layer (`heads.py` checks that), the head runs up to that layer,
+and the layer is applied to each location. In eager mode some rows are scored at a time and reduced over locations
+immediately, so the scores of all locations and classes are never in memory together.
 """
 
-from __future__ import annotations  # the compiler of older versions of torch evaluates no generic ones
+from __future__ import annotations  # torch.compile in older torch versions cannot evaluate generic annotations
 
 from collections.abc import Callable, Sequence
 from itertools import pairwise
@@ -25,28 +26,28 @@ from .errors import UnsupportedModelError, describe
 from .heads import is_recorded, on_whole_map, parts_of
 from .layouts import Head, Layout, elements, layout_of
 
-# Scores of a batch that are made at a time. On a CPU 32 MB in float32: products with fewer rows take longer, because
-# each reads the weights of 21,841 classes again. Elsewhere what keeps the device busy.
+# How many scores are computed at a time. On a CPU 32 MB in float32: products with fewer rows are slower, because each
+# product reads the weights of all classes (up to 21,841) again. An accelerator needs more to be busy.
 SCORES, SCORES_OF_ACCELERATORS = 2**23, 2**24
 
-Term = tuple[str, float]  # kind of scores, see CSRAConfig, and temperature
+Term = tuple[str, float]  # kind of scores (see CSRAConfig) and temperature
 
 
 def location_attention(
     model: nn.Module, head: Head, features: Any, terms: Sequence[Term], valid: Tensor | None = None
 ) -> tuple[list[Tensor], ...]:
-    """Compute attention terms, in eager inference without ever holding the scores of all locations.
+    """Compute attention terms; in eager inference, without holding the scores of all locations in memory.
 
     Args:
         model: the model that `features` come from.
-        head: its own `forward_head`.
-        features: what `forward_features` returned.
+        head: the model's own `forward_head`.
+        features: the output of `forward_features`.
         terms: kind of scores and temperature of each term.
-        valid: which of the L locations are none of padding, `(N, L)` booleans; None for all.
+        valid: mask of the locations that are not padding, `(N, L)` booleans; None for all.
 
     Returns:
-        For each element of what `head` returns (one, or two in distilled training) a list of `(N, K)`, one for each
-        term, in the dtype of the logits; those of `log_softmax` in float32 at least.
+        For each output of `head` (one, or two in distilled training) a list of tensors `(N, K)`, one for each term, in
+        the dtype of the logits; terms of `log_softmax` are in float32 or wider.
 
     Raises:
         UnsupportedModelError: see `location_scores`.
@@ -55,7 +56,7 @@ def location_attention(
     locations = layout.locations(features)
     temperatures = {kind: [T for other, T in terms if other == kind] for kind, _ in terms}
     parts = parts_of(model, head, layout, locations)
-    groups: list[list[list[Tensor]]] = []  # of images: for each element of the logits the terms
+    groups: list[list[list[Tensor]]] = []  # for each group of images, for each output of the head: the terms
     with parts.evaluating(model):
         score, width = _by_head(model, head, layout), cast(int, model.num_classes)
         if parts.classifier is not None:
@@ -79,19 +80,19 @@ def location_attention(
 
 
 def location_scores(model: nn.Module, head: Head, features: Any) -> tuple[Tensor, ...]:
-    """Compute the logits of every location by the rule, all at once.
+    """Compute the logits of every location with the whole head on constant maps, all locations at once.
 
     Args:
         model: the model that `features` come from.
-        head: its own `forward_head`.
-        features: what `forward_features` returned.
+        head: the model's own `forward_head`.
+        features: the output of `forward_features`.
 
     Returns:
-        One `(N, L, K)` tensor for each element of what `head` returns: one, or two in distilled training.
+        One `(N, L, K)` tensor for each output of `head`: one, or two in distilled training.
 
     Raises:
-        UnsupportedModelError: the features hold no location, the head returns no `(N, K)` logits, or its logits of a
-            constant map depend on the size of the map.
+        UnsupportedModelError: the features have no locations, the head does not return logits `(N, K)`, or its logits
+            for a constant map depend on the size of the map.
     """
     layout = layout_of(model, features)
     locations = layout.locations(features)
@@ -100,21 +101,21 @@ def location_scores(model: nn.Module, head: Head, features: Any) -> tuple[Tensor
 
 
 def _rows(function: Callable[..., Any], locations: tuple[Tensor, ...]) -> Any:
-    """Apply a function of rows `(M, C)` to locations `(N, L, C)`: `(N, L, K)` for each `(M, K)` that it returns."""
+    """Apply a function of rows `(M, C)` to locations `(N, L, C)`; return `(N, L, K)` for each `(M, K)` it returns."""
     shape = locations[0].shape[:2]
     found = function(*(branch.flatten(0, 1) for branch in locations))
     return tuple(x.unflatten(0, shape) for x in found) if isinstance(found, tuple) else found.unflatten(0, shape)
 
 
 def _by_head(model: nn.Module, head: Head, layout: Layout) -> Callable[..., tuple[Tensor, ...]]:
-    """The rule: the whole head on constant maps."""
+    """Return a function that scores rows `(M, C)` by running the whole head on constant maps."""
 
     def score(*rows: Tensor) -> tuple[Tensor, ...]:
         logits = elements(head(layout.constant_maps(*rows)))
         for element in logits:
             if element.ndim != 2:
                 raise UnsupportedModelError(
-                    f"{describe(model)}: its head returns {tuple(element.shape)}, expected logits (N, K). "
+                    f"{describe(model)}: its head returned {tuple(element.shape)}, expected logits (N, K). "
                     "Create the model with pooling (global_pool='avg'), not with global_pool=''."
                 )
         return logits
@@ -123,18 +124,18 @@ def _by_head(model: nn.Module, head: Head, layout: Layout) -> Callable[..., tupl
 
 
 def _by_classifier(classifier: nn.Linear | nn.Conv2d) -> Callable[[Tensor], tuple[Tensor, ...]]:
-    """The last layer alone, on what `pre_logits` gave."""
+    """Return a function that applies the last layer alone to rows of `pre_logits`, `(M, D)`."""
     if isinstance(classifier, nn.Linear):
         return lambda rows: (classifier(rows),)
     if type(classifier) is nn.Conv2d and "forward" not in vars(classifier) and type(classifier.weight) is nn.Parameter:
         weight, bias = classifier.weight.flatten(1), classifier.bias
-        return lambda rows: (F.linear(rows, weight, bias),)  # half the time of a convolution, on CPUs
-    return lambda rows: (classifier(rows[:, :, None, None]).flatten(1),)  # quantised, or changed
+        return lambda rows: (F.linear(rows, weight, bias),)  # takes half the time of the convolution on CPUs
+    return lambda rows: (classifier(rows[:, :, None, None]).flatten(1),)  # quantised, or its forward was replaced
 
 
 def _spans(locations: Tensor, width: int) -> tuple[list[slice], list[slice]]:
-    """Which images and which of their locations are scored at a time, if `width` numbers are made of each location. A
-    recorded graph takes all at once: it has to serve other sizes than those of its inputs."""
+    """Divide images and locations into the slices that are scored at a time, for `width` scores per location. A
+    recorded graph scores everything at once, because it has to work for other input sizes, too."""
     if is_recorded():
         return [slice(None)], [slice(None)]
     count, places, channels = locations.shape
@@ -143,14 +144,14 @@ def _spans(locations: Tensor, width: int) -> tuple[list[slice], list[slice]]:
 
 
 def _even(count: int, size: int) -> list[slice]:
-    """Divide `count` into as few parts of at most `size` as there can be, of nearly equal length; one for none."""
+    """Divide `count` items into as few slices of at most `size` as possible, of nearly equal length; at least one."""
     parts = max(1, -(-count // size))
     bounds = [count * part // parts for part in range(parts + 1)]
     return [slice(start, stop) for start, stop in pairwise(bounds)]
 
 
 def as_kind(kind: str, logits: Tensor) -> Tensor:
-    """Turn logits `(..., K)` into scores of a kind, see CSRAConfig; log-probabilities are in float32 at least."""
+    """Turn logits `(..., K)` into a kind of scores, see CSRAConfig; log-probabilities are in float32 or wider."""
     if kind == LOGITS:
         return logits
     return logits.log_softmax(dim=-1, dtype=torch.promote_types(logits.dtype, torch.float32))
@@ -162,8 +163,9 @@ def _attention(
     temperatures: dict[str, list[float]],
     valid: Tensor | None,
 ) -> list[list[Attention]]:
-    """Score some locations of some images, and reduce them: for each element of the logits each kind of scores. In a
-    function of its own, so that the scores are gone before others are made."""
+    """Score some locations of some images and reduce them: for each output of the head, for each kind of scores.
+
+    A separate function, so that these scores are freed before the next ones are computed."""
     return [
         [Attention.of(as_kind(kind, scores), Ts, valid) for kind, Ts in temperatures.items()]
         for scores in _rows(score, locations)
@@ -182,7 +184,7 @@ def _merged(
 def _in_order(
     terms: Sequence[Term], temperatures: dict[str, list[float]], attention: Sequence[Attention]
 ) -> list[Tensor]:
-    """The attention of each kind of scores as one list, in the order of `terms`."""
+    """Return the attention terms of all kinds of scores in one list, in the order of `terms`."""
     found = {
         (kind, T): term
         for (kind, Ts), of_kind in zip(temperatures.items(), attention, strict=True)

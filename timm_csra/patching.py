@@ -1,4 +1,4 @@
-"""Wrapping a timm model in place, by swapping its class for a cached subclass."""
+"""Wrap a timm model in place, by swapping its class for a cached subclass."""
 
 import functools
 import math
@@ -18,28 +18,28 @@ from .layouts import Head, layout_of, overrides, spatial_features
 from .locations import as_kind, location_attention, location_scores
 
 Model = TypeVar("Model", bound=nn.Module)
-_MASKS = ("patches", "patch_valid", "attn_mask")  # NaFlexViT's; which of its patches are no padding is minded
+_MASKS = ("patches", "patch_valid", "attn_mask")  # arguments of NaFlexViT; locations that are padding get no weight
 
 
 class CSRAMixin:
     """Modifications:
 
-    - `forward_head` adds the attention term of `self.csra` to the logits.
-    - a call that did not reach it says so, once.
-    - copying and pickling rebuild the subclass from the timm class.
-    - `torch.jit.script` is refused.
+    - `forward_head` adds the attention term to the logits, with the settings in `self.csra`.
+    - A call of the model that did not call `forward_head` warns once.
+    - Copying and pickling rebuild the subclass from the timm class.
+    - `torch.jit.script` raises an error.
     """
 
     csra: CSRAConfig
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         outputs, model = super().__call__(*args, **kwargs), cast(nn.Module, self)  # type: ignore[misc]
-        compiled = model._compiled_call_impl is not None  # by model.compile(): its forward is recorded, not called
+        compiled = model._compiled_call_impl is not None  # by model.compile(): no Python code of forward_head runs
         if not (compiled or is_recorded()) and self.csra.lam and model not in _reached:
             _reached.add(model)
             warnings.warn(
-                f"{describe(model)}: its forward did not call forward_head: wrapping changes "
-                "nothing. Expected a forward like timm's: forward_head(forward_features(x)).",
+                f"{describe(model)}: its forward did not call forward_head, so wrapping has no effect. "
+                "Expected a forward like timm's: forward_head(forward_features(x)).",
                 stacklevel=2,
             )
         return outputs
@@ -49,18 +49,18 @@ class CSRAMixin:
         if not is_recorded():
             _reached.add(model)
         if lam == 0 or pre_logits:
-            features = () if x is None else (x,)  # NaFlexViT names its features
+            features = () if x is None else (x,)  # NaFlexViT passes its features by keyword
             return head(*features, **(masks | {"pre_logits": True} if pre_logits else masks))
         if not model.num_classes:
             raise UnsupportedModelError(_no_classifier(model))
         if unknown := masks.keys() - _MASKS:
             raise UnsupportedModelError(
                 f"{describe(model)}: forward_head was called with {', '.join(sorted(unknown))}; expected no arguments "
-                f"but the features, pre_logits and {', '.join(_MASKS)}, since the locations are scored without others. "
-                "Set what the head goes by on the model instead."
+                f"but the features, pre_logits and {', '.join(_MASKS)}, because locations are scored without others. "
+                "Set what the head needs as an attribute of the model instead."
             )
         features = masks.pop("patches") if x is None else x
-        # Locations first: what they refuse, they refuse before the plain head has changed anything.
+        # Locations first, so that an error is raised before the plain head has changed anything.
         terms = location_attention(model, head, features, self.csra.terms, _valid(model, features, masks))
         logits = head(features, **masks)
         if isinstance(logits, tuple):
@@ -81,17 +81,17 @@ class CSRAMixin:
 
 
 def _valid(model: nn.Module, features: Any, masks: dict[str, Any]) -> Tensor | None:
-    """Which of the L locations are no padding, `(N, L)`, where the head was called with such a mask (NaFlexViT)."""
+    """Return the mask of the locations that are not padding, `(N, L)`; None where the head got no mask for them."""
     valid = masks.get("patch_valid")
     if valid is None:
         return None
     if valid.shape != layout_of(model, features).locations(features)[0].shape[:2]:
-        return None  # other tokens than patches have been pooled from them
+        return None  # the model has pooled its patches to other tokens
     return valid.bool()
 
 
-# Models whose forward is known to reach `forward_head`, or that a warning has named. Not kept in the models: pickles
-# and copies must not hold it.
+# Models whose forward called `forward_head`, or that were warned about. Not stored in the models, because pickles and
+# copies must not contain it.
 _reached: WeakSet[nn.Module] = WeakSet()
 
 
@@ -107,40 +107,42 @@ def _plain_class(wrapped: type) -> type:
 
 
 def _rebuild(plain: type, rebuild: Any, *args: Any) -> Any:
-    """Unpickle: only the timm class is named in the file, the subclass is made from it."""
+    """Unpickle a wrapped model: a pickle names the timm class alone, and the subclass is made from it."""
     return rebuild(*(_wrapped_class(plain) if arg is plain else arg for arg in args))
 
 
 def is_wrapped(model: nn.Module) -> bool:
-    """Whether `wrap` has patched this model (the module itself, not one inside it)."""
+    """Return whether this model is wrapped; a container of a wrapped model is not."""
     return isinstance(model, CSRAMixin)
 
 
 def wrap(
     model: Model, lam: float = 0.1, temperature: float | tuple[float, ...] = math.inf, scores: str = "logits"
 ) -> Model:
-    """Add class-specific residual attention to a timm classifier, in place: no retraining, no new weight.
+    """Add class-specific residual attention to a timm classifier, in place, without retraining and without new weights.
 
-    The logits become `base_c + lam * att_c` with `att_c = sum_j softmax_j(T * s_c(j)) * s_c(j)` (for T = inf the
-    maximum over locations j), where `s_c(j)` is the logit, or log-probability, that the model's own head gives class c
-    when every location looks like j (Zhu & Wu, ICCV 2021, arXiv 2108.02456). `state_dict`, `isinstance` and the data
-    config stay as they are.
+    The logits become `base_c + lam * att_c` with `att_c = sum_j softmax_j(T * s_c(j)) * s_c(j)` (for T = inf, the
+    maximum over locations j). `s_c(j)` is the logit, or log-probability, of class c that the model's own head computes
+    from a feature map in which every location equals location j (Zhu & Wu, ICCV 2021, arXiv 2108.02456). `state_dict`,
+    `isinstance` and the data config stay as they are.
 
     Args:
         model: a timm classifier. Wrapping a wrapped model replaces its settings.
-        lam: weight of the attention term, finite and >= 0. With 0 the model's own head is called and nothing else.
-        temperature: the paper's T, positive, or `inf`; of several (a tuple) the terms are averaged.
+        lam: weight of the attention term, finite and >= 0. With 0 only the model's own head runs.
+        temperature: the paper's T, positive or `inf`. With a tuple, the attention terms of its values are averaged.
         scores: `logits`, the paper's formula, for classifiers trained with a sigmoid for each class (multi-label
-            heads, timm's BCE recipes such as `a1_in1k`); or `log_softmax`, with `lam=0.3`, for those trained with
-            softmax cross entropy, as most of timm's. Softmax training leaves one free offset at every location, which
-            a maximum over locations would compare; log-probabilities have none. `docs/results.md` has the evidence.
+            heads, timm's BCE recipes such as `a1_in1k`); or `log_softmax`, with `lam=0.3`, for classifiers trained with
+            softmax cross entropy, as most of timm's. Softmax training does not determine an offset common to all logits
+            of a location, but a maximum over locations compares these offsets; log-probabilities have none. See
+            `docs/results.md` for measurements.
 
     Returns:
         The same object. `model.csra` holds the settings; `model.csra.lam = 0.3` takes effect at the next forward.
 
     Raises:
-        UnsupportedModelError: no timm classifier, no classifier left, no pooling, or a container around the model.
-        TypeError, ValueError: settings of a wrong type or out of range.
+        UnsupportedModelError: `model` is not a timm classifier, has no classifier or no pooling, or is a container of
+            a timm model.
+        TypeError, ValueError: a setting has the wrong type or is out of range.
 
     Example:
         >>> import timm, timm_csra
@@ -157,19 +159,17 @@ def wrap(
 
 
 def unwrap(model: Model) -> Model:
-    """Undo `wrap`, in place: the timm class is back and nothing is left in `__dict__`.
-
-    A plain model is returned as it is.
+    """Undo `wrap`, in place: restore the timm class and remove the settings. A plain model is returned as it is.
 
     Raises:
-        TypeError: something else has changed the model's class since (a parametrization, FSDP).
+        TypeError: the model's class has been changed since `wrap` (by a parametrization or FSDP).
     """
     if is_wrapped(model):
         plain = cast(Any, _plain_class(type(model)))
         if issubclass(plain, CSRAMixin):
             raise TypeError(
                 f"{describe(model)}: found the class {type(model).__name__}, expected {plain.__name__} as wrap left "
-                "it. Undo what has changed it since (a parametrization, FSDP), then unwrap."
+                "it. Undo what has changed the class since (a parametrization, FSDP), then unwrap."
             )
         model.__class__ = plain
         del model.csra
@@ -177,12 +177,12 @@ def unwrap(model: Model) -> Model:
 
 
 def plain_head(model: nn.Module) -> Head:
-    """The model's own `forward_head`, wrapped or not."""
+    """Return the model's own `forward_head`, whether the model is wrapped or not."""
     return super(CSRAMixin, model).forward_head if is_wrapped(model) else model.forward_head  # type: ignore
 
 
 def score_maps(model: nn.Module, x: Tensor, scores: str = "logits") -> Tensor:
-    """Class scores of every location, for a wrapped or plain timm classifier, whatever its `lam`.
+    """Compute the class scores of every location, for a wrapped or plain timm classifier; `lam` does not matter.
 
     Args:
         model: a timm classifier, in eval mode.
@@ -190,14 +190,14 @@ def score_maps(model: nn.Module, x: Tensor, scores: str = "logits") -> Tensor:
         scores: `logits`, or `log_softmax` for log-probabilities over the K classes.
 
     Returns:
-        `(N, K, rows, columns)`: the score of class k at each location, what the model's own head says when every
-        location looks like that one. For a head that is linear after average pooling the mean of the logits is the
-        plain logit.
+        `(N, K, rows, columns)`: the score of class k at each location, which the model's own head computes from a
+        feature map in which every location equals that one. For a head that is linear after average pooling, the mean
+        of the per-location logits is the plain logit.
 
     Raises:
         UnsupportedModelError: the model cannot be wrapped, or its locations form no grid.
-        TypeError: `x` is no tensor of images (patches of several grids form no map).
-        ValueError: `scores` is no known kind.
+        TypeError: `x` is not a tensor of images (NaFlexViT's patches of several grids form no map).
+        ValueError: `scores` is not a known kind.
 
     Example:
         >>> import timm, timm_csra
@@ -223,7 +223,7 @@ def score_maps(model: nn.Module, x: Tensor, scores: str = "logits") -> Tensor:
 
 
 def check_supported(model: Any) -> None:
-    """Raise UnsupportedModelError for a model that cannot be wrapped, as far as can be told without running it."""
+    """Raise UnsupportedModelError for a model that cannot be wrapped, as far as this shows without running it."""
     if not _is_timm_classifier(model):
         raise UnsupportedModelError(
             f"{type(model).__name__} is not a timm classifier: expected a module with forward_features, forward_head "
@@ -233,7 +233,7 @@ def check_supported(model: Any) -> None:
         raise UnsupportedModelError(_no_classifier(model))
     if "forward_head" in vars(model):
         raise UnsupportedModelError(
-            f"{describe(model)}: found a forward_head set on the instance, which hides that of the wrapped class. "
+            f"{describe(model)}: found a forward_head set on the instance, which hides the one of the wrapped class. "
             "Define it in a subclass of the model instead, or delete it: del model.forward_head."
         )
     head = getattr(model, "head", None)
@@ -245,13 +245,14 @@ def check_supported(model: Any) -> None:
     elsewhere = [name for name, module in model.named_modules() if _has_positions(module) and module is not head]
     if elsewhere:
         raise UnsupportedModelError(
-            f"{describe(model)}: found an attention pool with positions, `{elsewhere[0]}`, expected it to be "
-            "`model.head`: what it says of a location depends on the position. Use a pooling without positions."
+            f"{describe(model)}: found an attention pool with a position embedding, `{elsewhere[0]}`; expected none "
+            "except `model.head`, because its score of a location depends on the position. Use a pooling without "
+            "position embedding."
         )
 
 
 def pool_types(model: nn.Module) -> list[str]:
-    """How a timm classifier pools, in timm's words (`avg`, `token`, ...), as its head and the model itself say it."""
+    """Return the pooling types of a timm classifier (`avg`, `token`, ...) that its head and the model itself name."""
     head = getattr(model, "head", None)
     pools = (getattr(head, "global_pool", None), getattr(head, "pool_type", None), getattr(model, "global_pool", None))
     named = (getattr(pool, "pool_type", pool) for pool in pools)
@@ -264,7 +265,7 @@ def _has_positions(module: nn.Module) -> bool:
 
 
 def _is_timm_classifier(model: Any) -> bool:
-    # The methods are looked up on the class: a compiled model forwards attributes to the one inside.
+    # Methods are looked up on the class: a compiled model forwards attributes to the model inside it.
     methods = all(hasattr(type(model), name) for name in ("forward_features", "forward_head"))
     return isinstance(model, nn.Module) and methods and hasattr(model, "num_classes")
 
@@ -275,7 +276,7 @@ def _where_to_look(model: Any) -> str:
     if inner is None:
         return "Use a model from timm.create_model(...)."
     simple = all(part.isidentifier() for part in inner.split("."))
-    return f"It holds one: wrap({f'model.{inner}' if simple else f'model.get_submodule({inner!r})'}) instead."
+    return f"It contains one: wrap({f'model.{inner}' if simple else f'model.get_submodule({inner!r})'}) instead."
 
 
 def _no_classifier(model: nn.Module) -> str:

@@ -1,16 +1,15 @@
-"""How a picture is opened, in the benchmarks and in the demo alike."""
+"""Convert pictures to RGB, for the benchmarks and the demo alike."""
 
 import numpy as np
 from PIL import Image
 
 
 def in_rgb(picture: Image.Image) -> Image.Image:
-    """A picture in 8 bits of red, green and blue, its pixels in the order in which they are stored: as timm's own
-    datasets, it takes no notice of an orientation in the EXIF tags. Of 16 bits of grey the upper 8 are taken, where
-    Pillow alone would make them white.
+    """Convert a picture to RGB with 8 bits a channel. The EXIF orientation is ignored, as in timm's own datasets. Of
+    16-bit grey the upper 8 bits are taken, where Pillow alone would clip nearly all values to white.
 
     Raises:
-        ValueError: values of 32 bits, whose range nobody knows.
+        ValueError: the picture has 32 bits a pixel, whose range is unknown.
     """
     if picture.mode in ("I", "F"):
         raise ValueError(f"found 32 bits a pixel (Pillow's mode {picture.mode}), expected 8 or 16")

@@ -1,7 +1,7 @@
-"""What a training run leaves behind: a checkpoint of timm's train script, or weights alone, as a plain timm model.
+"""Load checkpoints of timm's train script, or files of weights alone, as plain timm models.
 
-No code in such a file is run. The number of classes is that of the classifier's weights; size and preprocessing are
-those of the training where the file has its arguments, else the architecture's.
+No code in such a file is run. The number of classes is read from the classifier's weights. Image size and preprocessing
+are those of the training if the file contains its arguments, else the defaults of the architecture.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 FORM = "ARCH@PATH, such as resnet50@output/train/model_best.pth.tar"
 WEIGHTS = ("state_dict_ema", "model_ema", "state_dict", "model")  # the first that is there, as timm takes them
 PREPROCESSING = ("input_size", "interpolation", "mean", "std", "crop_pct", "crop_mode")
-# What a `pretrained_cfg` says of the published weights, and that is not so of others.
+# Entries of `pretrained_cfg` that describe the published weights and are wrong for other weights.
 OF_THE_PUBLISHED = (
     *("url", "hf_hub_id", "hf_hub_filename", "source", "license", "label_offset", "label_names", "label_descriptions"),
     *("test_input_size", "test_crop_pct"),
@@ -30,16 +30,16 @@ OF_THE_PUBLISHED = (
 
 @dataclass(frozen=True)
 class Trained:
-    """A file of weights, and how the model that it belongs to is made.
+    """A file of weights, and how to create the model that they belong to.
 
     Attributes:
-        file: holds the weights.
-        name: of the architecture, with the tag of the checkpoint that preprocessing comes from, if any.
-        weights: which entry of the file they are; "" where the file is weights alone.
-        num_classes: of the classifier.
-        arguments: of `timm.create_model`: the architecture, what the training changed about it, and the overlay of
+        file: the file with the weights.
+        name: the architecture, with the tag of the pretrained checkpoint whose preprocessing is used, if any.
+        weights: the entry of the file that holds the weights; "" where the file is weights alone.
+        num_classes: number of classes of the classifier.
+        arguments: arguments of `timm.create_model`: the architecture, its arguments in the training, and an overlay of
             its `pretrained_cfg` with the file and the preprocessing of the training.
-        class_map: the training's own order of classes (`--class-map`), "" for the natural order of the folders.
+        class_map: the order of classes in the training (`--class-map`); "" for the natural order of the folders.
     """
 
     file: Path
@@ -51,20 +51,20 @@ class Trained:
 
     @property
     def weights_from(self) -> str:
-        """Which weights are taken, in words."""
+        """Description of the weights that are used."""
         average = ", an exponential moving average" if self.weights.endswith("ema") else ""
         return f"{self.weights} of {self.file.name}{average}" if self.weights else f"{self.file.name}"
 
     def create(self, **arguments: Any) -> nn.Module:
-        """The model with these weights, in eval mode. `arguments` of `timm.create_model` replace those that it has.
+        """Create the model with these weights, in eval mode. `arguments` replace those of `self.arguments`.
 
         Raises:
             ValueError: the weights do not fit the architecture.
         """
         try:
-            with torch.serialization.safe_globals([argparse.Namespace]):  # timm 1.0.22 does not allow it by itself
+            with torch.serialization.safe_globals([argparse.Namespace]):  # timm 1.0.22 does not allow it itself
                 return timm.create_model(**{**self.arguments, **arguments}, pretrained=True).eval()
-        except (RuntimeError, KeyError) as error:  # keys and shapes, and what is made of them for another size
+        except (RuntimeError, KeyError) as error:  # keys or shapes do not fit, or cannot be resized to the image size
             reason = " ".join(line.strip() for line in str(error).splitlines()[:4])
             raise ValueError(
                 f"{self.file}: the weights do not fit {self.name} with {self.num_classes} classes: {reason}"
@@ -72,16 +72,17 @@ class Trained:
 
 
 def read_trained(spec: str) -> Trained:
-    """What is in a file, named with its architecture as `ARCH@PATH`. Weights are looked at, not kept.
+    """Read how to create the model in a file, given as `ARCH@PATH`. The weights are read to check them, and not kept.
 
     Raises:
-        ValueError: no such file or architecture, a file that needs full unpickling, or weights of something else.
+        ValueError: the file or the architecture does not exist, the file cannot be read without running code, or its
+            weights are not those of a classifier of this architecture.
     """
     architecture, at, path = spec.partition("@")
     file = Path(path)
     if not at or not _is_known(architecture):
         raise ValueError(
-            f"file:{spec}: found {architecture!r}, expected {FORM}, with ARCH as timm.create_model has it."
+            f"file:{spec}: found {architecture!r}, expected {FORM}, with ARCH a model name of timm.create_model."
         )
     if not file.is_file():
         raise ValueError(f"file:{spec}: {file} not found; expected a checkpoint of timm's train script, or weights.")
@@ -97,7 +98,7 @@ def read_trained(spec: str) -> Trained:
     name = _name(architecture, str(given.get("model") or ""), file)
     config = (timm.get_pretrained_cfg(name) or PretrainedCfg()).to_dict()
     arguments = _arguments(given)
-    size = arguments.pop("img_size", None)  # goes into the overlay, since another may be asked for
+    size = arguments.pop("img_size", None)  # goes into the overlay, so that `create` can be given another size
     classes = _classes(file, state, config.get("classifier"))
     overlay: dict[str, Any] = dict.fromkeys(OF_THE_PUBLISHED)
     overlay |= {"file": str(file), "custom_load": False, "num_classes": classes}
@@ -111,24 +112,29 @@ def read_trained(spec: str) -> Trained:
 
 
 def _is_known(name: str) -> bool:
-    """Whether timm has the architecture, and the tag if there is one."""
+    """Return whether timm has the architecture, and the tag if the name has one."""
     try:
         return is_model(name) and bool(timm.get_pretrained_cfg(name) or not split_model_name_tag(name)[1])
-    except RuntimeError:  # timm's, of a tag that it does not have
+    except RuntimeError:  # raised by timm for an unknown tag
         return False
 
 
 def _name(architecture: str, recorded: str, file: Path) -> str:
-    """With the tag of the training, where none is asked for: preprocessing came from there."""
-    if not is_model(recorded):  # of the Hub or a folder, or not recorded
+    """Return the name of the architecture with the tag that the training started from, which determines preprocessing,
+    unless the user gave a tag.
+
+    Raises:
+        ValueError: the file records another architecture.
+    """
+    if not is_model(recorded):  # a model of the Hub or a folder, or none recorded
         return architecture
     if split_model_name_tag(recorded)[0] != split_model_name_tag(architecture)[0]:
-        raise ValueError(f"{file}: holds a {recorded}, found {architecture}@; expected {recorded}@{file}.")
+        raise ValueError(f"{file}: holds a {recorded}, but {architecture} was given; use {recorded}@{file}.")
     return recorded if not split_model_name_tag(architecture)[1] else architecture
 
 
 def _arguments(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Of `timm.create_model`, as timm's train script passes them on; what only matters in training is left out."""
+    """Return the arguments that timm's train script passes to `timm.create_model`, without those for training alone."""
     input_size = given.get("input_size")
     arguments = {
         "in_chans": given.get("in_chans") or (input_size[0] if input_size else None),
@@ -141,7 +147,7 @@ def _arguments(given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _classes(file: Path, state: Mapping[str, Tensor], classifier: Any) -> int:
-    """How many there are, from the weights of the classifier, of which there may be several."""
+    """Return the number of classes, from the weights of the classifier or, where there are several, of the first."""
     names = [classifier] if isinstance(classifier, str) else list(classifier or ())
     weight = next((state[key] for name in names if (key := f"{name}.weight") in state), None)
     if weight is None:
@@ -153,10 +159,10 @@ def _classes(file: Path, state: Mapping[str, Tensor], classifier: Any) -> int:
 
 
 def read_weights_only(file: Path, map_location: str = "cpu") -> dict[str, Any]:
-    """The content of a file of weights, with nothing in it run. Tensors are read when they are used.
+    """Read a file of weights without running code in it. Tensors are memory-mapped where the format allows it.
 
     Raises:
-        ValueError: it is damaged, or needs full unpickling.
+        ValueError: the file is damaged, or needs full unpickling, which could run code.
     """
     try:
         if file.suffix == ".safetensors":
@@ -165,11 +171,12 @@ def read_weights_only(file: Path, map_location: str = "cpu") -> dict[str, Any]:
             content = torch.load(
                 file, map_location=map_location, weights_only=True, mmap=zipfile.is_zipfile(file) or None
             )
-    except Exception as error:  # whatever an arbitrary file makes of the unpickler
+    except Exception as error:  # an arbitrary file can make the unpickler raise any error
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise ValueError(
-            f"{file}: cannot be read with weights_only=True: {reason} More than that could run code, and is refused. "
-            "Where you trust it, load it yourself and save its state dict alone, with safetensors; else ask its author."
+            f"{file}: cannot be read with weights_only=True: {reason} Reading it in full could run code, so it is "
+            "refused. If you trust the file, load it yourself and save its state dict with safetensors; else ask its "
+            "author for such a file."
         ) from error
     if not isinstance(content, dict):
         raise ValueError(f"{file}: found a {type(content).__name__}, expected a state dict or a training checkpoint.")
@@ -177,19 +184,17 @@ def read_weights_only(file: Path, map_location: str = "cpu") -> dict[str, Any]:
 
 
 def read_class_names(file: Path) -> tuple[str, ...]:
-    """Names of classes, one a line; or `index name` with the indices in order.
+    """Read names of classes from a text file, one per line: the name, or `index name` with the indices in order.
 
     Raises:
-        ValueError: no such file, no text, or indices in another order.
+        ValueError: the file does not exist, is not text, or has indices in another order.
     """
     if not file.is_file():
         raise ValueError(f"{file}: no such file; expected one line for each class, its name or `index name`.")
     try:
         lines = [line.strip() for line in file.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
     except UnicodeDecodeError as error:
-        raise ValueError(
-            f"{file}: found no text in UTF-8 ({error.reason}); expected one line for each class."
-        ) from error
+        raise ValueError(f"{file}: is not text in UTF-8 ({error.reason}); expected one line for each class.") from error
     numbered = [line.partition(" ") for line in lines]
     if not all(number.isdigit() and name for number, _, name in numbered):
         return tuple(lines)

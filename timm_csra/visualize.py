@@ -1,4 +1,4 @@
-"""Where a class was seen, laid over the picture. Needs matplotlib (extra `demo`)."""
+"""Draw the score map of a class over the picture. Needs matplotlib (extra `demo`)."""
 
 from importlib.util import find_spec
 
@@ -22,23 +22,23 @@ def overlay(
     alpha: float = 0.6,
     cmap: str = "inferno",
 ) -> Image.Image:
-    """Lay the scores of a class over the picture that they are of.
+    """Draw the score map of one class over the picture that it was computed from.
 
     Args:
-        image: the picture, as the model saw it: the same crop.
-        score_map: `(rows, columns)`, one class of `score_maps`. Each location is shown as the rectangle of the picture
-            that it stands for, not smoothed: nothing is known between two locations.
-        low: score at the lower end of the colour map; None for the lowest of this map. Maps that are to be compared
-            need the same.
-        high: likewise, at the upper end.
-        alpha: how much of the colour is seen, 0 to 1.
-        cmap: a colour map of matplotlib.
+        image: the picture, cropped as the model saw it.
+        score_map: `(rows, columns)`, one class of `score_maps`. Each location is drawn as a rectangle of the picture,
+            without smoothing, because there are no scores between two locations.
+        low: score at the lower end of the colour map; None for the lowest score of this map. Give the same `low` and
+            `high` to maps that are to be compared.
+        high: score at the upper end of the colour map; None for the highest score of this map.
+        alpha: opacity of the colours, 0 to 1.
+        cmap: name of a matplotlib colour map.
 
     Returns:
-        RGB, of the size of `image`.
+        An RGB image of the size of `image`.
 
     Raises:
-        ValueError: a map that is not `(rows, columns)`, or holds values that are not finite.
+        ValueError: `score_map` is not `(rows, columns)`, or has values that are not finite.
 
     Example:
         >>> import torch

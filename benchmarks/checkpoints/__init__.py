@@ -1,4 +1,5 @@
-"""Which pretrained checkpoints, from where.
+"""Find pretrained checkpoints.
 
-In: names, patterns, folders, repositories. Out: `Checkpoint`s, which can be asked before any weight is downloaded.
+In: names, patterns, folders, repositories. Out: `Checkpoint`s, whose configuration is known before weights are
+downloaded.
 """

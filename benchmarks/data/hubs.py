@@ -1,4 +1,4 @@
-"""Photographs by timm's own factory: datasets of torchvision and the Hub, and streams."""
+"""Read datasets that `timm.data.create_dataset` creates: those of torchvision and the Hub, and streams."""
 
 from collections.abc import Iterable
 from functools import partial
@@ -15,7 +15,7 @@ STREAMS = ("hfids/", "wds/", "tfds/")
 
 
 class Items:
-    """Some items of a reader or dataset of timm or torchvision: pairs of an image, or a file with one, and a target."""
+    """Items of a reader or dataset of timm or torchvision: pairs of an image, or of a file with one, and a target."""
 
     def __init__(self, items: Any, indices: tuple[int, ...]) -> None:
         self.items, self.indices = items, indices
@@ -25,7 +25,7 @@ class Items:
 
 
 def read_stream(spec: str, split: str | None, data_dir: str | None) -> ImageSet:
-    """timm's iterable datasets; classes without names are indices of the head."""
+    """Read one of timm's iterable datasets. Its labels are indices of the head if it has no class names."""
     dataset = _create(spec, split, data_dir)
     reader = dataset.reader
     names = getattr(reader, "class_to_idx", None) or {}
@@ -43,7 +43,7 @@ def read_stream(spec: str, split: str | None, data_dir: str | None) -> ImageSet:
 
 
 def read_by_timm(spec: str, split: str | None, data_dir: str | None) -> ImageSet:
-    """torchvision's and the Hub's datasets."""
+    """Read a dataset of torchvision or the Hub."""
     dataset = _create(spec, split, data_dir)
     reader = getattr(dataset, "reader", None)
     if reader is not None:
@@ -67,7 +67,7 @@ def read_by_timm(spec: str, split: str | None, data_dir: str | None) -> ImageSet
 
 
 def _create(spec: str, split: str | None, data_dir: str | None) -> Any:
-    """timm's own factory; what it cannot do is a DataError."""
+    """Call `timm.data.create_dataset`; raises DataError if it fails."""
     try:
         return create_dataset(spec, root=data_dir, split=split or "validation")
     except (ImportError, OSError, RuntimeError, ValueError, AssertionError, TypeError, NameError) as error:
@@ -81,7 +81,7 @@ def _create(spec: str, split: str | None, data_dir: str | None) -> Any:
 
 
 def _where(spec: str, data_dir: str | None) -> str | None:
-    """Of the Hub's datasets `data_dir` is a cache: they are in a repository, or in the folder named in its place."""
+    """Return the folder of a dataset, or None. For the Hub's datasets `data_dir` is only a cache."""
     prefix, _, name = spec.partition("/")
     if prefix.lower() in ("hfds", "hfids"):
         return str(Path(name).resolve()) if Path(name).is_dir() else None
@@ -89,13 +89,13 @@ def _where(spec: str, data_dir: str | None) -> str | None:
 
 
 def _states(root: Path, files: Iterable[Path]) -> str:
-    """Of local files; of others, such as shards at an address, the name."""
+    """Fingerprint files by size and time; others, such as shards at a URL, by their name."""
     every = sorted(file for file in files if not file.is_dir())
     return repr([(str(f.relative_to(root)), state_of_file(f)) if f.is_file() else (str(f), "") for f in every])
 
 
 def _of_torchvision(dataset: Any) -> tuple[str, ...] | str:
-    """Of each photograph where they are files of their own, else of all files in the dataset's folder."""
+    """Fingerprint each photograph if they are single files, else all files in the dataset's folder."""
     samples = getattr(dataset, "samples", None)
     if samples:
         return tuple(f"{path} {state_of_file(Path(path))}" for path, *_ in samples)
@@ -104,12 +104,12 @@ def _of_torchvision(dataset: Any) -> tuple[str, ...] | str:
 
 
 def _of_table(table: Any) -> str:
-    """Of the Hub's dataset: the name of each table in its cache says from which files it was made, by a hash."""
+    """Fingerprint a dataset of the Hub by its tables in the cache, whose names have a hash of their source files."""
     files = [Path(file["filename"]) for file in table.cache_files]
     return repr([("/".join(file.parts[-4:]), file.stat().st_size) for file in files])
 
 
 def _of_builder(builder: Any) -> str:
-    """Of the Hub's stream: the commit of its repository, or the time of each of its files."""
+    """Fingerprint a stream of the Hub by the commit of its repository, or by the time of each of its files."""
     files = builder.config.data_files or {}
     return repr([(split, list(map(str, found)), found.origin_metadata) for split, found in sorted(files.items())])

@@ -1,5 +1,4 @@
-"""Images as the preprocessing of a checkpoint leaves them before they become tensors, decoded once and kept on disk for
-all checkpoints that ask for the same ones."""
+"""Cache decoded and resized images on disk, for all checkpoints with the same preprocessing before normalisation."""
 
 import copy
 import hashlib
@@ -26,11 +25,11 @@ PIXELS, ABOUT = "pixels.npy", "about.json"
 
 @dataclass(frozen=True)
 class Pixels:
-    """What is kept of a set of images: `(N, H, W, 3)` uint8, mapped into memory by whoever reads it.
+    """The cached pixels of N images, `(N, H, W, 3)` uint8, which each process maps into its memory.
 
     Attributes:
-        file: where they are.
-        unreadable: indices of images that could not be read; there the file has nothing of use.
+        file: the file of the pixels.
+        unreadable: indices of images that could not be read; their pixels in the file are meaningless.
     """
 
     file: Path
@@ -40,28 +39,28 @@ class Pixels:
         return index not in self.unreadable
 
     def tensor(self, index: int, transform: Any) -> Tensor:
-        """The tensor `(3, H, W)` that the transform makes of this image, bit for bit."""
-        return _halves(transform)[1](np.array(self._mapped[index]))
+        """Return the tensor `(3, H, W)` that the transform would make of the image file, bit for bit."""
+        return _split(transform)[1](np.array(self._mapped[index]))
 
     @cached_property
     def _mapped(self) -> np.ndarray:
         return np.load(self.file, mmap_mode="r")
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without the map, which would travel to another process as a copy of the whole file."""
+        """Pickle without the memory map, which would be copied as a whole."""
         return {"file": self.file, "unreadable": self.unreadable}
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A set of images that a cache has, or is to have.
+    """An entry of the cache, which may not be built yet.
 
     Attributes:
-        cache: its folder.
-        data: what the images are called.
-        images: how many.
-        size: of each, `(H, W)`.
-        identity: all that their pixels depend on, as JSON values.
+        cache: the folder of the cache.
+        data: name of the images.
+        images: number of images.
+        size: size of each image, `(H, W)`.
+        identity: everything that the pixels depend on, as JSON values.
     """
 
     cache: Path
@@ -72,7 +71,7 @@ class Entry:
 
     @property
     def folder(self) -> Path:
-        """Where it stands once it is whole."""
+        """The folder of the entry; it exists once the entry is complete."""
         digest = hashlib.sha256(self._identity.encode()).hexdigest()[:16]
         name = "".join(c if c.isalnum() or c in "._-" else "_" for c in f"{self.data}--{self._pixels}")
         return self.cache / f"{name[-100:]}--{digest}"
@@ -85,16 +84,16 @@ class Entry:
         return f"{self.data} at {self._pixels} pixels: {decimal(self.bytes)} in {self.folder}"
 
     def get(self, images: Any, batch_size: int, workers: int) -> Pixels:
-        """Read it, after building it where it is not there. One process builds, and others that want it wait.
+        """Read the entry, building it first if need be. While one process builds it, others wait.
 
         Args:
             images: the data set, with its transform.
-            batch_size: how many are decoded at a time.
-            workers: processes that decode.
+            batch_size: number of images decoded at a time.
+            workers: number of processes that decode.
 
         Raises:
-            OSError: the disk has not enough room, or the cache cannot be written; the text names the folder.
-            ValueError: a transform that makes no tensor of a PIL image.
+            OSError: the disk is too small, or the cache cannot be written; the text names the folder.
+            ValueError: the transform has no `ToTensor` step.
         """
         if found := self.read():
             return found
@@ -104,7 +103,7 @@ class Entry:
             try:
                 lock.acquire(timeout=0)
             except Timeout:
-                print(f"{self}: another process builds it; waiting for it", file=sys.stderr)
+                print(f"{self}: waiting for another process to build it", file=sys.stderr)
                 lock.acquire()
             try:
                 return self.read() or self._build(images, batch_size, workers)
@@ -114,8 +113,10 @@ class Entry:
             raise OSError(f"{self.folder}: cannot be built: {error}") from error
 
     def read(self) -> Pixels | None:
-        """What is kept; None where nothing is, or something else. Only whole entries have this name, but somebody may
-        have cut or changed the files since."""
+        """Read the entry; return None if it does not exist or is not valid.
+
+        A folder with its name was complete once, but its files may have been truncated or changed since.
+        """
         try:
             about = json.loads((self.folder / ABOUT).read_text(encoding="utf-8"))
             kept = np.load(self.folder / PIXELS, mmap_mode="r")
@@ -125,13 +126,16 @@ class Entry:
         except (FileNotFoundError, NotADirectoryError):
             return None
         except (ValueError, KeyError, TypeError, AttributeError, EOFError) as error:
-            found = f"what cannot be read ({type(error).__name__}: {error})"
+            found = f"an unreadable file ({type(error).__name__}: {error})"
         text = f"{self.folder}: found {found}, expected {self._shape} uint8 of {self.data}. It is built again."
         print(text, file=sys.stderr)
         return None
 
     def _build(self, images: Any, batch_size: int, workers: int) -> Pixels:
-        """Under a name of its own, then renamed: what a kill leaves is never read, and gone with the next try."""
+        """Build the entry in a temporary folder, then rename it.
+
+        A killed build leaves only the temporary folder, which is never read and which the next build deletes.
+        """
         part = self.folder.with_name(f"{self.folder.name}.part")
         for left in (part, self.folder):
             shutil.rmtree(left, ignore_errors=True)
@@ -140,7 +144,7 @@ class Entry:
                 f"found {free:,} bytes free, expected {self.bytes:,}. Make room, give --cache-images another folder, "
                 "or leave it out."
             )
-        print(f"{self}, built once")
+        print(f"{self}, built once")  # for the log of the cell
         try:
             part.mkdir()
             unreadable = self._decode(part / PIXELS, images, batch_size, workers)
@@ -149,15 +153,15 @@ class Entry:
             (part / ABOUT).write_text(json.dumps(about, indent=1), encoding="utf-8")
             part.rename(self.folder)
         finally:
-            shutil.rmtree(part, ignore_errors=True)  # of a build that failed: it may have filled the disk
+            shutil.rmtree(part, ignore_errors=True)  # a failed build may have filled the disk
         return Pixels(self.folder / PIXELS, frozenset(unreadable))
 
     def _decode(self, file: Path, images: Any, batch_size: int, workers: int) -> list[int]:
-        """Write the pixels, and give the indices of images that cannot be read."""
+        """Write the pixels, and return the indices of images that cannot be read."""
         decoded, unreadable = copy.copy(images), []
-        decoded.transform = Compose([_halves(images.transform)[0], PILToTensor()])
+        decoded.transform = Compose([_split(images.transform)[0], PILToTensor()])
         header = {"descr": "|u1", "fortran_order": False, "shape": self._shape}
-        with file.open("wb") as stream:  # not through a map: a full disk is an error there, and a signal here
+        with file.open("wb") as stream:  # a full disk raises OSError; with a memory map it would kill the process
             np.lib.format.write_array_header_2_0(stream, header)
             for batch, _, index in DataLoader(decoded, batch_size=batch_size, num_workers=workers):
                 unreadable += (-1 - index[index < 0]).tolist()
@@ -180,8 +184,8 @@ class Entry:
         return json.dumps({**self.identity, "shape": self._shape}, sort_keys=True)
 
 
-def _halves(transform: Any) -> tuple[Compose, Compose]:
-    """What a transform does with images, and what with tensors: with the first of the latter they become tensors."""
+def _split(transform: Any) -> tuple[Compose, Compose]:
+    """Split a transform into the steps before `ToTensor`, and the steps from it on."""
     steps = list(transform.transforms)
     first = next((place for place, step in enumerate(steps) if isinstance(step, ToTensor)), None)
     if first is None:

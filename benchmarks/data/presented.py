@@ -1,4 +1,4 @@
-"""What a model gets to see of photographs: each by itself, in mosaics, in five crops, from a stream."""
+"""Datasets of model inputs: single photographs, mosaics, five crops, and streams."""
 
 import hashlib
 from collections.abc import Iterator, Sequence
@@ -17,8 +17,10 @@ from .pixels import Pixels
 
 
 class _Images(Dataset):
-    """Images with targets and their index; one that cannot be read is grey, and its index is -1 - index. With `pixels`
-    those that were decoded before are not decoded again."""
+    """Items of (image, target, index). An image that cannot be read is black, with the index -1 - index.
+
+    With `pixels`, cached images are not decoded again.
+    """
 
     data: ImageSet
     targets: Tensor
@@ -37,20 +39,20 @@ class _Images(Dataset):
             return self.transform(Image.new("RGB", (64, 64))), self.targets[index], -1 - index
 
     def image(self, index: int) -> Image.Image:
-        """The image before the checkpoint's preprocessing. Raises DataError."""
+        """Return the image before the checkpoint's preprocessing; raises DataError if it cannot be read."""
         raise NotImplementedError
 
     def name(self, index: int) -> str:
-        """Which photographs it consists of."""
+        """Paths of the photographs that the image consists of."""
         raise NotImplementedError
 
     def why_not(self, index: int) -> str:
-        """What is wrong with an image that cannot be read."""
+        """Return the error of an image that cannot be read."""
         try:
             self.image(index)
         except DataError as error:
             return str(error)
-        return f"{self.name(index)}: could not be read at first"
+        return f"{self.name(index)}: could not be read at the first attempt"
 
 
 class Photographs(_Images):
@@ -73,7 +75,7 @@ class Photographs(_Images):
 
 
 class Unlabelled(Photographs):
-    """Single photographs whose labels, if there are any, are not looked at: every target is 0."""
+    """Single photographs without their labels: every target is 0."""
 
     def __init__(self, data: ImageSet) -> None:
         self.data = data
@@ -81,8 +83,11 @@ class Unlabelled(Photographs):
 
 
 class Streamed(IterableImageDataset):
-    """The images of a stream with the positions of their labels among the scored classes. They have no index, and come
-    in another order with every number of workers: in place of it each has a hash of its pixels, to sort by."""
+    """The images of a stream, with the positions of their labels among the scored classes.
+
+    The images have no index, and their order depends on the number of workers. Each has a hash of its pixels instead,
+    to sort by.
+    """
 
     def __init__(self, source: Source, alignment: Alignment) -> None:
         super().__init__(root=None, reader=source.open().reader)
@@ -127,8 +132,10 @@ class Mosaics(_Images):
 
 
 class FiveCrops(Dataset):
-    """The four corners and the centre, of the size the model takes, of an image prepared for `SCALE` times that size.
-    Items are `(5, C, H, W)` with the index, negative as in the others where the image cannot be read."""
+    """Crops of the model's size from the four corners and the centre of an image resized for `SCALE` times that size.
+
+    Items are crops `(5, C, H, W)` and the index, which is negative if the image cannot be read, as in `Photographs`.
+    """
 
     SCALE = 1.25
 
@@ -147,7 +154,10 @@ class FiveCrops(Dataset):
 
 
 def mosaic(tiles: Sequence[Image.Image], grid: int, size: tuple[int, int], interpolation: Any) -> Image.Image:
-    """Tiles row by row; where the size is no multiple of the grid, tiles differ by one pixel."""
+    """Resize images into the tiles of a mosaic, row by row.
+
+    Tiles differ in size by one pixel if `size` `(H, W)` is not a multiple of the grid.
+    """
     height, width = size
     rows = [round(edge * height / grid) for edge in range(grid + 1)]
     columns = [round(edge * width / grid) for edge in range(grid + 1)]
@@ -160,7 +170,7 @@ def mosaic(tiles: Sequence[Image.Image], grid: int, size: tuple[int, int], inter
 
 
 def multi_hot(labels: Sequence[Sequence[int]], alignment: Alignment) -> Tensor:
-    """`(n, classes)` int8, 1 where a photograph shows the class; labels that are not scored are left out."""
+    """Return multi-hot targets `(n, classes)` int8; labels that are not scored are left out."""
     targets = torch.zeros(len(labels), alignment.count, dtype=torch.int8)
     for row, found in enumerate(labels):
         targets[row, [alignment.positions[label] for label in found if label in alignment.positions]] = 1

@@ -1,7 +1,6 @@
-"""The embedded sample: photographs inside the scikit-image and scikit-learn wheels, for a sweep without any download.
+"""The embedded sample: photographs in the scikit-image and scikit-learn wheels, for a sweep without downloads.
 
-Which synsets each photograph shows was decided by looking at it, not by asking a model. Seven photographs are a
-demonstration and no evidence.
+A person, not a model, chose the synsets of each photograph. Seven photographs are a demonstration, not evidence.
 """
 
 import hashlib
@@ -17,7 +16,7 @@ from .datasets import DataError, ImageSet
 
 @dataclass(frozen=True)
 class Photograph:
-    """One file of a wheel, the ImageNet-1k synsets accepted for it, and where it comes from."""
+    """A file of a wheel, the ImageNet-1k synsets that count as correct for it, and its attribution."""
 
     wheel: str
     file: str
@@ -82,13 +81,13 @@ def path_of(photograph: Photograph) -> Path:
         raise DataError(f"{photograph.wheel} is not installed; pip install -e '.[bench]'") from None
     if not path.is_file():
         raise DataError(
-            f"{path}: not in the installed {photograph.wheel} {importlib.metadata.version(photograph.wheel)}."
+            f"{path}: no such file in the installed {photograph.wheel} {importlib.metadata.version(photograph.wheel)}."
         )
     return path
 
 
 def load_sample() -> ImageSet:
-    """The photographs, and every mosaic of four of them (35), as a multi-label set over ImageNet-1k."""
+    """Load the photographs, and every mosaic of four of them (35), as a multi-label set over ImageNet-1k."""
     synsets = ImageNetInfo().label_names()
     paths = tuple(path_of(photograph) for photograph in PHOTOGRAPHS)
     return ImageSet(
@@ -97,7 +96,7 @@ def load_sample() -> ImageSet:
         labels=tuple(tuple(sorted(map(synsets.index, photograph.synsets))) for photograph in PHOTOGRAPHS),
         classes=tuple(synsets),
         multilabel=True,
-        # Wherever they are installed: without the place, by what is in them.
+        # By content, so that the fingerprint does not depend on where the wheels are installed.
         content=tuple(hashlib.sha256(path.read_bytes()).hexdigest() for path in paths),
         tilings=tuple(itertools.combinations(range(len(PHOTOGRAPHS)), 4)),
     )

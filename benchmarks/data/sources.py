@@ -1,4 +1,4 @@
-"""Where photographs and labels come from: folders, archives, tables, COCO, Pascal VOC, timm's own datasets."""
+"""Read photographs and labels from folders, archives, tables, COCO, Pascal VOC, or datasets of timm."""
 
 from pathlib import Path
 
@@ -11,29 +11,30 @@ from .hubs import PREFIXES, STREAMS, read_by_timm, read_stream
 HELP = """
 data:
   FOLDER            an ImageFolder (one folder per class, named by synset, label, or index of the head; or one for each
-                    class of the head, in the natural order that timm's train script takes), or a folder with images/,
+                    class of the head, in the natural order of timm's train script), or a folder with images/,
                     labels.csv (columns `file`, and `label` with one index or `labels` with several separated by
                     spaces) and classes.txt (`index name`)
   FILE.tar, .zip    an ImageFolder in an archive
-  instances_X.json  COCO annotations; the images are looked for in X/, ../X/ and images/ beside and above the file
+  instances_X.json  COCO annotations; the images may be in X/, images/ or images/X/, beside the file or a folder above
   VOCdevkit/VOC2007 a Pascal VOC year; --split is a file of ImageSets/Main (default: test)
   torch/NAME, hfds/NAME
-                    a dataset of torchvision or the Hub, as timm.data.create_dataset takes it; see --data-dir, --split
-  hfids/, wds/, tfds/
-                    a stream, likewise; for the task single
+                    a dataset of torchvision or the Hub, by its name for timm.data.create_dataset; see --data-dir,
+                    --split
+  hfids/NAME, wds/NAME, tfds/NAME
+                    a stream, by its name for timm.data.create_dataset; only for the task single
 """
 
 
-NO_CLASS = ""  # what readers of folders and archives call the class of a picture that is in none
+NO_CLASS = ""  # readers of folders and archives return this class for pictures outside of class folders
 
 
 def load_image_set(
     spec: str | Path, limit: int | None = None, split: str | None = None, data_dir: str | None = None, seed: int = 0
 ) -> ImageSet:
-    """Read one of the forms in `HELP`; of `limit` photographs, a sample drawn by the seed.
+    """Read one of the forms in `HELP`, or a random sample of `limit` photographs.
 
     Raises:
-        DataError: nothing that can be read; the text names the file, what was found and what was expected.
+        DataError: the data cannot be read; the text names the file, what was found and what was expected.
     """
     images = _read(str(spec), split, data_dir)
     if NO_CLASS in images.classes:
@@ -49,10 +50,10 @@ def load_image_set(
 def load_pictures(
     spec: str | Path, limit: int | None = None, split: str | None = None, data_dir: str | None = None, seed: int = 0
 ) -> ImageSet:
-    """As `load_image_set`, where labels are not asked for: a folder is all pictures in it, whatever else it holds.
+    """Read pictures without labels, from the forms of `load_image_set`; of a folder, all pictures in it.
 
     Raises:
-        DataError: no picture, or a stream, which has no list of its pictures.
+        DataError: there is no picture, or the data is a stream, which has no list of its pictures.
     """
     path = Path(spec)
     if str(spec).lower().startswith(STREAMS):

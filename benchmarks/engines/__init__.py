@@ -1,4 +1,4 @@
-"""Where and in which order cells are computed.
+"""Compute the cells of a sweep, on this machine or on a Ray cluster, and write their records.
 
-In: the cells of a sweep. Out: their records, written as they come: from processes of this machine, or a Ray cluster.
+In: the cells of a sweep. Out: their records, each written when its cell is finished.
 """

@@ -1,5 +1,7 @@
-"""Metrics and intervals of cells whose images have been run, computed beside the next pass: each cell's in a process
-forked for it, which shares the scores with its parent without copying them."""
+"""Compute metrics and intervals of a cell in a forked process, while the worker runs the images of the next cell.
+
+The forked process shares the scores with the worker without copying them.
+"""
 
 import multiprocessing
 import os
@@ -17,23 +19,23 @@ from .worker import output_to
 
 @dataclass(frozen=True)
 class Died:
-    """A process that has left no record, and its exit code, where that is known."""
+    """A process ended without sending a record. `exitcode` is None where the system did not report it."""
 
     exitcode: int | None
 
 
-Done = Callable[[int, Record | Died], None]  # of a cell's number
+Done = Callable[[int, Record | Died], None]  # gets the number of the cell
 
 
 class Answers:
-    """The processes of one worker.
+    """The metric processes of one worker.
 
     A forked process must not touch an accelerator that its parent uses, and does not: scores are on the CPU.
 
     Args:
-        processes: how many there are at most.
-        memory: bytes of scores that all of them together may hold. One larger cell is answered alone.
-        done: is called, from another thread, with what has come out.
+        processes: largest number of processes at a time.
+        memory: bytes of scores that all of them together may hold. A cell with more scores than that runs alone.
+        done: is called from another thread with the cell's number and its record, or `Died`.
     """
 
     def __init__(self, processes: int, memory: float, done: Done) -> None:
@@ -44,13 +46,15 @@ class Answers:
         self._room = threading.Condition()
 
     def wait(self, cell: Unfinished) -> None:
-        """Wait until there is room for it."""
+        """Wait until a process and enough memory are free for the cell."""
         with self._room:
             self._room.wait_for(lambda: self._fits(cell.scored.scores.nbytes))
 
     def give(self, number: int, cell: Unfinished, log: Path) -> None:
-        """Compute what is left of a cell, when there is room for it; `log` gets what is printed. Where the system
-        refuses another process, this one does it itself."""
+        """Compute metrics and intervals of a cell in a process of its own, once `wait` returns.
+
+        What the process prints goes to `log`. If the system refuses another process, this one computes them itself.
+        """
         self.wait(cell)
         with self._room:
             self._held[number] = cell.scored.scores.nbytes
@@ -60,7 +64,7 @@ class Answers:
             process.start()
         except OSError as error:
             with output_to(log):
-                print(f"no process for the metrics: {error}. They are computed where the images were.", flush=True)
+                print(f"cannot start a process for the metrics: {error}. The worker computes them itself.", flush=True)
                 record = cell.finished()
             self._release(number)
             self._done(number, record)
@@ -72,7 +76,7 @@ class Answers:
         thread.start()
 
     def join(self) -> None:
-        """Wait for all of them."""
+        """Wait until all processes have ended."""
         for thread in self._running:
             thread.join()
 
@@ -82,10 +86,10 @@ class Answers:
     def _receive(self, number: int, ours: Any, process: Any) -> None:
         try:
             found: Record | Died | None = ours.recv()
-        except (EOFError, OSError, pickle.UnpicklingError):  # it has died, maybe in the midst of its record
+        except (EOFError, OSError, pickle.UnpicklingError):  # the process died, perhaps while sending its record
             found = None
         process.join()
-        self._release(number)  # before anything that could wait for the engine
+        self._release(number)  # before `done`, which may block
         self._done(number, Died(process.exitcode) if found is None else found)
 
     def _release(self, number: int) -> None:
@@ -102,7 +106,7 @@ def _answer(connection: Any, cell: Unfinished, log: Path) -> None:
 
 
 def end_with_parent() -> None:
-    """End this process as soon as its parent has died."""
+    """End this process as soon as its parent dies."""
     parent = multiprocessing.parent_process()
     if parent is not None:
         parent.join()

@@ -1,8 +1,9 @@
-"""The engine of a cluster: each cell is a Ray task with the resources it needs. Extra `ray`.
+"""Run each cell as a task of a Ray cluster, with the resources that it needs. Needs the extra `ray`.
 
-Records and logs come back to the driver, which writes them just as it does those of this machine: a folder may be begun
-here and finished on a cluster, or the other way round. The code of both packages travels with the job; what it runs on
-(Python, torch, timm, ...) is compared on every node, and a node that differs is refused.
+Tasks return records and logs to the driver, which writes them exactly as it does for the local engine: a sweep may
+start on one machine and continue on a cluster, or the other way round. Ray ships the code of both packages to the
+nodes. Every node must have the driver's versions of Python, torch, timm and the other packages; the engine refuses a
+node that differs.
 """
 
 import os
@@ -44,25 +45,25 @@ from .local import KEEP_MEMORY, EngineError, Lost, Outcome
 from .worker import Compute, Models, compute, output_to, turns
 
 T = TypeVar("T")
-AHEAD = 2  # cells that a slot of the cluster has at a time, one of them waiting, so that none idles
-LOG_BYTES = 2**20  # of a cell's output that travel back
-ANSWER = 300.0  # seconds that a node may take to answer before the run starts
+AHEAD = 2  # cells submitted for each slot: one runs, one waits, so that no slot idles
+LOG_BYTES = 2**20  # a task returns at most this much of its output
+ANSWER = 300.0  # seconds within which a node must report its software before the run starts
 
 
 class RayEngine:
-    """Cells as tasks of a Ray cluster.
+    """An engine that runs cells as tasks of a Ray cluster.
 
     Args:
-        options: how a cell is measured; `device` says whether it asks for a GPU.
-        address: of the cluster: `auto`, `ray://host:port`; None starts one on this machine.
-        cpus: that a cell takes.
-        data: the image sets, whose files every node must see.
-        compute: the function that tasks run, for measuring the engine itself.
-        jobs: tasks that share a GPU, of which one runs images while the others load and read.
-        beside: whether metrics and intervals are tasks of their own, without GPU; default: with GPUs.
+        options: how a cell is measured; with an accelerator as `device`, each task asks for a GPU.
+        address: address of the cluster, `auto` or `ray://host:port`; None starts one on this machine.
+        cpus: CPU cores for each task.
+        data: the image sets. Every node must see their files.
+        compute: the function that tasks run; benchmarks of the engine replace it.
+        jobs: number of tasks that share a GPU: one runs images while the others load checkpoints and read images.
+        beside: compute metrics and intervals in tasks of their own, without a GPU. Default: only where cells use GPUs.
 
     Raises:
-        EngineError: no such cluster, a node with other versions or without the data.
+        EngineError: the cluster does not exist, or a node has other versions or does not see the data.
     """
 
     def __init__(
@@ -85,7 +86,7 @@ class RayEngine:
         self._images = {id(images): (images, ray.put(images)) for images in data}
         self._compute = ray.put(compute)
         self._task = ray.remote(num_cpus=cpus, num_gpus=self._gpus, max_retries=0, num_returns=2)(_compute_cell)
-        self._finish = ray.remote(num_cpus=0, max_retries=0)(_finish_cell)  # cores are counted here: `_answering`
+        self._finish = ray.remote(num_cpus=0, max_retries=0)(_finish_cell)  # `_answering` limits their number instead
         self._in_flight: dict[Any, tuple[Cell, Path, float, Any]] = {}
         self._finishing: dict[Any, tuple[Cell, Path, float, Any]] = {}
         self._slots, self._answering, self._looked = 1, 1, -1.0
@@ -129,7 +130,7 @@ class RayEngine:
             ray.shutdown()
 
     def _outcome(self, reference: Any) -> Outcome | None:
-        """What a task gave; None where metrics are left, which are begun now."""
+        """Return what a task returned, or None after submitting the task that computes the cell's metrics."""
         of_pass = reference in self._in_flight
         cell, log, started, left = (self._in_flight if of_pass else self._finishing).pop(reference)
         try:
@@ -138,7 +139,7 @@ class RayEngine:
             if isinstance(error.cause, EngineError):
                 raise EngineError(str(error.cause)) from None
             raise
-        except RayError as error:  # the worker is gone, or its node, and with it maybe a record that was there
+        except RayError as error:  # the worker or its node died, perhaps with a finished record
             first = str(error).strip().splitlines()[0]
             why = f"the process of this cell died: {type(error).__name__}: {first}"
             lost: Lost = "node" if isinstance(error, (NodeDiedError, ObjectLostError)) else "worker"
@@ -154,12 +155,12 @@ class RayEngine:
         return Outcome(cell, record)
 
     def _memory(self, cell: Cell) -> int:
-        """Bytes to ask for; not more than the largest node has, where it would wait for ever."""
+        """Bytes to ask Ray for: at most what the largest node has, else the task would wait forever."""
         nodes = (node["Resources"].get("memory", 0) for node in ray.nodes() if node["Alive"])
         return int(min(memory_of(cell, self._options), max(nodes, default=0)))
 
     def _check_nodes(self, data: Sequence[ImageSet]) -> None:
-        """Every node that could get a cell has the same software and sees the data."""
+        """Check that every node which could get a cell has the driver's software and sees the data."""
         kind = "GPU" if self._gpus else "CPU"
         nodes = [node for node in ray.nodes() if node["Alive"] and node["Resources"].get(kind, 0) > 0]
         calibration = [images.calibration.pictures for images in data if images.calibration]
@@ -174,7 +175,7 @@ class RayEngine:
             try:
                 software, absent = ray.get(reference, timeout=ANSWER)
             except (NodeDiedError, TaskUnschedulableError):
-                continue  # it has left since it was listed
+                continue  # the node has left the cluster since `ray.nodes` listed it
             except (GetTimeoutError, RayError) as error:
                 raise EngineError(f"node {name} does not answer: {str(error).strip().splitlines()[0]}") from error
             _compare(name, software, self._needed)
@@ -192,7 +193,7 @@ def _connect(address: str | None) -> None:
     try:
         if address is None:
             ray.init("local", runtime_env={"env_vars": KEEP_MEMORY}, include_dashboard=False, **quiet)
-        else:  # one that others have started gets the code of this checkout
+        else:  # ship the code of this checkout to a cluster that is already running
             _reach(address)
             code = {"py_modules": packages, "excludes": ["__pycache__"], "env_vars": KEEP_MEMORY}
             ray.init(address=address, runtime_env=code, **quiet)
@@ -204,7 +205,7 @@ def _connect(address: str | None) -> None:
 
 
 def _reach(address: str) -> None:
-    """Raises OSError at once where Ray would try for minutes."""
+    """Raise OSError at once if nothing listens at the address; Ray would keep trying for minutes."""
     host, _, port = address.removeprefix("ray://").rpartition(":")
     if host and port.isdigit():
         socket.create_connection((host, int(port)), timeout=10).close()
@@ -225,7 +226,7 @@ def _compare(where: str, found: dict[str, str], expected: dict[str, str]) -> Non
 
 
 def _sample(images: ImageSet) -> list[Path]:
-    """Up to a hundred of the files, evenly spread; an archive stands for itself."""
+    """Up to a hundred of the data's files, evenly spread; for an archive, the archive itself."""
     files = [path for path in images.paths if isinstance(path, Path) and path.is_absolute()] if not images.store else []
     return files[:: max(1, len(files) // 100)]
 
@@ -235,10 +236,10 @@ def _report(files: list[str]) -> tuple[dict[str, str], list[str]]:
 
 
 class _Held:
-    """What stays in a worker process from one task to the next."""
+    """State that a worker process keeps from one task to the next."""
 
     def __init__(self) -> None:
-        self.run: str | None = None  # the function of the run that it is of: Ray may give a worker to the next one
+        self.run: str | None = None  # Ray may reuse a worker process for the next run: its function tells runs apart
         self.models = Models("cpu")
         self.images: dict[str, ImageSet] = {}
         self.compute: Compute = compute
@@ -256,15 +257,15 @@ def _compute_cell(
     needed: dict[str, str],
     beside: bool,
 ) -> tuple[tuple[Record | None, bytes], Unfinished | None]:
-    """What runs on a node. The references come in lists, so that Ray does not fetch what is there already.
+    """Run one cell on a node. `data` and `function` hold references in lists, so that Ray fetches them only on demand.
 
     Returns:
-        The record and what was printed; and instead of a record what is left to compute, which stays on the node until
-        another task takes it.
+        The record and what the task printed, and None; or, where metrics are left to compute, None instead of the
+        record, and the unfinished cell, which stays on the node until the next task takes it.
     """
     if _held.run != function[0].hex():
         context = ray.get_runtime_context()
-        _compare(context.get_node_id()[:8], _software(), needed)  # it may have joined after the run has started
+        _compare(context.get_node_id()[:8], _software(), needed)  # the node may have joined after the run started
         if options.device == "cpu":
             torch.set_num_threads(cpus)
         _held.models = Models(options.device, options.channels_last, _turn(function[0].hex()))
@@ -287,7 +288,7 @@ def _finish_cell(cell: Unfinished) -> tuple[Record, bytes]:
 
 
 def _with_output(function: Callable[[], T]) -> tuple[T, bytes]:
-    """What it returns, and the end of what it printed."""
+    """Return the function's result and the end of what it printed."""
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder) / "log"
         with output_to(log):
@@ -296,7 +297,7 @@ def _with_output(function: Callable[[], T]) -> tuple[T, bytes]:
 
 
 def _turn(run: str) -> Turn:
-    """Tasks that share a GPU run images one after the other."""
+    """Let tasks that share a GPU run images one at a time."""
     if not (gpus := ray.get_gpu_ids()):
         return nullcontext
     name = f"timm_csra_{run}_{'_'.join(map(str, gpus))}.lock"

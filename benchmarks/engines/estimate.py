@@ -1,4 +1,4 @@
-"""How long a sweep will take, before it starts: multiply-accumulates of its cells against the speed of the device."""
+"""Estimate how long a sweep will take, from the multiply-accumulates of its cells and the speed of the device."""
 
 import csv
 import time
@@ -18,20 +18,20 @@ from ..checkpoints.find import Checkpoint
 from ..scoring.cells import Cell, Options
 
 TABLE = Path(__file__).parents[2] / "docs" / "coverage.csv"
-DEFAULT = 4.1e9  # a checkpoint that says nothing about itself yet is counted as a ResNet-50 of 224 pixels
-START = 5.0  # seconds for loading a checkpoint and starting its process, seen on small ones
-PROBE = ("resnet50", 4)  # architecture and images of one timed batch
+DEFAULT = 4.1e9  # a checkpoint whose configuration is unknown counts as a ResNet-50 at 224 pixels
+START = 5.0  # seconds for loading a checkpoint and starting its process, measured on small ones
+PROBE = ("resnet50", 4)  # architecture, and number of images, of the batch that is timed
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """`seconds` of forward passes and starting; reading images and downloading come on top where they are slower."""
+    """`seconds` for forward passes and starting; reading images and downloading add to it where they are slower."""
 
     cells: int
     images: int
     macs: float
     seconds: float
-    calibration: int = 0  # pictures, for lam without labels
+    calibration: int = 0  # pictures for choosing lam without labels
 
     def __str__(self) -> str:
         pictures = f" and {self.calibration} calibration pictures" if self.calibration else ""
@@ -44,7 +44,7 @@ class Estimate:
 
 
 def estimate(cells: Iterable[Cell], options: Options) -> Estimate:
-    """From `docs/coverage.csv` where it has the architecture, else from the model on the meta device."""
+    """Estimate from `docs/coverage.csv` where it has the architecture, else from the model on the meta device."""
     cells = list(cells)
     if not cells:
         return Estimate(0, 0, 0.0, 0.0)
@@ -62,11 +62,13 @@ def estimate(cells: Iterable[Cell], options: Options) -> Estimate:
 
 
 def macs_of(cell: Cell) -> float:
-    """Multiply-accumulates of one image, those of wrapping included; they grow with the number of pixels, or faster
-    where tokens attend to each other."""
+    """Multiply-accumulates of one image, with wrapping.
+
+    They grow with the number of pixels, and faster than that where tokens attend to each other.
+    """
     name = split_model_name_tag(cell.checkpoint.id)[0]
     row = _table().get(name)
-    if isinstance(cell.size, str) or (row is not None and not row["input_size"]):  # the last have no classifier
+    if isinstance(cell.size, str) or (row is not None and not row["input_size"]):  # no input_size: no classifier
         return DEFAULT
     if row is None:
         return _measured(cell.checkpoint, cell.size)
@@ -76,8 +78,8 @@ def macs_of(cell: Cell) -> float:
 
 
 def memory_of(cell: Cell, options: Options) -> float:
-    """Bytes of main memory that a cell may take: what the libraries and the model do, and its scores three times over
-    (as they come, joined, and in the metrics)."""
+    """Bytes of main memory that a cell may take: for the libraries, for the model, and three times for its scores (as
+    batches, concatenated, and in the metrics)."""
     terms = {term for setting in cell.scored_settings(options) for term in setting.terms}
     classes = max(len(cell.data.classes), 1)
     if options.score_classes == "head" and not isinstance(cell.size, str):
@@ -86,7 +88,7 @@ def memory_of(cell: Cell, options: Options) -> float:
 
 
 def architectures() -> dict[str, tuple[int, int]]:
-    """Height and width of the architectures whose multiply-accumulates `docs/coverage.csv` has."""
+    """Input height and width of each architecture whose multiply-accumulates are in `docs/coverage.csv`."""
     rows = ((name, row["input_size"]) for name, row in _table().items() if row["input_size"] and row["macs"])
     return {name: (int(size.split("x")[-2]), int(size.split("x")[-1])) for name, size in rows}
 
@@ -104,14 +106,14 @@ def _measured(checkpoint: Checkpoint, size: tuple[int, int]) -> float:
     try:
         with torch.device("meta"):
             explanation = timm_csra.explain(checkpoint.architecture(), size)
-    except Exception:  # whatever is wrong with it, the cell's record will say
+    except Exception:  # the cell fails with the same error and records it
         return DEFAULT
     return float(explanation.macs + explanation.extra_macs) or DEFAULT
 
 
 @cache
 def _macs_per_second(device: str, amp: str, channels_last: bool) -> float:
-    """Of a convolutional network, after one batch to warm up."""
+    """Speed of the device on a convolutional network, after one batch to warm up."""
     name, images = PROBE
     model = to_device(timm.create_model(name).eval(), device, channels_last)
     x = torch.randn(images, 3, 224, 224, device=device)

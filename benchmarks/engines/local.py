@@ -1,11 +1,13 @@
-"""Where cells are computed. An engine takes cells and gives back records; which cells, in which order, and what becomes
-of the records is the caller's affair (`run.py`). Here is the one of this machine: worker processes, which run images on
-their device; metrics and intervals may be computed beside, in processes of their own (`answers.py`).
+"""The interface of engines, and the local engine, which computes cells in worker processes of this machine.
 
-A segmentation fault, a kill for memory or a broken CUDA context ends a worker, and nothing else: another takes its
-place, and its cells come back as lost: the one whose images it ran, and those whose metrics were computed beside. A
-worker in which a cell has failed is
-replaced too, so that no cell inherits a damaged process.
+An engine takes cells and returns records; its caller (`run.py`) decides which cells, in which order, and writes the
+records. A worker runs images on its device; metrics and intervals may be computed in processes of their own meanwhile
+(`answers.py`).
+
+A segmentation fault, a kill for lack of memory or a broken CUDA context ends one worker and nothing else. The engine
+starts another worker, and returns the cells of the dead one as lost: the cell whose images it ran, and those whose
+metrics its processes computed. It also replaces a worker in which a cell failed, so that no cell runs in a damaged
+process.
 """
 
 import itertools
@@ -35,17 +37,17 @@ from .serve import BATCHES, RECORD, serve
 from .worker import Compute, compute
 
 Progress = Callable[[Cell, int, int], None]  # a cell, batches done, batches in all
-Lost = Literal["worker", "node", "neighbour"]  # of a neighbour: its metrics were computed, under a worker that died
-SCORES_SHARE = 1 / 8  # of the memory, for scores whose metrics are computed beside: that takes some three times as much
+Lost = Literal["worker", "node", "neighbour"]  # neighbour: its metrics were being computed when its worker died
+SCORES_SHARE = 1 / 8  # of main memory, for scores in metric processes, which take about three times their size
 
 
 class EngineError(RuntimeError):
-    """The engine cannot be started, or not go on; the text says what was found, what was expected and what to do."""
+    """The engine cannot start or continue; the text says what was found, what was expected and what to do."""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """The record of a cell; `lost`: what has died under it."""
+    """The record of a cell; `lost` says what died while it was computed."""
 
     cell: Cell
     record: Record
@@ -53,16 +55,16 @@ class Outcome:
 
 
 class Engine(Protocol):
-    """A context manager; leaving it ends what is still computed."""
+    """Computes cells. A context manager: leaving it ends all cells that are still computed."""
 
     def room(self) -> list[Checkpoint | None]:
-        """One entry for each cell that `submit` would take now: the checkpoint that is in memory there, or None."""
+        """Return an entry for each cell that `submit` takes now: the checkpoint in that worker's memory, or None."""
 
     def submit(self, cell: Cell, log: Path) -> None:
-        """Compute a cell; `log` gets what is printed meanwhile."""
+        """Begin to compute a cell; what it prints goes to `log`."""
 
     def poll(self, seconds: float) -> list[Outcome]:
-        """What has come out, after waiting for it no longer than this."""
+        """Return the cells that have finished, after waiting at most this long for one."""
 
     def __enter__(self) -> Self: ...
     def __exit__(self, *error: object) -> None: ...
@@ -70,29 +72,29 @@ class Engine(Protocol):
 
 @dataclass(eq=False)
 class _Worker:
-    """A process and what it is doing."""
+    """A worker process and its cells."""
 
     options: Options
     turn: Path | None = None
     process: Any = None
     connection: Connection | None = None
-    sent: set[int] = field(default_factory=set)  # ids of the image sets that it has
+    sent: set[int] = field(default_factory=set)  # ids of the image sets that the process already has
     checkpoint: Checkpoint | None = None
-    number: int | None = None  # of the cell whose images it runs; None: it has none
-    cells: dict[int, tuple[Cell, float]] = field(default_factory=dict)  # without a record, and when they were begun
+    number: int | None = None  # of the cell whose images it runs; None if it is idle
+    cells: dict[int, tuple[Cell, float]] = field(default_factory=dict)  # without a record yet, and their start times
 
 
 class LocalEngine:
-    """Worker processes on this machine.
+    """An engine of worker processes on this machine.
 
     Args:
         workers: the options of each worker; they differ in `device` alone.
-        progress: is called now and then while a cell is computed.
-        compute: the function that workers run, for measuring the engine itself.
-        take_turns: workers of one device run images one after the other. While one does, another loads the next
+        progress: is called while a cell is computed, with the cell, the batches done and all its batches.
+        compute: the function that workers run; benchmarks of the engine replace it.
+        take_turns: let workers that share a device run images one at a time. While one does, another loads the next
             checkpoint and reads its first images.
-        answering: for each worker, how many processes compute metrics and intervals beside its next pass; with 0 it
-            computes them itself, before that.
+        answering: number of processes, for each worker, that compute metrics and intervals while it runs the next
+            cell's images. With 0 the worker computes them itself before it starts the next cell.
     """
 
     def __init__(
@@ -106,7 +108,7 @@ class LocalEngine:
         self._folder = tempfile.TemporaryDirectory(prefix="timm_csra_")
         turns = {o.device: Path(self._folder.name) / f"{number}.lock" for number, o in enumerate(workers)}
         self._workers = [_Worker(options, turns[options.device] if take_turns else None) for options in workers]
-        self._leaving: list[_Worker] = []  # they finish what they have, and get nothing more
+        self._leaving: list[_Worker] = []  # finish the metrics they still compute, and get no more cells
         self._threads = max(1, torch.get_num_threads() // len(workers)) if len(workers) > 1 else None
         self._progress, self._compute = progress, compute
         self._limits = (answering, _physical_memory() * SCORES_SHARE / max(1, len(workers)))
@@ -120,7 +122,7 @@ class LocalEngine:
 
     def submit(self, cell: Cell, log: Path) -> None:
         idle = [worker for worker in self._workers if worker.number is None]
-        # The one that has the checkpoint in memory, else one that has none.
+        # Prefer the worker with this checkpoint in memory, then one with an empty memory.
         worker = min(idle, key=lambda w: 0 if w.checkpoint == cell.checkpoint else 1 if w.checkpoint is None else 2)
         self._start(worker, cell, log)
 
@@ -132,13 +134,13 @@ class LocalEngine:
             assert worker.connection is not None
             try:
                 what, number, found = worker.connection.recv()
-            except (EOFError, OSError, pickle.UnpicklingError):  # maybe in the midst of a message
+            except (EOFError, OSError, pickle.UnpicklingError):  # the worker died, perhaps while sending a message
                 outcomes += self._died(worker)
                 continue
             if what == BATCHES:
                 self._progress(worker.cells[number][0], *found)
             elif what == RECORD:
-                outcomes += self._come_out(worker, number, found)
+                outcomes += self._finished(worker, number, found)
             else:
                 worker.number = None
         return outcomes
@@ -169,14 +171,14 @@ class LocalEngine:
         assert worker.connection is not None
         data = id(cell.data)
         self._data[data] = cell.data
-        news = None if data in worker.sent else cell.data  # 50,000 paths travel once
+        news = None if data in worker.sent else cell.data  # a list of 50,000 paths is sent once only
         worker.sent.add(data)
-        with suppress(ConnectionError):  # it has died meanwhile: `poll` finds that out
+        with suppress(ConnectionError):  # the worker has died; `poll` will notice
             job = (worker.number, data, news, replace(cell, data=None), log)  # type: ignore[arg-type]
             worker.connection.send(job)
 
-    def _come_out(self, worker: _Worker, number: int, found: Record | Died) -> list[Outcome]:
-        """What there is of a cell: its record, or how the process has ended that computed its metrics."""
+    def _finished(self, worker: _Worker, number: int, found: Record | Died) -> list[Outcome]:
+        """Return the outcome of a cell: its record, or a failure if the process that computed its metrics died."""
         cell, began = worker.cells.pop(number)
         of_the_pass = worker.number == number
         if of_the_pass:
@@ -205,7 +207,7 @@ class LocalEngine:
         return Outcome(cell, record, lost)
 
     def _replace(self, worker: _Worker) -> None:
-        """Another process takes its place, at once; metrics that it still computes are waited for."""
+        """Let a new process replace the worker's at once; the old one finishes the metrics that it still computes."""
         if worker.cells:
             self._leaving.append(replace(worker))
             worker.process = worker.connection = worker.checkpoint = None
@@ -216,14 +218,14 @@ class LocalEngine:
     def _end(self, worker: _Worker) -> None:
         if worker.process is not None:
             assert worker.connection is not None
-            worker.connection.close()  # which it takes as the end
+            worker.connection.close()  # makes the process end
             self._ending = [process for process in self._ending if process.is_alive()] + [worker.process]
         worker.process = worker.connection = worker.number = worker.checkpoint = None
         worker.cells = {}
 
 
-# glibc gives large tensors back to the system after every layer; page faults can then take half of the time on a CPU.
-# Read when a process starts; nothing to other systems.
+# Without these glibc returns large tensors to the system after every layer, and page faults can take half of the time
+# on a CPU. glibc reads them when a process starts; other C libraries ignore them.
 KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2**32), "MALLOC_TRIM_THRESHOLD_": str(2**33)}
 
 
@@ -233,7 +235,7 @@ def keep_memory() -> None:
 
 
 def _context() -> Any:
-    """Processes forked from a server that has imported everything and computed nothing: quick, and safe with CUDA."""
+    """Fork workers from a server that has imported everything and computed nothing: fast, and safe with CUDA."""
     keep_memory()
     if "forkserver" not in multiprocessing.get_all_start_methods():
         return multiprocessing.get_context("spawn")
@@ -243,7 +245,7 @@ def _context() -> Any:
 
 
 def _physical_memory() -> float:
-    """Bytes of this machine; without a limit where the system does not say it."""
+    """Bytes of main memory; infinity where the system does not report it."""
     if "SC_PHYS_PAGES" not in getattr(os, "sysconf_names", ()):
         return math.inf
     return float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
@@ -252,6 +254,6 @@ def _physical_memory() -> float:
 def _why(exitcode: int | None) -> str:
     if exitcode is not None and exitcode < 0:
         name = signal.Signals(-exitcode).name
-        hint = " (the system ran out of memory, or somebody killed it)" if name == "SIGKILL" else ""
+        hint = " (the system ran out of memory, or it was killed)" if name == "SIGKILL" else ""
         return f"the process of this cell died of {name}{hint}; its output is in the log"
     return f"the process of this cell ended with exit code {exitcode}; its output is in the log"

@@ -1,4 +1,4 @@
-"""From cells to records: what is finished is read, what is not is computed by an engine and written here."""
+"""Turn cells into records: read those of finished cells, let an engine compute the others, and write them."""
 
 import hashlib
 import os
@@ -33,7 +33,7 @@ from .schedule import Schedule
 
 try:
     import resource
-except ModuleNotFoundError:  # Windows, which has no such limit
+except ModuleNotFoundError:  # Windows
     resource = None  # type: ignore[assignment]
 
 BAR = (
@@ -47,14 +47,14 @@ BAR = (
 
 @dataclass(frozen=True)
 class Run:
-    """A folder of records, and how the cells that it lacks are computed.
+    """A folder of records, and how to compute the cells that have none.
 
     Attributes:
         options: how a cell is measured.
         out: the folder.
-        missing: checkpoints that cannot be had, with the reason.
-        retry_failed: whether a failed cell is measured again.
-        log: where progress goes.
+        missing: checkpoints that cannot be loaded, with the reason.
+        retry_failed: measure cells again that failed before.
+        log: the console for progress.
     """
 
     options: Options
@@ -64,14 +64,14 @@ class Run:
     log: Console
 
     def state(self, cell: Cell, build: bool = False) -> tuple[str, str | None]:
-        """What a sweep would do with a cell, and why, where that is nothing. `build` as in `Applicability.why_not`."""
+        """Return the state of a cell, and the reason if there is nothing to do. For `build` see `why_not`."""
         record = self._finished(cell)
         if record is not None:
             return (
                 ("done", None) if record["status"] == "ok" else (record["status"].replace("_", " "), record["reason"])
             )
         if cell.checkpoint in self.missing:
-            return "not to be had", self.missing[cell.checkpoint]
+            return "unavailable", self.missing[cell.checkpoint]
         reason = self.applicability.why_not(cell, build)
         return ("not applicable", reason) if reason else ("to do", None)
 
@@ -82,14 +82,14 @@ class Run:
     def records(
         self, cells: Iterable[Cell], start: Callable[[Callable[[Cell, int, int], None]], Engine], downloads: Downloads
     ) -> Iterator[tuple[Cell, Record]]:
-        """One record for each cell, read where it is finished and computed where it is not, as they come.
+        """Yield each cell with its record, as cells finish: read from the folder, or else computed.
 
-        Another sweep may work in the same folder: each checkpoint is locked while its cells are computed. What is
-        locked comes last, and what the other has finished by then is read.
+        Several sweeps may share the folder: each locks a checkpoint while it computes the checkpoint's cells. Cells of
+        checkpoints that another sweep has locked come last, and records that it has written by then are read.
 
         Args:
-            cells: what to compute.
-            start: gives the engine, to which it hands a function that shows the progress of a cell.
+            cells: the cells.
+            start: returns the engine; its argument is the function that shows the progress of a cell.
             downloads: the cache of weights.
         """
         groups: dict[Checkpoint, list[Cell]] = {}
@@ -104,11 +104,11 @@ class Run:
                     yield cell, record
 
     def confirm(self, cell: Cell, record: Record) -> None:
-        """Write a finished record anew, as one of the weights that its checkpoint has now."""
+        """Write a finished record again with the present time, so that its weights count as the checkpoint's newest."""
         write_record(record_path(self.out, cell.key(self.options)), record | {"finished": now()})
 
     def _finished(self, cell: Cell) -> Record | None:
-        """The record of a cell for which nothing is left to do. What is no record does not make a cell finished."""
+        """Return the record of a cell with nothing left to do, or None. A file that is no record does not count."""
         try:
             record = read_record(record_path(self.out, cell.key(self.options)))
         except RecordError:
@@ -120,7 +120,7 @@ class Run:
         return None if absent else record
 
     def work(self, cell: Cell) -> float:
-        """Multiply-accumulates that a cell will take, as far as that is known now: for the order alone."""
+        """Estimate the multiply-accumulates of a cell without loading it. Only the order of cells depends on this."""
         if cell.checkpoint in self.missing or self.applicability.why_not(cell, build=False):
             return 0.0
         there = record_path(self.out, cell.key(self.options)).name in self._written
@@ -130,13 +130,16 @@ class Run:
 
     @cached_property
     def _written(self) -> set[str]:
-        """Names of the records that were there at the start."""
+        """File names of the records in the folder at the start."""
         folder = self.out / "records"
         return set(os.listdir(folder)) if folder.is_dir() else set()
 
     def settled(self, cell: Cell) -> Record | None:
-        """The record of a cell of which nothing is to be computed: it was finished before, its checkpoint cannot be
-        had, or it has no answer. For none of these is anything downloaded or loaded."""
+        """Return the record of a cell that needs no computing, or None.
+
+        Such a cell was finished before, its checkpoint is unavailable, or it does not apply. Nothing is downloaded or
+        loaded to find out.
+        """
         record = self._finished(cell)
         if record is None and cell.checkpoint in self.missing:
             record = failure(cell, self.options, f"CheckpointError: {self.missing[cell.checkpoint]}")
@@ -152,26 +155,25 @@ class Run:
         return record
 
     def write(self, outcome: Outcome, again: bool = False) -> None:
-        """Write what has come out. That a node is lost says nothing about a cell which is computed `again`: it has no
-        record."""
+        """Write the record of a cell, unless its node was lost and the cell will be computed `again`."""
         record, key = outcome.record, outcome.cell.key(self.options)
         path = record_path(self.out, key)
         if not (again and outcome.lost == "node"):
             record["environment"]["commit"] = commit()
-            record |= {**key, "key": key}  # to another node the data may look otherwise
+            record |= {**key, "key": key}  # a node may compute another key, e.g. from other file times
             try:
                 read_record(path)
             except RecordError as error:
                 text = f"{error} It is replaced."
                 self.log.print(text, style="yellow", markup=False, highlight=False, soft_wrap=True)
             write_record(path, record)
-        if not self.log.is_terminal:  # a log file has no progress bar
+        if not self.log.is_terminal:  # a terminal has a progress bar instead
             said = f"{path.stem}: {record['status']}, {record['seconds']:.1f} s"
             more = f" ({record['reason']}); it is computed once more" if again else ""
             self.log.print(said + more, highlight=False, markup=False, soft_wrap=True)
 
     def lock(self, checkpoint: Checkpoint) -> FileLock | None:
-        """Its lock; None while another sweep has it."""
+        """Lock a checkpoint; return None while another sweep has the lock."""
         folder = self.out / "locks"
         folder.mkdir(parents=True, exist_ok=True)
         lock = FileLock(folder / f"{hashlib.sha256(checkpoint.name.encode()).hexdigest()[:16]}.lock")
@@ -182,18 +184,20 @@ class Run:
         return lock
 
     def wait_for(self, checkpoints: list[Checkpoint]) -> None:
-        """Say that nothing is left but what another sweep works on."""
+        """Print that all remaining cells are locked by another sweep."""
         names = ", ".join(checkpoint.name for checkpoint in checkpoints[:3])
         self.log.print(f"Another sweep works on {names} in {self.out}: waiting for it.")
 
     def log_file(self, cell: Cell) -> Path:
-        """Where the output of a cell goes."""
+        """Path of the log of a cell."""
         return self.out / "logs" / f"{record_path(self.out, cell.key(self.options)).stem}.log"
 
 
 def _allow_files(checkpoints: int) -> None:
-    """Raise the soft limit of open files, often 1,024, as far as the hard one allows: every checkpoint that is begun
-    has its lock open, and on many devices most may be."""
+    """Raise the soft limit of open files, often 1,024, as far as the hard limit allows.
+
+    The sweep holds a lock file open for each checkpoint in progress, and with many devices that may be most of them.
+    """
     if resource is None:
         return
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -203,7 +207,7 @@ def _allow_files(checkpoints: int) -> None:
 
 
 class _Shown:
-    """Progress on the terminal: all cells, and the batches of each that is computed."""
+    """Progress bars: one for all cells, and one for the batches of each cell that is computed."""
 
     def __init__(self, progress: Progress, total: int) -> None:
         self.progress = progress

@@ -1,4 +1,4 @@
-"""Which cell is computed next, which go on with what a worker has in memory, and what is computed once more."""
+"""Decide which cell is computed next, and which lost cells are computed again."""
 
 import heapq
 import time
@@ -14,21 +14,21 @@ from ..records.files import Record
 from ..scoring.cells import Cell
 from .local import Engine, Lost, Outcome
 
-PATIENCE = 0.2  # seconds between two looks at what else could be done
-LOOK_AGAIN = 1.0  # seconds until a checkpoint is looked at again that another sweep worked on
-# Of a cell; that a node is lost, or a worker that runs another one's images, is hardly its doing.
+PATIENCE = 0.2  # seconds that one poll of the engine waits
+LOOK_AGAIN = 1.0  # seconds between attempts to lock checkpoints that another sweep has locked
+# Attempts for a cell, by what died: it is rarely the cell's fault if a node, or a worker that ran another cell, dies.
 ATTEMPTS: dict[Lost, int] = {"worker": 2, "node": 10, "neighbour": 10}
-SHARE = 0.25  # of the work that is left for each worker: a larger cell is begun at once
+SHARE = 0.25  # a cell with more than this share of one worker's remaining work starts at once
 
 
 class Lock(Protocol):
-    """What other sweeps in the same folder respect."""
+    """A lock that keeps other sweeps in the same folder from computing a checkpoint's cells."""
 
     def release(self) -> None: ...
 
 
 class Store(Protocol):
-    """Where records go, and what is known of cells before they are computed; see `Run`."""
+    """Writes records, and knows which cells need computing; see `Run`."""
 
     def work(self, cell: Cell) -> float: ...
     def state(self, cell: Cell, build: bool) -> tuple[str, str | None]: ...
@@ -44,18 +44,18 @@ class _Group:
     """The cells of a checkpoint, which share its lock and, in one worker, the loaded model."""
 
     lock: Lock
-    to_do: dict[int, Cell]  # in the order in which neighbours share most
-    left: float  # work of those
+    to_do: dict[int, Cell]  # ordered so that neighbours can share a pass or a model
+    left: float  # work of the cells to do
     in_flight: int = 0
 
 
 class Schedule:
-    """The order of cells.
+    """Gives cells to an engine in an order that keeps workers busy and loads few checkpoints twice.
 
-    Checkpoints are begun one after the other, and a worker keeps the one that it has in memory. For several workers the
-    largest is begun first; a cell that would be late if it waited is computed at once, wherever there is room: its
-    checkpoint may be divided between workers. When no checkpoint is left to begin, or as many are open as there are
-    workers, a worker that has nothing in memory helps with the one that has most left.
+    It opens checkpoints one after the other, and a worker continues with the checkpoint that it has in memory. With
+    several workers it opens the checkpoint with the most work first. A cell so large that it would finish last if it
+    waited is computed at once by any free worker; so several workers may share a checkpoint. When all checkpoints are
+    open, or as many as there are workers, a worker with nothing in memory helps with the one that has most work left.
     """
 
     def __init__(
@@ -68,19 +68,19 @@ class Schedule:
         largest_first = sorted(groups, key=lambda c: -sum(self.work[id(cell)] for cell in groups[c]))
         self.waiting = dict.fromkeys(largest_first)
         self.open: dict[Checkpoint, _Group] = {}
-        self.locked: set[Checkpoint] = set()  # by other sweeps, when they were looked at
+        self.locked: set[Checkpoint] = set()  # by other sweeps, at the last attempt
         self.look_again, self.told = 0.0, False
-        self.to_do = set(self.work)  # what is not given out, of checkpoints that are waiting, too
+        self.to_do = set(self.work)  # ids of all cells not given to the engine
         self.left = sum(self.work.values())
         self.by_size = [(-self.work[id(cell)], number, cell) for number, cell in enumerate(cells)] if several else []
         heapq.heapify(self.by_size)
-        self.aside: list[tuple[float, int, Cell]] = []  # of `by_size`, what is locked
+        self.aside: list[tuple[float, int, Cell]] = []  # entries of `by_size` whose checkpoint is locked
         self.in_flight = 0
         self.lost: Counter[tuple[int, Lost]] = Counter()
-        self.ready: deque[tuple[Cell, Record]] = deque()  # of cells that were not computed
+        self.ready: deque[tuple[Cell, Record]] = deque()  # cells that needed no computing
 
     def pairs(self) -> Iterator[tuple[Cell, Record]]:
-        """Compute; give each cell with its last record, as they come."""
+        """Yield each cell with its final record, as cells finish."""
         try:
             while self.waiting or self.open:
                 self._fill()
@@ -97,7 +97,7 @@ class Schedule:
                 group.lock.release()
 
     def _fill(self) -> None:
-        """Give the engine what it has room for."""
+        """Submit cells until the engine has no room."""
         if time.monotonic() >= self.look_again:
             self.look_again = time.monotonic() + LOOK_AGAIN
             self.locked.clear()
@@ -127,7 +127,7 @@ class Schedule:
         return next(iter(group.to_do.values())) if group is not None else None
 
     def _late(self, workers: int) -> Cell | None:
-        """The largest cell, if it may not wait."""
+        """Return the largest cell if it has to start now, else None."""
         while self.by_size:
             work, _, cell = self.by_size[0]
             if id(cell) not in self.to_do:
@@ -141,15 +141,17 @@ class Schedule:
         return None
 
     def _begin(self) -> _Group | None:
-        """The next checkpoint that no other sweep works on, with something to do."""
+        """Open the next checkpoint that has cells to do and that no other sweep has locked."""
         for checkpoint in list(self.waiting):
             if (group := self._opened(checkpoint)) is not None:
                 return group
         return None
 
     def _opened(self, checkpoint: Checkpoint) -> _Group | None:
-        """The checkpoint, begun now if it was not before; None where another sweep works on it, and where nothing of it
-        is to do. What needs no computing is `ready`."""
+        """Return the group of a checkpoint, opening it if need be; None if another sweep has it or no cell is to do.
+
+        Cells that need no computing go to `ready`.
+        """
         if checkpoint in self.open or checkpoint in self.locked:
             return self.open.get(checkpoint)
         lock = self.store.lock(checkpoint)
@@ -175,7 +177,7 @@ class Schedule:
         return group
 
     def _following(self) -> Checkpoint | None:
-        """The next checkpoint whose weights will be needed."""
+        """Return the next checkpoint whose weights will be needed, or None."""
         for checkpoint in self.waiting:
             if any(self.store.state(cell, build=True)[0] == "to do" for cell in self.groups[checkpoint]):
                 return checkpoint
@@ -202,7 +204,7 @@ class Schedule:
             heapq.heappush(self.by_size, (-work, -sum(self.lost.values()), cell))
 
     def _is_last(self, outcome: Outcome) -> bool:
-        """Write what has come out; give whether its cell is done with. Else it is given out again."""
+        """Write the record of an outcome. Return False if its cell was lost and will be computed again."""
         cell, group = outcome.cell, self.open[outcome.cell.checkpoint]
         group.in_flight -= 1
         self.in_flight -= 1

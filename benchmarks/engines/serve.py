@@ -1,5 +1,4 @@
-"""What a worker process of this machine does: it computes cells and sends what has come of them, until the other end is
-closed."""
+"""The loop of a local worker process: it computes cells and sends back their records until the connection is closed."""
 
 import multiprocessing
 import signal
@@ -20,7 +19,7 @@ from ..scoring.measure import Unfinished
 from .answers import Answers, end_with_parent
 from .worker import Compute, Models, output_to, turns
 
-BATCHES, PASSED, RECORD = "batches", "passed", "record"  # what a message is about; a cell's number and more follow
+BATCHES, PASSED, RECORD = "batches", "passed", "record"  # kinds of messages; the cell's number follows
 
 
 def serve(
@@ -32,22 +31,25 @@ def serve(
     answering: int,
     memory: float,
 ) -> None:
-    """Compute cells, each a number, an image set's number, the set if it is new, the cell, and where its output goes.
+    """Compute the cells that arrive on the connection.
+
+    Each job is a tuple: the cell's number, the number of its image set, the set itself the first time, the cell, and
+    the path of its log.
 
     Args:
-        connection: to the engine.
+        connection: the connection to the engine.
         options: how cells are computed.
-        threads: of torch; None leaves what it finds.
+        threads: number of torch's threads; None leaves torch's default.
         compute: runs the images of a cell.
-        turn: a lock file for which workers of one device wait before they use it; the system frees it when one dies.
-        answering: how many processes compute metrics beside; 0: this one does it itself.
-        memory: bytes of scores that these may hold.
+        turn: lock file that serialises the workers of one device; the system releases it if a worker dies.
+        answering: number of processes for metrics; with 0 this process computes them itself.
+        memory: bytes of scores that those processes may hold.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's, which ends this process
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C and ends this process
     forks = "fork" in multiprocessing.get_all_start_methods()
     if forks:
-        # Loader workers are forked, as torch does by default: a second server would import everything again, and its
-        # workers would not notice that this process has died.
+        # Fork the loader's workers: those of a second fork server would import everything again, and would not notice
+        # if this process died.
         multiprocessing.set_start_method("fork", force=True)
     threading.Thread(target=end_with_parent, daemon=True).start()
     if threads is not None:

@@ -1,4 +1,4 @@
-"""An engine of nodes that compute nothing: a cell takes its time on a virtual clock, and nodes are lost at random."""
+"""An engine that simulates nodes: cells take time on a virtual clock, compute nothing, and nodes are lost at random."""
 
 import heapq
 import itertools
@@ -14,17 +14,17 @@ from ..scoring.cells import Cell
 from .estimate import START
 from .local import Outcome
 
-DEVICES = 8  # of a node
+DEVICES = 8  # of each node
 
 
 @dataclass(eq=False)
 class _Device:
-    """What it computes, since when, and what is in its memory."""
+    """A device: the cell that it computes, when that began, and the checkpoint in its memory."""
 
     loaded: tuple[Checkpoint, object] | None = None
     cell: Cell | None = None
     began: float = 0.0
-    attempt: int = 0  # tells the end of this cell from that of one which was lost
+    attempt: int = 0  # distinguishes this cell's end from that of one lost before
 
 
 @dataclass(eq=False)
@@ -35,17 +35,17 @@ class _Node:
 
 @dataclass
 class Cluster:
-    """Nodes, and what happens to them. All times are in seconds.
+    """A simulated cluster. All times are in seconds.
 
     Attributes:
-        devices: of all nodes together.
-        seconds: what a cell takes without loading its checkpoint.
-        failures: how many of the nodes are lost in an hour, as a share.
-        back: until another node takes the place of a lost one.
-        load: for a checkpoint and size that are not in memory.
-        giving: of the driver, for each cell that it gives out. What comes out meanwhile waits for it.
-        ahead: cells that wait where they are given out, for each device; the one that is free first takes the next, as
-            Ray does. None: none waits, and a cell goes where its checkpoint is, as on one machine.
+        devices: number of devices of all nodes together.
+        seconds: time of each cell, without loading its checkpoint.
+        failures: share of the nodes that are lost in an hour.
+        back: time until a new node replaces a lost one.
+        load: time to load a checkpoint, or another size of it, that is not in memory.
+        giving: time of the driver to submit a cell; outcomes that arrive meanwhile wait.
+        ahead: number of submitted cells that wait for each device; the first device that is free takes the next one, as
+            with Ray. None: no cell waits, and a cell goes to the device with its checkpoint, as with the local engine.
     """
 
     devices: int
@@ -60,14 +60,14 @@ class Cluster:
 
 @dataclass
 class Spent:
-    """What became of the time: of devices, but for `makespan`, which is of the clock.
+    """Where the time went, in device seconds; `makespan` is in seconds of the clock.
 
     Attributes:
-        computing: of cells that came back.
-        repeated: of cells that were lost with their node.
-        loading: of checkpoints.
-        longest: the longest time that one cell took, with what it took on nodes that were lost.
-        lost: cells that were lost with their node, and nodes.
+        computing: time of cells that finished.
+        repeated: time spent on cells that were lost with their node.
+        loading: time of loading checkpoints.
+        longest: the longest time of one cell, including its time on nodes that were lost.
+        lost_cells, lost_nodes: number of cells that were lost with their node, and of lost nodes.
     """
 
     makespan: float = 0.0
@@ -77,11 +77,11 @@ class Spent:
     longest: float = 0.0
     lost_cells: int = 0
     lost_nodes: int = 0
-    before: dict[int, float] = field(default_factory=dict, repr=False)  # of each lost cell
+    before: dict[int, float] = field(default_factory=dict, repr=False)  # time spent on each lost cell
 
 
 class SimulatedEngine:
-    """See `Cluster`; `spent` says what became of the time."""
+    """An engine on a simulated `Cluster`; `spent` says where the time went."""
 
     def __init__(self, cluster: Cluster) -> None:
         self._cluster, self.spent, self.now = cluster, Spent(), 0.0
@@ -92,9 +92,9 @@ class SimulatedEngine:
         self._computing = 0
         self._random, self._number = random.Random(cluster.seed), itertools.count()
         self._events: list[tuple[float, int, Callable[[], list[Outcome]]]] = []
-        self._out: list[Outcome] = []  # while the driver did something else
+        self._out: list[Outcome] = []  # finished while the driver was busy
         for node in self._nodes:
-            self._will_be_lost(node)
+            self._plan_loss(node)
 
     def room(self) -> list[Checkpoint | None]:
         if self._cluster.ahead is None:
@@ -108,7 +108,7 @@ class SimulatedEngine:
         self._give_out()
 
     def poll(self, seconds: float) -> list[Outcome]:
-        """What has come out, or else what comes out next: the clock goes on to then however far that is."""
+        """Return the finished cells; if there are none, advance the clock until one finishes, whatever `seconds`."""
         if not self._out:
             moment = self._events[0][0]
             self.passes(moment - self.now)
@@ -116,7 +116,7 @@ class SimulatedEngine:
         return outcomes
 
     def passes(self, seconds: float) -> None:
-        """Let time pass in which the driver does something else; nodes go on with what they have."""
+        """Let time pass while the driver is busy; the nodes continue with their cells."""
         until = self.now + seconds
         while self._events and self._events[0][0] <= until:
             self.now, _, then = heapq.heappop(self._events)
@@ -155,7 +155,7 @@ class SimulatedEngine:
 
     def _done(self, device: _Device, attempt: int) -> list[Outcome]:
         if device.attempt != attempt:
-            return []  # it was lost before
+            return []  # the cell was lost before it finished
         cell = device.cell
         assert cell is not None
         taken = self.now - device.began
@@ -167,7 +167,7 @@ class SimulatedEngine:
         self._computing -= 1
         return [Outcome(cell, {"status": "ok", "reason": None, "seconds": taken})]
 
-    def _will_be_lost(self, node: _Node) -> None:
+    def _plan_loss(self, node: _Node) -> None:
         if self._cluster.failures:
             after = self._random.expovariate(self._cluster.failures / 3600)
             self._at(self.now + after, lambda: self._lost(node))
@@ -196,5 +196,5 @@ class SimulatedEngine:
     def _joins(self, node: _Node) -> list[Outcome]:
         node.up = True
         self._idle += node.devices
-        self._will_be_lost(node)
+        self._plan_loss(node)
         return []

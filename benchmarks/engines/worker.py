@@ -1,4 +1,4 @@
-"""What runs where cells are computed: the model in memory, the output of a cell, the function that computes it."""
+"""What every engine runs in its worker processes: the function that computes a cell, the loaded model, the log."""
 
 import os
 import sys
@@ -23,13 +23,16 @@ Compute = Callable[[Cell, Options, "Models", Track], Record | Unfinished]
 
 
 def compute(cell: Cell, options: Options, models: "Models", track: Track) -> Record | Unfinished:
-    """Run the images of one cell; an error in it becomes a record."""
+    """Run the images of one cell; an error becomes the record of a failed cell."""
     return begin_cell(cell, partial(models.get, cell), options, track, models.turn)
 
 
 class Models:
-    """The one model in memory: neighbouring cells of a checkpoint share it, those of another size too where the model
-    would be built alike for it. `turn` gives a context within which the device is this process's alone."""
+    """Holds the one model in memory, which successive cells of a checkpoint share.
+
+    Cells of another size share it too if the model would be built the same way for that size. `turn` returns a context
+    within which no other process uses the device.
+    """
 
     def __init__(self, device: str, channels_last: bool = False, turn: Turn = nullcontext) -> None:
         self.device, self.channels_last, self.turn = device, channels_last, turn
@@ -37,7 +40,7 @@ class Models:
         self._loaded: Loaded | None = None
 
     def get(self, cell: Cell) -> Loaded:
-        if isinstance(cell.size, str):  # it could not be asked for its size; now the reason comes out
+        if isinstance(cell.size, str):  # its configuration could not be read before: raise the reason now
             cell.checkpoint.input_size()
             raise CheckpointError(f"could not tell the input size at first; run again for {cell.size}")
         kept = self._loaded if self._checkpoint == cell.checkpoint else None
@@ -45,7 +48,7 @@ class Models:
             same = cell.checkpoint.is_built_alike(kept.size, cell.size)
             self._loaded = kept = Loaded(kept.model, cell.size) if same else None
         if kept is None:
-            self._loaded = None  # free the last one first
+            self._loaded = None  # free the memory of the previous model first
             if torch.device(self.device).type != "cpu":
                 torch.accelerator.empty_cache()
             model = to_device(cell.checkpoint.create(cell.size), self.device, self.channels_last)
@@ -55,13 +58,13 @@ class Models:
 
 
 def turns(file: Path) -> Turn:
-    """Let processes use a device one after the other. The system frees the lock of one that dies."""
+    """Let processes use a device one at a time. The system releases the lock of a process that dies."""
     return lambda: FileLock(file).acquire(poll_interval=0.002)
 
 
 @contextmanager
 def output_to(log: Path) -> Iterator[None]:
-    """Everything that is printed, by C++ too, goes to the file."""
+    """Redirect everything that is printed, by C++ code too, to the file."""
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("ab") as file:
         kept = [os.dup(stream) for stream in (1, 2)]

@@ -1,4 +1,4 @@
-"""What a sweep leaves on the disk: one JSON file for each finished cell, and tables beside them.
+"""Write and read what a sweep leaves on disk: one JSON record for each finished cell, and tables beside them.
 
-In: what was measured, as plain values. Out: files that a crash cannot cut, and the records read back.
+In: measurements, as plain values. Out: files that a crash cannot truncate, and the records read back.
 """

@@ -1,5 +1,4 @@
-"""What is wrong with files of records that are sent to others: figures that cannot be true of one measurement, and what
-others have no use for."""
+"""Check files of records before they are shared: their figures must be consistent, and contain no local paths."""
 
 import json
 import re
@@ -17,27 +16,28 @@ from .identity import Identity
 from .lines import PRIVATE, file_names
 from .resampled import unpacked
 
-LEAST = 1e-3  # points by which figures of one result may disagree, from rounding
+LEAST = 1e-3  # percentage points by which rounding may make figures of one result disagree
 # Absolute paths of POSIX and Windows, and a home folder, at the beginning of a word.
 PATH = re.compile(r"""(?:^|[\s'"(=:])(?:/[^/\s]+/[^\s]|~/|[A-Za-z]:[\\/]|\\\\)""")
-EXPECTED = {"kind": str, "head_classes": int, "weights_sha256": str}  # of what has a result
-# The spread of 200 resamples beside that of the interval's 1,000, of which a quantile may fall on a step of the metric.
+EXPECTED = {"kind": str, "head_classes": int, "weights_sha256": str}  # fields of a record with results
+# A record keeps 200 of the 1,000 resamples behind the interval, so their spreads may differ by the factor SPREAD; and a
+# quantile may fall on a step of the metric, which STEP allows for, in points.
 SPREAD, STEP = 3.0, 0.05
 
 
 def faults(paths: Iterable[Path], evaluation: int) -> list[str]:
-    """What keeps files from being taken among others, in words; nothing where they are well.
+    """List what is wrong with files of records; an empty list if nothing is.
 
     Args:
-        paths: of files that `write_lines` has written.
-        evaluation: the version of what is computed from scores, which all records of a table share.
+        paths: files that `write_lines` has written.
+        evaluation: the version of the metrics and statistics that all records must have.
     """
     cells: dict[str, tuple[Path, int, Record]] = {}
     return [fault for path in paths for fault in _of_file(path, evaluation, cells)]
 
 
 def _of_file(path: Path, evaluation: int, cells: dict[str, tuple[Path, int, Record]]) -> Iterator[str]:
-    """`cells`: where each has been found, and what."""
+    """`cells` maps each cell seen so far to its file, line number and record; this adds to it."""
     models: dict[str, None] = {}
     number = 0
     for number, record in enumerate(read_lines(path), 1):
@@ -72,7 +72,7 @@ def _of_record(record: Record, evaluation: int) -> Iterator[str]:
     if not record["requested"]:
         yield "no requested size"
     if record["status"] == "failed":
-        yield f"a cell that failed ({record.get('reason')}), expected what was measured, or does not apply"
+        yield f"a cell that failed ({record.get('reason')}), expected a measured cell, or one that does not apply"
     version = (key.get("evaluation") or {}).get("version")
     if version != evaluation:
         yield f"figures of version {version}, expected {evaluation}: measure again with this version of the sweep"
@@ -106,14 +106,14 @@ def _of_measured(record: Record) -> Iterator[str]:
 
 def _of_origin(record: Record) -> Iterator[str]:
     if named := sorted(name for name in PRIVATE if record.get(name)):
-        yield f"{', '.join(named)}: places on somebody's disk, which others have no use for"
+        yield f"{', '.join(named)}: paths on a local disk, which are of no use to others; remove them"
     for name in ("model", "data", "reason", "weights_from", "classes_from"):
         if PATH.search(str(record.get(name) or "")):
-            said = "start the sweep in the folder that it is in" if name == "model" else "take it out"
-            yield f"{name}: a place on somebody's disk ({record[name]}): {said}"
+            advice = "start the sweep in the folder that contains it" if name == "model" else "remove it"
+            yield f"{name}: a path on a local disk ({record[name]}): {advice}"
     commit = (record.get("environment") or {}).get("commit")
     if not commit or str(commit).endswith("-dirty"):
-        yield f"measured at the commit {commit}, expected one of this repository without changes"
+        yield f"measured at the commit {commit}, expected a commit of this repository, without local changes"
     try:
         datetime.fromisoformat(record["finished"])
     except ValueError:
@@ -127,7 +127,7 @@ def _of_result(result: Mapping[str, Any]) -> Iterator[str]:
             yield f"found {base}, {value} and a gain of {gain}, expected all three or none"
         return
     if not (-LEAST <= base <= 100 + LEAST and -LEAST <= value <= 100 + LEAST):
-        yield f"found {base} and {value}, expected percent"
+        yield f"found {base} and {value}, expected percentages, 0 to 100"
     if abs(value - base - gain) > LEAST:
         yield f"a gain of {gain}, expected {value} - {base}"
     low, high = result["ci_low"], result["ci_high"]
@@ -136,9 +136,9 @@ def _of_result(result: Mapping[str, Any]) -> Iterator[str]:
             yield "resampled gains without an interval"
         return
     if low > high:
-        yield f"an interval from {low} to {high}"
+        yield f"an interval from {low} to {high}, expected the lower end first"
     elif not low - LEAST <= gain <= high + LEAST:
-        yield f"an interval from {low} to {high}, which does not hold the gain of {gain}"
+        yield f"an interval from {low} to {high}, which does not contain the gain of {gain}"
     elif result.get("resampled"):
         yield from _of_resampled(result["resampled"], low, high)
 
@@ -153,4 +153,4 @@ def _of_resampled(packed: str, low: float, high: float) -> Iterator[str]:
     if not low - STEP <= mean <= high + STEP:
         yield f"resampled gains around {mean:.2f}, expected {low:.2f} to {high:.2f}"
     if not expected / SPREAD - STEP <= spread <= expected * SPREAD + STEP:
-        yield f"resampled gains with a standard deviation of {spread:.2f}, expected {expected:.2f} by the interval"
+        yield f"resampled gains with a standard deviation of {spread:.2f}, expected {expected:.2f} from the interval"

@@ -1,4 +1,4 @@
-"""One JSON file for each finished cell, written so that a crash cannot leave half of one; JSON lines of many cells."""
+"""Write and read records: a JSON file for each finished cell, written atomically, and JSON lines of many cells."""
 
 import csv
 import io
@@ -22,19 +22,19 @@ LINES = ".jsonl"  # ending of files with one record a line
 
 
 class RecordError(ValueError):
-    """A file that is not the record of a cell; the text names it and says what was found."""
+    """A file is not the record of a cell; the text names the file and says what was found."""
 
 
 def record_path(folder: Path, key: Record) -> Path:
-    """Where the record of a cell goes: readable, and unique by the hash of everything that determines its result."""
+    """Path of a cell's record: a readable name, and a hash of everything that determines the result."""
     return folder / "records" / f"{readable(key)}--{Identity.of(key).result}.json"
 
 
 def read_record(path: Path) -> Record | None:
-    """The record of a finished cell, or None where it has not been finished.
+    """Read the record of a cell, or return None if there is no file.
 
     Raises:
-        RecordError: there is a file, and it is no record, was cut, or is of an old form that lacks what is needed.
+        RecordError: the file is not a record, is truncated, or is of an old version that lacks required fields.
     """
     written = 0.0
     try:
@@ -43,34 +43,34 @@ def read_record(path: Path) -> Record | None:
     except FileNotFoundError:
         return None
     except OSError as error:
-        record, found = None, f"what cannot be read ({error.strerror})"
+        record, found = None, f"an unreadable file ({error.strerror})"
     if found:
         raise RecordError(f"{path}: found {found}, expected the record of a finished cell.")
     return _as_today(record, written)
 
 
 def now() -> str:
-    """The time that a record is finished at."""
+    """The present time, as records store it."""
     return datetime.now(UTC).isoformat(timespec="microseconds")
 
 
 def _parse(content: bytes) -> tuple[Any, str | None]:
-    """A record, and what keeps it from being one."""
+    """Return the record, or None; and what is wrong with it, or None."""
     if not content.strip():
         return None, "an empty file"
     try:
         record = json.loads(content, parse_constant=_no_json)
     except (ValueError, RecursionError) as error:
-        return None, f"no whole JSON ({error})"
+        return None, f"truncated or invalid JSON ({error})"
     return record, wrong(record)
 
 
 def _no_json(constant: str) -> None:
-    raise ValueError(f"{constant} is no JSON")
+    raise ValueError(f"{constant} is not JSON")
 
 
 def _as_today(record: Record, written: float) -> Record:
-    """What earlier versions wrote, as this one writes it; see `results_of`, too."""
+    """Convert a record of an earlier version to the present format; see also `results_of`."""
     requested = record.setdefault("requested", str(record["img_size"]))
     if isinstance(requested, str):
         record["requested"] = [requested]
@@ -83,7 +83,7 @@ def _as_today(record: Record, written: float) -> Record:
         tf32 = [environment.get("float32_matmul_precision"), environment["cudnn_allow_tf32"]]
         record["key"] = record["key"] | {"tf32": tf32}
     if "scores" in record:
-        record["kept_scores"] = record.pop("scores")  # what this was called then
+        record["kept_scores"] = record.pop("scores")  # the former name
     record["results"] = results_of(record)
     for row in record.get("all_settings", ()):
         row.setdefault("scores", LOGITS)
@@ -95,7 +95,11 @@ def _as_today(record: Record, written: float) -> Record:
 
 
 def write_record(path: Path, record: Record) -> None:
-    """Write atomically; refuses NaN and infinity, which are not JSON."""
+    """Write a record atomically.
+
+    Raises:
+        ValueError: the record has a NaN or an infinity, which JSON cannot express.
+    """
     write_text(path, json.dumps(record, indent=1, allow_nan=False))
 
 
@@ -104,32 +108,32 @@ def to_stderr(line: str) -> None:
 
 
 def read_records(folder: Path, warn: Callable[[str], object] = to_stderr) -> list[Record]:
-    """All records in the folder, of earlier sweeps and of others too (`benchmarks.share`). What is no record is left
-    where it is, and out here: `warn` is told of each."""
+    """Read all records in the folder, including files of `benchmarks.share`. Files and lines that are not records are
+    skipped, with a call of `warn` for each."""
     records = []
     for file in sorted((folder / "records").glob("*.json")):
         try:
             record = read_record(file)
         except RecordError as error:
-            warn(f"{error} It is left out: run the same sweep again, which measures its cell again, or delete it.")
+            warn(f"{error} It is skipped: run the same sweep again to measure its cell again, or delete it.")
             continue
-        if record is not None:  # nobody has deleted it since
+        if record is not None:  # else another process has just deleted it
             records.append(record)
     for file in sorted((folder / "records").glob(f"*{LINES}")):
         for read in read_lines(file):
             if isinstance(read, RecordError):
-                warn(f"{read} It is left out.")
+                warn(f"{read} It is skipped.")
             else:
                 records.append(read)
     return records
 
 
 def read_lines(path: Path) -> Iterator[Record | RecordError]:
-    """The records of a file that has one a line; for a line that is none, what is wrong with it."""
+    """Yield the record of each line of a file, or a `RecordError` for a line that is not a record."""
     try:
         written, content = path.stat().st_mtime, path.read_bytes()
     except OSError as error:
-        yield RecordError(f"{path}: found what cannot be read ({error.strerror}), expected a file of records.")
+        yield RecordError(f"{path}: found an unreadable file ({error.strerror}), expected a file of records.")
         return
     for number, line in enumerate(content.splitlines(), 1):
         record, found = _parse(line)
@@ -140,7 +144,7 @@ def read_lines(path: Path) -> Iterator[Record | RecordError]:
 
 
 def write_table(path: Path, columns: Sequence[str], rows: Iterable[dict[str, Any]]) -> None:
-    """Write these columns of the rows as CSV, atomically; floats with four decimals, p-values with three digits."""
+    """Write columns of the rows as CSV, atomically: floats with four decimals, p-values with three digits."""
     text = io.StringIO()
     writer = csv.DictWriter(text, columns, extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
@@ -151,11 +155,11 @@ def write_table(path: Path, columns: Sequence[str], rows: Iterable[dict[str, Any
 
 
 def write_text(path: Path, text: str) -> None:
-    """To a temporary file beside `path`, flushed to the disk, then renamed."""
+    """Write a text file atomically: to a temporary file beside `path`, flushed to the disk, then renamed."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name[:50]}.", suffix=".tmp")
     try:
-        os.chmod(temporary, 0o666 & ~_umask())  # a temporary file is private; a result is not
+        os.chmod(temporary, 0o666 & ~_umask())  # mkstemp makes files that only their owner can read
         with os.fdopen(handle, "w", encoding="utf-8", newline="") as file:
             file.write(text)
             file.flush()

@@ -1,7 +1,7 @@
-"""What a record is of, from its key: by this everything decides what is the same.
+"""Decide, from the keys of records, which of them share scores, have the same result, or are compared with each other.
 
-A pass of a checkpoint over pixels gives scores; an answer is what they say to a question. Answers are compared over the
-checkpoints of a family.
+The forward passes of a checkpoint give scores. Settings, metrics and statistics then turn scores into results. Results
+of a family of checkpoints are compared with each other and corrected for their number.
 """
 
 import hashlib
@@ -14,29 +14,29 @@ from typing import Any
 from scipy.cluster.hierarchy import DisjointSet
 
 CHECKPOINT = ("model", "weights")
-# What is asked of the scores. All other names of a key determine the pass, those that are not known here too.
+# Names of a key on which only the results depend. All other names, unknown ones too, determine the scores.
 QUESTION = ("settings", "activation", "average_precision", "calibration_data", "kept_scores", "evaluation")
-# What may differ between checkpoints that are compared: their sizes, which answer one request; software; and which
-# further figures were asked for.
+# Names that may differ between checkpoints that are compared: their own sizes, if the requested size is the same;
+# software; and which additional figures were computed.
 FREE = (*CHECKPOINT, *QUESTION, "img_size", "test_crop_pct", "versions", "scoring", "rivals")
-# What a protocol depends on beyond that.
+# Names of `QUESTION` that must agree for these protocols, too.
 BY_PROTOCOL = {"crossfit": ("settings",), "best": ("settings",), "agreement": ("calibration_data",)}
 
-Place = tuple[str, str | None]  # of data: the name, and where they are
-Part = tuple[tuple[str, str], ...]  # names and values, of what is not absent
+Place = tuple[str, str | None]  # a data set's name, and its folder or file
+Part = tuple[tuple[str, str], ...]  # names of a key and their values, without those that are None
 
 
 @dataclass(frozen=True)
 class Identity:
-    """Of one record.
+    """What identifies one record.
 
     Attributes:
         model: name of the checkpoint.
-        weights: hash of its weights, None where that could not be had.
-        result: digest of all that determines the figures.
-        scores: digest of what its forward passes depend on.
-        compared: all of the key in which the checkpoints that are compared agree, whatever the protocol.
-        asked: see `BY_PROTOCOL`.
+        weights: hash of its weights, None where it is unknown.
+        result: digest of everything that determines the results.
+        scores: digest of everything that determines the scores.
+        compared: the part of the key that records must share to be compared, whatever the protocol.
+        asked: the part that matters for some protocols only, see `BY_PROTOCOL`.
     """
 
     model: str
@@ -48,22 +48,25 @@ class Identity:
 
     @classmethod
     def of(cls, key: Mapping[str, Any]) -> "Identity":
-        """Of the key of a record, which may be an old one that lacks names."""
+        """Make it from the key of a record; keys of old records may lack names."""
         scores = {name: value for name, value in key.items() if name not in QUESTION}
         compared = _part(key, (name for name in key if name not in FREE))
         asked = _part(key, sorted({name for names in BY_PROTOCOL.values() for name in names}))
         return cls(key["model"], key.get("weights"), _digest(key), _digest(scores), compared, asked)
 
     def family(self, metric: str | None, protocol: str | None) -> Part:
-        """In what the results of all checkpoints agree that are compared, and corrected for their number."""
+        """Return what identifies the family: results with equal values are compared and corrected together."""
         names = BY_PROTOCOL.get(protocol or "", ())
         asked = tuple((name, value) for name, value in self.asked if name in names)
         return (*self.compared, *asked, ("metric", str(metric)), ("protocol", str(protocol)))
 
 
 def same_weights(records: Iterable[Mapping[str, Any]]) -> dict[str, str]:
-    """Give for the name of each checkpoint one name for all that have its weights, as a wheel, a folder and a
-    repository of the Hub may: by the hash of the loaded weights (`weights_sha256`), else of their files."""
+    """Map the name of each checkpoint to one name for all checkpoints with the same weights.
+
+    A wheel, a folder and a repository of the Hub may hold the same weights. They are compared by the hash of the loaded
+    weights (`weights_sha256`), else by that of the weight files.
+    """
     found: DisjointSet[tuple[str, str]] = DisjointSet()
     names = {}
     for record in records:
@@ -78,17 +81,17 @@ def same_weights(records: Iterable[Mapping[str, Any]]) -> dict[str, str]:
 
 
 def readable(key: Mapping[str, Any]) -> str:
-    """The beginning of a file's name."""
+    """Return the readable beginning of a record's file name."""
     text = "--".join(str(key[name]) for name in ("model", "data", "task", "img_size"))
     return "".join(c if c.isalnum() or c in "._-" else "_" for c in text)[-180:]
 
 
 def answers(record: Mapping[str, Any], request: str) -> bool:
-    """Whether the size of a record is what `1x`, `96` or another request asks of its checkpoint."""
+    """Whether the record's size is the one that `request`, such as `1x` or `96`, means for its checkpoint."""
     size, own = str(record["img_size"]), record.get("own_size")
     if request in record["requested"]:
         return True
-    if record["key"].get("test_crop_pct"):  # the same pixels with another crop answer `test` alone
+    if record["key"].get("test_crop_pct"):  # a record with the crop of `test` counts for that request alone
         return False
     if request == size:
         return True
@@ -98,9 +101,8 @@ def answers(record: Mapping[str, Any], request: str) -> bool:
     return _sides(size) == tuple(round(factor * side) for side in _sides(own))
 
 
-def names_apart(sets: Iterable[Place]) -> dict[Place, str]:
-    """What to call sets of photographs, given by name and place: by the name, or as much of the place as tells it from
-    others of the name."""
+def distinct_names(sets: Iterable[Place]) -> dict[Place, str]:
+    """Return a distinct name for each data set: its name, with the end of its path where others have the same name."""
     found: dict[Place, str] = {}
     every = dict.fromkeys(sets)
     for name, place in every:
@@ -118,7 +120,7 @@ def names_apart(sets: Iterable[Place]) -> dict[Place, str]:
 
 
 def differences(parts: Sequence[Part], called: Mapping[str, str]) -> list[str]:
-    """What tells each of them from the others, in words: `data 5f3a01, amp bf16`. Names are `called` differently."""
+    """Describe how each part differs from the others, such as `data 5f3a01, amp bf16`. `called` renames names."""
     every = [dict(part) for part in parts]
     names = dict.fromkeys([*called, *(name for part in every for name in part)])
     differing = [name for name in names if len({part.get(name) for part in every}) > 1]

@@ -1,5 +1,4 @@
-"""Records of a checkpoint as lines of one file, to be sent to others, and which of a record's fields say where it was
-made."""
+"""Write the records of each checkpoint as JSON lines of one file, without fields that contain local paths."""
 
 import hashlib
 import json
@@ -8,11 +7,15 @@ from pathlib import Path
 
 from .files import LINES, Record, RecordError, read_lines, write_text
 
-PRIVATE = ("where", "traceback", "kept_scores")  # places on the disk of who has measured
+PRIVATE = ("where", "traceback", "kept_scores")  # fields with local paths
 
 
 def write_lines(files: Mapping[str, Path], records: Iterable[Record]) -> list[Path]:
-    """Write to the file of each checkpoint a record a line, in the order of their keys, without `PRIVATE`."""
+    """Write the records of each checkpoint to its file, one a line, sorted by key, without `PRIVATE` fields.
+
+    Returns:
+        The files.
+    """
     by_model: dict[str, list[Record]] = {}
     for record in records:
         by_model.setdefault(record["model"], []).append(record)
@@ -26,10 +29,10 @@ def write_lines(files: Mapping[str, Path], records: Iterable[Record]) -> list[Pa
 
 
 def files_of(folder: Path, models: Iterable[str]) -> tuple[dict[str, Path], list[Record]]:
-    """Which file in a folder is that of each checkpoint, a file for each, and the records that these files have now.
+    """Return the file of each checkpoint in a folder, and the records that these files already hold.
 
     Raises:
-        RecordError: such a file has a line that is no record, which would be lost if it was written anew.
+        RecordError: a line of such a file is not a record; rewriting the file would lose it.
     """
     there = {file.name.casefold(): file for file in folder.glob(f"*{LINES}")}
     taken: dict[str, str] = {}
@@ -51,14 +54,14 @@ def _whole(file: Path) -> list[Record]:
     found: list[Record] = []
     for read in read_lines(file):
         if isinstance(read, RecordError):
-            raise RecordError(f"{read} Mend or delete that line first: the file is to be written anew.")
+            raise RecordError(f"{read} Correct or delete that line first: rewriting the file would lose it.")
         found.append(read)
     if len(models := {record["model"] for record in found}) > 1:
-        raise RecordError(f"{file}: found records of {len(models)} checkpoints, expected one. Mend or delete it first.")
+        raise RecordError(f"{file}: found records of {len(models)} checkpoints, expected one. Delete the file first.")
     return found
 
 
 def file_names(model: str) -> tuple[str, str]:
-    """Of the records of a checkpoint; the second where a checkpoint of a similar name has the first."""
+    """Names for the file of a checkpoint; the second is used if a checkpoint with a similar name has the first."""
     name = "".join(c if c.isalnum() or c in "._-" else "_" for c in model)[-180:]
     return name + LINES, f"{name}--{hashlib.sha256(model.encode()).hexdigest()[:8]}{LINES}"

@@ -1,4 +1,4 @@
-"""Where the time of a cell goes."""
+"""Measure how long each phase of a cell takes."""
 
 import time
 from collections.abc import Iterable, Iterator
@@ -24,10 +24,10 @@ NAMES = {
 
 
 class Phases:
-    """Seconds by phase, one of `NAMES`.
+    """Measures seconds by phase; the phases are those of `NAMES`.
 
     Attributes:
-        seconds: so far.
+        seconds: seconds of each phase so far.
 
     Example:
         >>> phases = Phases()
@@ -42,7 +42,7 @@ class Phases:
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
-        """What is done within belongs to a phase, but for the phases that it has itself."""
+        """Add the time of a `with` block to a phase, without the time of phases nested in it."""
         started, before = time.perf_counter(), sum(self.seconds.values())
         try:
             yield
@@ -51,7 +51,7 @@ class Phases:
             self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started - within
 
     def waiting(self, items: Iterable[T]) -> Iterator[T]:
-        """The items, and the time that they take as the phase `wait`."""
+        """Yield the items, adding the time until each arrives to the phase `wait`."""
         iterator = iter(items)
         while True:
             with self("wait"):
@@ -63,7 +63,7 @@ class Phases:
 
 
 def where_the_time_went(records: Iterable[Record]) -> str | None:
-    """One line for all records that say it."""
+    """Return one line with the share of each phase over all records that have phases, or None."""
     phases = [record.get("phases", {}) for record in records]
     total = {name: sum(seconds.get(name, 0.0) for seconds in phases) for name in NAMES}
     every = sum(total.values())

@@ -1,4 +1,4 @@
-"""Gains in resamples of the images, as a record keeps them: text that is a third of what JSON numbers would take."""
+"""Pack the gains in bootstrap resamples into text for a record, a third as long as JSON numbers."""
 
 import base64
 
@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 
 
 def packed(gains: NDArray[np.float64]) -> str:
-    """Base64 of half-precision numbers, lowest byte first: three digits, of which a standard error is taken.
+    """Encode gains `(B,)` as Base64 of little-endian float16. Three digits are enough for a standard error.
 
     Example:
         >>> packed(np.array([0.5, -1.0]))
@@ -17,9 +17,9 @@ def packed(gains: NDArray[np.float64]) -> str:
 
 
 def unpacked(text: str) -> NDArray[np.float64]:
-    """What `packed` has made text of, `(B,)`.
+    """Decode the gains `(B,)` from the text of `packed`.
 
     Raises:
-        ValueError: it was made by something else.
+        ValueError: the text is not one that `packed` returns.
     """
     return np.frombuffer(base64.b64decode(text, validate=True), dtype="<f2").astype(np.float64)

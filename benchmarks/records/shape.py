@@ -1,4 +1,4 @@
-"""What everything relies on that reads a record: which fields there are, of which types, and what their texts mean."""
+"""Check that a JSON value has the fields, types and values that readers of records rely on."""
 
 import math
 import re
@@ -9,9 +9,9 @@ from typing import Any
 from .resampled import unpacked
 
 STATUS = ("ok", "failed", "not_applicable")
-REQUEST = re.compile(r"test|(?=.*[1-9])(\d{1,6}|\d{0,6}\.?\d{1,6}x)")  # of a size: `224`, `1.5x`, `test`
+REQUEST = re.compile(r"test|(?=.*[1-9])(\d{1,6}|\d{0,6}\.?\d{1,6}x)")  # a requested size: `224`, `1.5x`, `test`
 PIXELS = re.compile(r"\d{1,6}x\d{1,6}")
-LARGEST = 1e18  # of any number, so that all arithmetic with it is finite
+LARGEST = 1e18  # largest number accepted, so that arithmetic with it stays finite
 
 Types = type | tuple[type, ...]
 WORDS, TEXT, COUNT, NUMBER = str, (str, NoneType), (int, NoneType), (float, int, NoneType)
@@ -28,7 +28,7 @@ OPTIONAL: dict[str, Types] = {
     **dict.fromkeys(("finished", "score_classes"), WORDS), **dict.fromkeys(("phases", "environment"), dict),
     **dict.fromkeys(("preprocessing", "agreement", "rival_macs", "calibration"), (dict, NoneType)),
 }  # fmt: skip
-NEEDED_KEY: dict[str, Types] = {"model": WORDS}  # an old record says no more
+NEEDED_KEY: dict[str, Types] = {"model": WORDS}  # keys of old records have no more
 OPTIONAL_KEY: dict[str, Types] = {
     **dict.fromkeys(("weights", "data_fingerprint", "device"), TEXT), "grid": COUNT, "scoring": COUNT,
     "test_crop_pct": NUMBER, "evaluation": (dict, NoneType), "settings": list,
@@ -47,7 +47,7 @@ NEEDED_LEFT_OUT: dict[str, Types] = dict.fromkeys(("metric", "scores", "reason")
 
 
 def wrong(record: Any) -> str | None:
-    """What keeps a JSON value from being a record, or None."""
+    """Return why a JSON value is not a record, or None if it is one."""
     if not isinstance(record, dict):
         return f"a JSON {type(record).__name__}"
     return next(_wrong(record), None)
@@ -72,7 +72,7 @@ def _wrong(record: dict[str, Any]) -> Iterator[str]:
     for row in record.get("all_settings", ()):
         yield from _types(row, {}, {}, "one of all_settings")
     if record["status"] not in STATUS:
-        yield f"the status {record['status']!r}, which is none of {', '.join(STATUS)}"
+        yield f"the status {record['status']!r}, expected one of {', '.join(STATUS)}"
     requested = record.get("requested", [])
     for size in [requested] if isinstance(requested, str) else requested:
         if not (isinstance(size, str) and (REQUEST.fullmatch(size) or PIXELS.fullmatch(size))):
@@ -93,7 +93,7 @@ def _wrong_result(row: Mapping[str, Any]) -> Iterator[str]:
         if not all(map(_is_number, parts)) or (row["protocol"] == "curve" and len(parts) != 1):
             yield f"{what}: {name} {row[name]!r}, expected numbers"
     if (row["ci_low"] is None) != (row["ci_high"] is None):
-        yield f"{what}: one end of an interval without the other"
+        yield f"{what}: an interval with one end only"
     if row["gain"] is None and row["ci_low"] is not None:
         yield f"{what}: an interval without a gain"
     if row["gain"] is not None and (row["baseline"] is None or row["value"] is None):

@@ -1,5 +1,5 @@
-"""What records say together.
+"""Summarise the records of a folder.
 
-In: the records of a folder. Out: verdicts over checkpoints, tables, pages, published figures to compare with, and what
-goes to the Hub.
+In: records. Out: verdicts over checkpoints, tables, figures, the page, comparisons with published results, and
+checkpoints to push to the Hub.
 """

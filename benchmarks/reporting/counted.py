@@ -1,4 +1,4 @@
-"""Which figures count: of each checkpoint once, the newest, and nothing beside figures of a newer version."""
+"""Decide which results count: the newest ones of each checkpoint, and those of the newest version of the sweep only."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -10,13 +10,17 @@ Row = dict[str, Any]
 
 # Why a record or row does not count.
 OTHER_WEIGHTS, AGAIN, OLDER = "other weights since", "measured again since", "of an older version"
-UNDER = "under another name: "  # and which
+UNDER = "under another name: "  # followed by that name
 
 
 def replaced(records: Sequence[Record]) -> list[str | None]:
-    """Why a record does not count: its checkpoint has other weights since, or what had failed was done again."""
-    newest: dict[str, Record] = {}  # of each checkpoint, among those that say its weights
-    latest: dict[Any, str] = {}  # when each cell was last measured
+    """Return why each record does not count, or None.
+
+    Records do not count if their checkpoint has other weights since, or if they are of a failed cell that was measured
+    again.
+    """
+    newest: dict[str, Record] = {}  # by checkpoint, of the records with a hash of the weights
+    latest: dict[Any, str] = {}  # time of the last measurement, by cell
     cells = []
     for record in records:
         identity = Identity.of(record["key"])
@@ -38,13 +42,13 @@ def replaced(records: Sequence[Record]) -> list[str | None]:
 
 
 def checkpoints(records: Sequence[Record], why: Sequence[str | None]) -> list[str]:
-    """A name for the checkpoint of each record, see `same_weights`, which weights that it had once have no part in."""
+    """Return a name for the checkpoint of each record, see `same_weights`; records of replaced weights are ignored."""
     names = same_weights(record for record, reason in zip(records, why, strict=True) if reason != OTHER_WEIGHTS)
     return [names.get(model := str(record["model"]), model) for record in records]
 
 
 def count_once(family: Iterable[Row]) -> None:
-    """Say in `not_counted` which rows of a family do not count."""
+    """Set `not_counted` of the rows of a family that do not count."""
     rows = sorted((row for row in family if not row["not_counted"]), key=lambda row: str(row.get("finished")))
     version = max((_version(row) for row in rows), default=None)
     newest = {row["_checkpoint"]: row for row in rows if _version(row) == version}
@@ -56,7 +60,7 @@ def count_once(family: Iterable[Row]) -> None:
 
 
 def notes(rows: Iterable[Row]) -> list[str]:
-    """What has to be said of rows that do not count, though no later record of the same name has replaced them."""
+    """Return notes on rows that do not count although no later record of the same name has replaced them."""
     twice: dict[str, None] = {}
     older: dict[int, str] = {}
     for row in rows:
@@ -69,11 +73,11 @@ def notes(rows: Iterable[Row]) -> list[str]:
         elif why == OLDER:
             older[row["_record"]] = row["model"]
     models = ", ".join(sorted(set(older.values())))
-    left = f"{len(older)} records of an older version of the sweep are left out, beside newer ones which they cannot"
-    return [*sorted(twice), *([f"{left} be compared with: measure {models} again."] if older else [])]
+    left = f"{len(older)} records of an older version of the sweep are left out, because they cannot be compared with"
+    return [*sorted(twice), *([f"{left} newer ones: measure {models} again."] if older else [])]
 
 
 def _version(row: Row) -> tuple[int, int]:
-    """Of what scores are computed by, and of what figures are from them."""
+    """Return the version of the scores, and that of the results computed from them."""
     key = row["key"]
     return key.get("scoring") or 0, (key.get("evaluation") or {}).get("version") or 0

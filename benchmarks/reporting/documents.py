@@ -1,11 +1,11 @@
-"""Results to take along: a page of Markdown, and a table with the columns of timm's results files."""
+"""Write results as Markdown, and as a table with the columns of timm's results files."""
 
 from collections.abc import Iterable, Sequence
 
 from timm_csra.evaluation.statistics import AGREEMENT, FIXED, VERSUS
 
 from ..records.files import Record
-from .expected import precision_said
+from .expected import precision_notes
 from .nominal import deficits
 from .page import failures
 from .pooled import LEGEND as LEGEND_OF_POOLED
@@ -14,7 +14,7 @@ from .summary import OVER_PLAIN, VERDICTS, Row, group_name, headline, versus
 from .tables import LEGEND_OF_AGREEMENT, agreement_notes, by_metric, known, left_out, number, short
 
 TIMM_COLUMNS = ("model", "img_size", "top1", "top1_err", "top5", "top5_err", "param_count", "crop_pct", "interpolation")
-GAINS = {  # columns of protocols without any choice on the data
+GAINS = {  # columns of protocols that choose nothing on the test images
     name: (protocol, of)
     for protocol in (*FIXED, VERSUS, AGREEMENT)
     for name, of in ((f"gain_{protocol}", "gain"), (f"{protocol}_low", "ci_low"), (f"{protocol}_high", "ci_high"))
@@ -36,7 +36,7 @@ RESULT_COLUMNS = (
 
 
 def timm_rows(records: Iterable[Record]) -> list[Row]:
-    """One row for each cell and metric, with the columns of timm's results files where they apply."""
+    """Return one row for each cell and metric, with the columns of timm's results files where they apply."""
     rows = []
     for record in records:
         metrics = by_metric(record)
@@ -69,7 +69,7 @@ def timm_rows(records: Iterable[Record]) -> list[Row]:
 
 
 def markdown(records: Sequence[Record], rows: Sequence[Row], notes: Iterable[str] = ()) -> str:
-    """Verdicts, then a line for each checkpoint and metric; losses and failures too; and `notes`."""
+    """Return a Markdown page: verdicts, a line for each checkpoint and metric, `notes`, and cells without a result."""
     protocols = (*FIXED, VERSUS, *([AGREEMENT] if has_agreement(records) else []), "crossfit")
     lines = [
         "# Results",
@@ -94,10 +94,10 @@ def markdown(records: Sequence[Record], rows: Sequence[Row], notes: Iterable[str
         lines.append(f"| {' | '.join(said)} |")
     if flagged := sorted({short(record["model"]) for record in records if record.get("baseline_check") == "flagged"}):
         lines.append(
-            f"- flagged, and left out of these counts: {', '.join(flagged)}, whose lam = 0 disagrees with the "
-            "published figure by more than 0.1 points of top-1."
+            f"- flagged, and left out of these counts: {', '.join(flagged)}, whose top-1 at lam = 0 differs from the "
+            "published figure by more than 0.1 points."
         )
-    lines += [f"- {line}" for line in (*precision_said(records), *notes)]
+    lines += [f"- {line}" for line in (*precision_notes(records), *notes)]
     lines += [
         "",
         "`fixed`: logits, lam 0.1. `fixed_log_softmax`: lam 0.3. Both with T inf. n: images that count for the metric.",
@@ -114,7 +114,7 @@ def markdown(records: Sequence[Record], rows: Sequence[Row], notes: Iterable[str
             lines.append(f"| {' | '.join(map(str, cells))} |")
     lines += ["", *(f"- {line}" for line in (*agreement_notes(records), *left_out(records), *deficits(records)))]
     if without := failures(records):
-        lines += ["", "Without a result:", ""]
+        lines += ["", "Cells without a result:", ""]
         lines += [f"- {len(f['cells'])} cells, {f['status']}: {f['reason']}" for f in without]
     return "\n".join([*lines, ""])
 

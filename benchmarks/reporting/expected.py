@@ -1,4 +1,4 @@
-"""Baseline first: what timm publishes for a checkpoint, against what was measured at lam = 0."""
+"""Compare top-1 at lam = 0 with the figure that timm publishes for a checkpoint."""
 
 import csv
 import io
@@ -21,16 +21,16 @@ Expected = dict[str, dict[str, str]]
 
 
 def read_expected(source: str) -> Expected:
-    """timm's `results-imagenet.csv`, from a file or a URL, by model.
+    """Read timm's `results-imagenet.csv` from a file or a URL; returns its rows by model.
 
     Raises:
-        ValueError: it cannot be read, or is no such table.
+        ValueError: it cannot be read, or lacks columns of that table.
     """
     return _parse(_text(source), source)
 
 
 def keep_expected(source: str, folder: Path) -> None:
-    """Put it beside the records, where every summary of the folder finds it."""
+    """Copy the table to `folder`, where every summary of its records finds it."""
     text = _text(source)
     _parse(text, source)
     write_text(folder / "expected.csv", text)
@@ -56,7 +56,7 @@ def _parse(text: str, source: str) -> Expected:
 
 
 def check(record: Record, expected: Expected) -> str:
-    """`agrees`, `flagged` where top-1 at lam = 0 is off by more than 0.1 points, or `not compared: why`."""
+    """Return `agrees`, `flagged` if top-1 at lam = 0 differs by more than 0.1 points, or `not compared: REASON`."""
     row = expected.get(record["model"])
     if row is None:
         return "not compared: no published figure"
@@ -80,9 +80,12 @@ def check(record: Record, expected: Expected) -> str:
     return "agrees" if _near(baseline, float(row["top1"])) else "flagged"
 
 
-def precision_said(records: Iterable[Record]) -> list[str]:
-    """Say whether autocast or channels_last move top-1 at lam = 0 by more than 0.1 points, for records with a
-    `baseline_check`: by the same pass in float32 where `records` have that too, else by the published figure."""
+def precision_notes(records: Iterable[Record]) -> list[str]:
+    """Report whether autocast or channels_last change top-1 at lam = 0 by more than 0.1 points.
+
+    Records with a `baseline_check` are compared with the same pass in float32 if `records` include it, else with the
+    published figure.
+    """
     compared = [r for r in records if r.get("baseline_check") in ("agrees", "flagged") and _top1(r) is not None]
     float32 = {_pixels(record): _top1(record) for record in compared if not _how(record)}
     same, moved, unknown = (defaultdict[str, list[str]](list) for _ in range(3))
@@ -99,27 +102,27 @@ def precision_said(records: Iterable[Record]) -> list[str]:
         if same[how]:
             lines.append(
                 f"Measured in {how}: top-1 at lam = 0 of {len(same[how])} checkpoints is within {TOLERANCE} points of "
-                "what float32 has here or, where it was not measured, of the published figure."
+                "the float32 figure in this folder or, where there is none, of the published figure."
             )
         if moved[how]:
             names = ", ".join(sorted(moved[how]))
-            lines.append(f"{how} moves top-1 at lam = 0 by more than {TOLERANCE} points: {names}.")
+            lines.append(f"Measured in {how}: top-1 at lam = 0 changes by more than {TOLERANCE} points: {names}.")
         if unknown[how]:
             lines.append(
-                f"Flagged, and measured in {how}: {', '.join(sorted(unknown[how]))}. Run these again with --amp none "
-                "--no-channels-last, into the same folder, to see whether that is why."
+                f"Flagged, and measured in {how}: {', '.join(sorted(unknown[how]))}. To see whether that is the "
+                "reason, run these again with --amp none --no-channels-last and the same --out."
             )
     return lines
 
 
 def _how(record: Record) -> str:
-    """Precision and layout in words, nothing for float32 in the usual layout."""
+    """Describe precision and memory format; an empty text for float32 and contiguous tensors."""
     amp, channels_last = record["key"].get("amp", "none"), record["key"].get("channels_last")
     return " and ".join([*([amp] if amp != "none" else []), *(["channels_last"] if channels_last else [])])
 
 
 def _pixels(record: Record) -> str:
-    """What a pass runs on, in whatever precision."""
+    """Identify the images and the checkpoint of a pass, whatever its precision."""
     free = ("amp", "channels_last", *QUESTION)
     return json.dumps({name: value for name, value in record["key"].items() if name not in free}, sort_keys=True)
 

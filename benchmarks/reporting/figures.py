@@ -1,6 +1,7 @@
-"""Plots of a whole run, over its data sets and tasks: of the heads whose number of classes is the most frequent.
+"""Plot a whole run, over its data sets and tasks.
 
-Each shows the first metric of a task. `write_figures` draws them from the rows and records that the page shows too.
+Each plot shows the first metric of a task, for heads with the most frequent number of classes. `write_figures` draws
+the plots from the same rows and records as the page.
 """
 
 from collections import Counter, defaultdict
@@ -20,12 +21,12 @@ from .summary import FIRST_METRIC, Row, task
 from .tables import short
 
 COSTS = ("pictures", "way", "size", "checkpoints", "cost", "gain")  # cost: multiply-accumulates, plain at `OWN` = 1
-VALUES = alt.NamedData("values")  # what is drawn: altair would check every row of it against the schema of Vega-Lite
-OWN = "1x"  # the size that gain by head, by scores and by lam is shown at
+VALUES = alt.NamedData("values")  # the rows of a plot; inline, altair would check each against the schema of Vega-Lite
+OWN = "1x"  # the size of the plots by head, by scores and by lam
 SCORES = {"fixed": "logits, lam 0.1", "fixed_log_softmax": "log_softmax, lam 0.3"}
 COLOURS = {"logits, lam 0.1": "#2a6fb0", "log_softmax, lam 0.3": "#d9822b", "plain": "#5b5f66"}
-Figure = tuple[alt.FacetChart | alt.LayerChart, list[dict[str, Any]]]  # and its `VALUES`
-WAYS = {  # what each protocol is called among the ways to use a checkpoint
+Figure = tuple[alt.FacetChart | alt.LayerChart, list[dict[str, Any]]]  # a chart and its `VALUES`
+WAYS = {  # names of protocols in the plot of ways to use a checkpoint
     **SCORES,
     "five_crops_mean": "five crops, mean",
     "five_crops_max": "five crops, maximum",
@@ -35,8 +36,8 @@ WAYS = {  # what each protocol is called among the ways to use a checkpoint
 
 
 def write_figures(records: Sequence[Record], rows: Sequence[Row], out: Path) -> list[Path]:
-    """Write each figure that there is something for, as SVG and PNG, to `out/figures`. Returns the SVG files."""
-    mine = _of_most(rows)
+    """Write each figure that has data, as SVG and PNG, to `out/figures`. Returns the SVG files."""
+    mine = _with_most_frequent_classes(rows)
     models = {row["model"] for row in mine}
     charts = {
         "heads": _by_head(mine),
@@ -55,8 +56,8 @@ def write_figures(records: Sequence[Record], rows: Sequence[Row], out: Path) -> 
     return written
 
 
-def _of_most(rows: Sequence[Row]) -> list[Row]:
-    """The rows that are drawn."""
+def _with_most_frequent_classes(rows: Sequence[Row]) -> list[Row]:
+    """Return the rows of heads with the most frequent number of classes."""
     counts = Counter(classes for classes, _ in {(row.get("head_classes"), row["model"]) for row in rows})
     most = max(counts, key=lambda classes: (counts[classes], classes or 0), default=None)
     return [row for row in rows if row.get("head_classes") == most and row["metric"] == FIRST_METRIC.get(row["task"])]
@@ -67,7 +68,7 @@ def _pictures(row: Row) -> str:
 
 
 def _by_head(rows: Sequence[Row]) -> Figure | None:
-    """The mean gain of each kind of head with its interval over images, and the gain of every checkpoint."""
+    """Plot the mean gain of each kind of head with its interval over images, and the gain of every checkpoint."""
     own = [row for row in rows if row["requested"] == OWN and row["protocol"] in SCORES]
     means = [
         {"pictures": _pictures(one.row), "head": one.kind, "scores": SCORES[one.row["protocol"]], "gain": one.gain}
@@ -98,7 +99,7 @@ def _by_head(rows: Sequence[Row]) -> Figure | None:
 
 
 def _by_scores(rows: Sequence[Row]) -> Figure | None:
-    """The gain with log-probabilities against that with logits, a point for each checkpoint and kind of pictures."""
+    """Plot the gain with log-probabilities against that with logits, for each checkpoint and data set."""
     gains: dict[tuple[Any, ...], dict[str, float]] = defaultdict(dict)
     verdicts = {}
     for row in rows:
@@ -138,7 +139,7 @@ def _by_scores(rows: Sequence[Row]) -> Figure | None:
 
 
 def _by_lam(records: Sequence[Record]) -> Figure | None:
-    """The mean gain over checkpoints at each lam with T = inf, and that of every checkpoint."""
+    """Plot the gain against lam at T = inf, for every checkpoint and for their mean."""
     values = [
         {"pictures": _pictures(record | result), "model": short(record["model"])}
         | {"scores": result["scores"], "lam": float(result["lam"]), "gain": result["gain"]}
@@ -169,7 +170,7 @@ def _by_lam(records: Sequence[Record]) -> Figure | None:
 
 
 def _by_compute(values: list[Row]) -> Figure | None:
-    """What each way to use a checkpoint gains over the plain model at its own size, against what it costs."""
+    """Plot the gain of each way to use a checkpoint, over the plain model at its own size, against its compute."""
     if not any(value["way"] not in ("plain", *SCORES.values()) for value in values):
         return None
     base = alt.Chart(VALUES).encode(
@@ -191,13 +192,15 @@ def _by_compute(values: list[Row]) -> Figure | None:
 
 
 def ways(rows: Sequence[Row]) -> Iterator[Row]:
-    """Give the mean cost and gain of each way to use a checkpoint, named as `COSTS`, for each kind of pictures: over
-    the checkpoints that have a figure for every way which most of them have."""
+    """Yield the mean cost and gain of each way to use a checkpoint, with columns `COSTS`, for each data set and task.
+
+    The means are over the checkpoints that have figures for every way that most checkpoints have.
+    """
     found: dict[str, dict[tuple[str, str], dict[str, tuple[float, float]]]] = defaultdict(lambda: defaultdict(dict))
-    for row in _of_most(rows):
+    for row in _with_most_frequent_classes(rows):
         pictures, size, model = _pictures(row), row["requested"], row["model"]
         macs, extra = (float(row.get(name) or 0) for name in ("macs", "extra_macs"))
-        if not macs:  # an old record does not say what it cost
+        if not macs:  # old records have no multiply-accumulates
             continue
         if row["protocol"] == "fixed":
             found[pictures]["plain", size][model] = (macs, row["baseline"])

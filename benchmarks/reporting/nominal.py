@@ -1,4 +1,4 @@
-"""Where simulation says that intervals hold the truth less often than they claim: see `benchmarks.calibrate`."""
+"""Note where simulated intervals contain the true gain less often than 95 %, see `benchmarks.calibrate`."""
 
 import csv
 from collections.abc import Iterable
@@ -10,13 +10,15 @@ from timm_csra.evaluation.statistics import AGREEMENT, CONFIDENCE, FIXED, VERSUS
 from ..records.files import Record
 
 TABLE = Path(__file__).parents[2] / "docs" / "calibration.csv"
-TOLERATED = 2.0  # points below nominal
+TOLERATED = 2.0  # percentage points below the nominal coverage
 SIMULATED = {**dict.fromkeys((*FIXED, VERSUS), "fixed"), AGREEMENT: AGREEMENT, "crossfit": "crossfit"}
 
 
 def deficits(records: Iterable[Record]) -> list[str]:
-    """Say, for the metrics and protocols of finished records, in how many of simulated samples of about as many images
-    the interval holds the truth, where that is more than `TOLERATED` points below nominal."""
+    """Report the simulated coverage of the intervals in records, if it is more than `TOLERATED` points below nominal.
+
+    The coverage is that of the largest simulated sample with at most as many images.
+    """
     found: dict[tuple[str, str, int], float] = {}
     for record in records:
         for result in record["results"]:
@@ -28,15 +30,15 @@ def deficits(records: Iterable[Record]) -> list[str]:
             if simulated[images] < 100 * CONFIDENCE - TOLERATED:
                 found[result["metric"], str(protocol), images] = simulated[images]
     return [
-        f"In simulation the 95 % intervals of {protocol} for {metric} hold the truth in {share:.1f} % of samples of "
-        f"{images} images (docs/calibration.csv)."
+        f"In simulation the 95 % intervals of {protocol} for {metric} contain the true gain in {share:.1f} % of "
+        f"samples of {images} images (docs/calibration.csv)."
         for (metric, protocol, images), share in sorted(found.items())
     ]
 
 
 @cache
 def _covered() -> dict[tuple[str, str], dict[int, float]]:
-    """The lowest share over null and effect, by metric and protocol, for each number of images."""
+    """Return the coverage in percent by metric, protocol and number of images: the lower one of null and effect."""
     covered: dict[tuple[str, str], dict[int, float]] = {}
     if TABLE.is_file():
         with TABLE.open(encoding="utf-8", newline="") as file:

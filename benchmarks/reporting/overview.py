@@ -1,4 +1,4 @@
-"""What a sweep prints where its cells are too many for a table: what they say together, and where the rest is."""
+"""Print a summary of a sweep with too many cells for a table."""
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -11,27 +11,27 @@ from ..records.files import Record
 from .summary import FIRST_METRIC, OVER_PLAIN, Row, task
 from .tables import LEGEND, MANY, by_metric, gain, known, number, print_failure, print_notes, print_prose, short
 
-EXTREMES = 10  # cells with the largest gains, and as many with the largest losses
-REASONS = 10  # why cells have no result, the most frequent ones
+EXTREMES = 10  # number of cells with the largest gains, and with the largest losses
+REASONS = 10  # number of reasons for cells without a result
 LEGEND_OF_EXTREMES = (
-    "By the first metric of each task, of the protocol in which a cell gains or loses most. The intervals know nothing "
-    "of this choice among many: the verdicts do."
+    "By the first metric of each task, with the protocol in which a cell gains or loses most. The intervals are not "
+    "corrected for this choice among many; the verdicts are."
 )
 
 
 def too_many(records: Iterable[Record]) -> bool:
-    """Whether a table would have more rows than somebody reads, with a line for each cell that has no result."""
+    """Whether a table of results and a line for each cell without a result would have more than `MANY` lines."""
     return sum(len(by_metric(record)) or 1 for record in records) > MANY
 
 
 def print_overview(records: Sequence[Record], rows: Iterable[Row], folder: Path, console: Console) -> None:
-    """The cells with the largest gains and the largest losses, why others have no result, and where the rest is.
+    """Print the cells with the largest gains and losses, why others have no result, and where all results are.
 
     Args:
-        records: of the cells.
-        rows: theirs in the summary. Flagged checkpoints are left out of gains and losses, as they are of verdicts.
-        folder: with the summary.
-        console: to print on.
+        records: records of the cells.
+        rows: their rows of the summary. Flagged checkpoints are left out here, as in the verdicts.
+        folder: the folder of the summary.
+        console: where to print.
     """
     finished = [record for record in records if record["status"] == "ok"]
     tested = [
@@ -62,7 +62,7 @@ def print_overview(records: Sequence[Record], rows: Iterable[Row], folder: Path,
 
 
 def _print_extremes(title: str, rows: list[Row], sign: int, console: Console) -> None:
-    """A line for each cell, in the protocol that comes first by `sign` times the gain."""
+    """Print a line for each cell, with its first protocol in the order of `sign` times the gain."""
     if not rows:
         print_prose(f"{title}: none.", console)
         return

@@ -1,4 +1,4 @@
-"""The page of a sweep: self-contained, with plots and tables; and each plot as a file."""
+"""Write the page of a sweep, self-contained, with plots and tables; and each plot as a file."""
 
 import itertools
 import json
@@ -21,21 +21,21 @@ from .summary import FIRST_METRIC, OVER_PLAIN, VERDICTS, Row, group_name, headli
 from .tables import agreement_notes, left_out, short
 
 PAGE = Path(__file__).with_name("page.html")
-FIELDS = (  # of a row of the page
+FIELDS = (  # columns of the page's rows
     *("model", "group", "metric", "protocol", "img_size", "n", "baseline", "gain", "ci_low", "ci_high"),
     *("p_holm", "verdict", "scores", "lam", "kind", "macs"),
 )
-SOMETIMES = ("channels_last", "classes of the head", "weights of files")  # said where there is something to say
+SOMETIMES = ("channels_last", "classes of the head", "weights of files")  # left out if no record has them
 NOT_TESTED = "not tested"
 FLAGGED = "flagged"
-NAMED = (("scores", ""), ("lam", ""), ("kind", ""))  # and what stands for none
+NAMED = (("scores", ""), ("lam", ""), ("kind", ""))  # fields and their defaults
 COLOURS = {
     "better": "#1c9b69", "worse": "#dd5a3c", "no evidence": "#878d96", FLAGGED: "#b8860b", NOT_TESTED: "#5b8fc9"
 }  # fmt: skip
 
 
 def page_data(records: Sequence[Record], rows: Sequence[Row], notes: Iterable[str] = ()) -> Record:
-    """Everything the page shows, as plain JSON: tables in columns, names as numbers; and `notes`, lines of text."""
+    """Return everything that the page shows as JSON values, with numbers for names. `notes` are lines of text."""
     names: dict[str, int] = {}
 
     def number(text: Any) -> int:
@@ -95,14 +95,14 @@ def page_data(records: Sequence[Record], rows: Sequence[Row], notes: Iterable[st
 
 
 def _verdict(row: Row) -> str:
-    """As `headline` counts it."""
+    """Return the verdict that `headline` counts."""
     if not row.get("verdict"):
         return NOT_TESTED
     return FLAGGED if row.get("baseline_check") == FLAGGED else str(row["verdict"])
 
 
 def failures(records: Iterable[Record]) -> list[Record]:
-    """What has no result, the same reasons together."""
+    """Return cells without a result, grouped by status and reason."""
     found: dict[tuple[str, str], list[str]] = {}
     for record in records:
         if record["status"] != "ok":
@@ -112,7 +112,7 @@ def failures(records: Iterable[Record]) -> list[Record]:
 
 
 def _measured(records: Sequence[Record]) -> list[list[str]]:
-    """With what: each value that occurs, and how often where there are several."""
+    """Describe hardware, software and options: each value, with its number of records if there are several values."""
     counts: dict[str, Counter[str]] = {}
     for record in records:
         environment, key = record.get("environment", {}), record["key"]
@@ -137,7 +137,7 @@ def _measured(records: Sequence[Record]) -> list[list[str]]:
 
 
 def page(data: Record) -> str:
-    """The page; the specifications of its plots are Altair's, filled with what is selected there."""
+    """Return the HTML of the page. Its script fills Altair's plot specifications with the selected data."""
     text = json.dumps(data, allow_nan=False, separators=(",", ":"))
     specs = {name: chart.to_dict() for name, chart in charts(data["verdicts"]).items()}
     vega = vl_convert.javascript_bundle()  # type: ignore[call-arg]
@@ -149,7 +149,7 @@ def page(data: Record) -> str:
 
 
 def charts(verdicts: Sequence[str]) -> dict[str, alt.LayerChart]:
-    """The four plots, on named data that the page, or `write_plots`, supplies; `verdicts` are those that may occur."""
+    """Return the four plots. The page or `write_plots` supplies their named data; `verdicts` are all possible ones."""
     scale = alt.Scale(domain=list(verdicts), range=[COLOURS[verdict] for verdict in verdicts])
     colour = alt.Color("verdict:N", scale=scale, title=None)
     zero = alt.Chart(alt.Data(values=[{"zero": 0}])).mark_rule(strokeDash=[4, 4], color="#7a7f87")
@@ -195,8 +195,8 @@ def charts(verdicts: Sequence[str]) -> dict[str, alt.LayerChart]:
     }
 
 
-PLOTTED = 40  # checkpoints in the forest plot of a file
-PLOTS = {  # what each protocol is called in them, and which are drawn: the curve has both kinds of scores
+PLOTTED = 40  # largest number of checkpoints in a forest plot that is written to a file
+PLOTS = {  # title and plots of each protocol; one curve plot shows both kinds of scores
     "fixed": ("logits, lam 0.1", ("forest", "curve", "baseline", "size")),
     "fixed_log_softmax": ("log_softmax, lam 0.3", ("forest", "baseline", "size")),
     VERSUS: ("log_softmax, lam 0.3, over logits, lam 0.1", ("forest",)),
@@ -205,7 +205,7 @@ PLOTS = {  # what each protocol is called in them, and which are drawn: the curv
 
 
 def write_plots(data: Record, out: Path) -> list[Path]:
-    """PNG and SVG of each plot, for the first metric of each task and what is without any choice on the data."""
+    """Write each plot as PNG and SVG, for the first metric of each task and the protocols in `PLOTS`."""
     names = data["names"]
     rows = [dict(zip(FIELDS, row, strict=True)) for row in data["rows"]]
     for row in rows:
@@ -251,7 +251,7 @@ def write_plots(data: Record, out: Path) -> list[Path]:
 
 
 def _median_curves(names: Sequence[str], curves: Iterable[Sequence[Any]]) -> list[Record]:
-    """Of all checkpoints, for each kind of scores, with the band that holds 80 % of them."""
+    """Return the median curve over checkpoints for each kind of scores, with the band of the middle 80 %."""
     by_lam: dict[tuple[str, float], list[float]] = {}
     for _, _, _, scores, lam, gain, *_ in curves:
         by_lam.setdefault((names[scores], lam), []).append(gain)
@@ -268,4 +268,4 @@ def _rounded(value: float | None) -> float | None:
     return None if value is None else round(value, 3)
 
 
-assert CONFIDENCE == 0.95  # what the texts say
+assert CONFIDENCE == 0.95  # the texts of the page say 95 %

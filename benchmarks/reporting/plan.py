@@ -1,4 +1,4 @@
-"""What a sweep would do, as `--dry-run` prints it."""
+"""Print what a sweep would do, for `--dry-run`."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -9,13 +9,13 @@ from rich.table import Table
 
 from .tables import MANY, print_failure, print_prose
 
-SIZES, REASONS = 10, 10  # the most frequent are named
+SIZES, REASONS = 10, 10  # number of image sizes and reasons that are printed, the most frequent ones
 TO_DO = "to do"
 
 
 @dataclass(frozen=True)
 class Planned:
-    """A cell, and what becomes of it; `reason` says why nothing does."""
+    """A cell and its state; `reason` says why there is nothing to do."""
 
     model: str
     data: str
@@ -27,13 +27,12 @@ class Planned:
 
 
 def is_long(cells: Sequence[object]) -> bool:
-    """Whether cells are more than somebody reads one by one."""
+    """Whether there are too many cells to list each."""
     return len(cells) > MANY
 
 
 def print_plan(cells: Sequence[Planned], every: bool, console: Console) -> None:
-    """A line for each cell, or where they are many, unless `every` is asked for, how many are in which state; then why
-    cells are not computed."""
+    """Print each cell, or for many cells, unless `every` is true, their number in each state; then the reasons."""
     if every or not is_long(cells):
         _print_cells(cells, console)
     else:
@@ -55,7 +54,7 @@ def _print_cells(cells: Sequence[Planned], console: Console) -> None:
 
 
 def _print_counts(cells: Sequence[Planned], console: Console) -> None:
-    """In all, for each data set and task, and how large the pictures are."""
+    """Print the number of cells in all, for each data set and task, and for each image size."""
     states = Counter(cell.state for cell in cells)
     order = [state for state, _ in sorted(states.items(), key=lambda found: (found[0] != TO_DO, -found[1]))]
     said = ", ".join(f"{states[state]} {state}" for state in order)

@@ -1,4 +1,4 @@
-"""What gains of several checkpoints say together: small ones in one direction are evidence that single tests miss."""
+"""Average gains over checkpoints: many small gains are evidence that the tests of single checkpoints miss."""
 
 import math
 from collections import Counter
@@ -15,12 +15,12 @@ from ..records.resampled import unpacked
 from .summary import OVER_PLAIN, Row, group_name, over
 
 LEGEND = (
-    "Pooled gains: unweighted means over checkpoints whose heads are of one kind and have as many classes, with 95 % "
-    "intervals over images (these checkpoints on other images) and, from eight checkpoints on, over checkpoints and "
-    "images both."
+    "Pooled gains: unweighted means over checkpoints with the same kind of head and the same number of classes, with "
+    "95 % intervals over images (the same checkpoints on other images) and, for eight checkpoints or more, over both "
+    "checkpoints and images."
 )
-LEAST = 8  # checkpoints of an interval that is over checkpoints too
-ALL = "all"  # kinds of head
+LEAST = 8  # smallest number of checkpoints for an interval over checkpoints
+ALL = "all"  # stands for all kinds of head
 COLUMNS = ("data", "task", "grid", "requested", "metric", "protocol", "kind", "head_classes", "n", "checkpoints",
            "gain", "low", "high", "wide_low", "wide_high", "smallest", "largest", "models")  # fmt: skip
 
@@ -29,15 +29,15 @@ Interval = tuple[float, float]
 
 @dataclass(frozen=True)
 class Pooled:
-    """The unweighted mean of the gains of checkpoints, in points, on the same n images.
+    """The unweighted mean gain of checkpoints on the same n images, in percentage points.
 
     Attributes:
-        row: of one of them, for what they have in common.
-        kind: of their heads, or `ALL`.
+        row: the row of one checkpoint, for the fields that all of them share.
+        kind: the kind of their heads, or `ALL`.
         models: their names.
-        gains: of each.
-        over_images: 95 % interval for the mean of these very checkpoints, on other images.
-        over_both: for the mean of other checkpoints on other images, the wider one; None below `LEAST` checkpoints.
+        gains: their gains.
+        over_images: 95 % interval for the mean gain of the same checkpoints on other images.
+        over_both: 95 % interval for the mean gain of other checkpoints on other images; None below `LEAST` checkpoints.
     """
 
     row: Row
@@ -53,17 +53,17 @@ class Pooled:
 
     @property
     def where(self) -> str:
-        """Data, task with the grid of a mosaic, and size in the words of the request."""
+        """Data, task with the grid of a mosaic, and requested size."""
         return group_name(self.row)
 
     @property
     def heads(self) -> str:
-        """`5 exact, 1000 classes`."""
+        """Description of the heads, such as `5 exact, 1000 classes`."""
         kind = "of all kinds" if self.kind == ALL else self.kind
         return f"{len(self.models)} {kind}, {self.row['head_classes']} classes"
 
     def as_row(self) -> Row:
-        """With the names of `COLUMNS`."""
+        """Return a row with the columns `COLUMNS`."""
         names = ("data", "grid", "requested", "metric", "protocol", "head_classes", "n")
         wide = self.over_both or (None, None)
         return {
@@ -80,11 +80,11 @@ class Pooled:
 
 
 def pooled(rows: Iterable[Row]) -> list[Pooled]:
-    """Give the pooled gain of each kind of head, and of all kinds where there are several: of two checkpoints or more
-    that share data, task, size as it was asked for, metric, protocol and the head's number of classes.
+    """Return the pooled gain of each kind of head, and of all kinds if there are several.
 
-    Rows without an interval are left out, and those that do not count, of cells that failed, of checkpoints whose
-    baseline disagrees with the published one; `unpooled` says what else is.
+    Pooled are two or more checkpoints with the same data, task, requested size, metric, protocol and number of classes
+    of the head. Rows are left out if they have no interval, do not count, are of failed cells, or if their checkpoint
+    is flagged; `unpooled` reports others.
     """
     groups: dict[tuple[str, tuple[object, ...]], list[Row]] = {}
     for row in filter(_can_be, _counting(rows)):
@@ -100,8 +100,7 @@ def pooled(rows: Iterable[Row]) -> list[Pooled]:
 
 
 def unpooled(rows: Iterable[Row]) -> list[str]:
-    """Say of which checkpoints gains with an interval are not among those that are pooled, though others of the same
-    data, task, size, metric, protocol and number of classes are there, and why."""
+    """Report gains with an interval that could not be pooled with others of their family, and why."""
     families: dict[object, list[Row]] = {}
     for row in _counting(rows):
         families.setdefault(row["_family"], []).append(row)
@@ -126,11 +125,11 @@ def unpooled(rows: Iterable[Row]) -> list[str]:
     lines = []
     for (where, n, most), found in other.items():
         metrics = ", ".join(dict.fromkeys(metric for of in found.values() for metric in of))
-        said = f"{where}: not pooled are {', '.join(sorted(found))} on {n} images for {metrics}"
-        lines.append(f"{said}, where others are on {most}.")
+        said = f"{where}: not pooled: {', '.join(sorted(found))} with {n} images for {metrics}"
+        lines.append(f"{said}, where others have {most}.")
     lines += [
-        f"{where}: not pooled are {', '.join(sorted(models))}, whose records lack head_classes, kind or resampled "
-        "gains as others have them: measure them again."
+        f"{where}: not pooled: {', '.join(sorted(models))}, whose records lack head_classes, kind or as many resampled "
+        "gains as others: measure them again."
         for where, models in lacking.items()
     ]
     return lines
@@ -155,19 +154,19 @@ def _pooled(kind: str, rows: Sequence[Row]) -> Pooled:
 
 
 def intervals(gains: NDArray[np.float64], resampled: NDArray[np.float64]) -> tuple[Interval, Interval | None]:
-    """Give 95 % intervals for the mean gain, over images alone, and over checkpoints and images both.
+    """Compute 95 % intervals for the mean gain, over images alone, and over both checkpoints and images.
 
-    The first is the mean -+ 1.96 standard deviations of the mean over resamples, which holds what the gains have in
-    common because they are of the same images. To its variance the second adds that of the gains over checkpoints,
-    divided by their number, with Student's t of one degree of freedom less. What images do to single gains is in both
-    terms, so that it is rather too wide.
+    The first is the mean plus or minus 1.96 standard deviations of the mean gain over the bootstrap resamples. All
+    checkpoints share the resamples, so this includes the correlation of their gains. The second adds the variance of
+    the gains over checkpoints, divided by M, and uses Student's t with M - 1 degrees of freedom. Both variances include
+    the effect of the images on single gains, so the second interval is rather too wide.
 
     Args:
-        gains: of M checkpoints `(M,)`.
-        resampled: of each in B resamples of the images `(M, B)`.
+        gains: gains of M checkpoints `(M,)`.
+        resampled: their gains in B resamples of the images `(M, B)`.
 
     Returns:
-        The second is None below `LEAST` checkpoints.
+        The two intervals; the second is None below `LEAST` checkpoints.
     """
     mean, of_images = float(gains.mean()), float(resampled.mean(axis=0).var(ddof=1))
     share = (1 + CONFIDENCE) / 2

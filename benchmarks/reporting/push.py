@@ -1,4 +1,4 @@
-"""`--push-best`: each checkpoint that the sweep has shown to gain goes to the Hub, with its figures on the card."""
+"""`--push-best`: push checkpoints with a significant gain to the Hub, with their results on the model card."""
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -22,9 +22,9 @@ class Choice:
     """A checkpoint to push.
 
     Attributes:
-        row: the cross-fitted result that decided, the clearest of them.
-        lam, temperature, scores: the settings that are best on all of that result's images; what they gain is not
-            claimed, the cross-fitted gain is.
+        row: its most significant cross-fitted result.
+        lam, temperature, scores: the settings that are best on all images of that result. The model card reports the
+            cross-fitted gain, not the gain of these settings.
     """
 
     checkpoint: Checkpoint
@@ -45,7 +45,7 @@ class Choice:
 
 
 def _name(checkpoint: Checkpoint) -> str:
-    """A folder's name; of a file its own, or where a training calls every file so, that of the folder it is in."""
+    """Return the name of a checkpoint's folder or file; for file names that timm's train script uses, the folder's."""
     id, _, path = checkpoint.id.partition("@")
     if checkpoint.source == "local-dir":
         return _legal(Path(checkpoint.id).resolve().name) or "model"
@@ -56,12 +56,12 @@ def _name(checkpoint: Checkpoint) -> str:
 
 
 def _legal(name: str) -> str:
-    """With nothing that the Hub does not take in the name of a repository."""
+    """Replace characters that the Hub does not allow in the name of a repository."""
     return re.sub(r"([-.])[-.]+", r"\1", re.sub(r"[^A-Za-z0-9._-]+", "-", name)).strip("-.")
 
 
-def told_apart(choices: Sequence[Choice], prefix: str) -> str | None:
-    """What is wrong where two of them would be pushed to one repository, or None."""
+def repository_clash(choices: Sequence[Choice], prefix: str) -> str | None:
+    """Return an error text if two choices would be pushed to the same repository, else None."""
     first: dict[str, Checkpoint] = {}
     for choice in choices:
         name = choice.repository(prefix)
@@ -75,12 +75,14 @@ def told_apart(choices: Sequence[Choice], prefix: str) -> str | None:
 
 
 def choose(rows: Iterable[Row], measured: Mapping[Checkpoint, Sequence[Record]]) -> list[Choice]:
-    """Checkpoints whose cross-fitted gain at their own size is significant after Holm's correction on some data and
-    task, by the task's first metric, and which lose significantly on none.
+    """Choose the checkpoints to push.
+
+    Their cross-fitted gain in the task's first metric, at their own size, is significant after Holm's correction on at
+    least one data set and task, and no loss is significant.
 
     Args:
-        rows: of the summary.
-        measured: the records of each checkpoint; all of them go onto its card.
+        rows: rows of the summary.
+        measured: the records of each checkpoint; its model card has all of them.
     """
     rows = list(rows)
     choices = []
@@ -107,7 +109,7 @@ def choose(rows: Iterable[Row], measured: Mapping[Checkpoint, Sequence[Record]])
 
 
 def push(choice: Choice, prefix: str) -> str:
-    """Load the checkpoint, wrap it, push it; returns the commit's URL."""
+    """Load the checkpoint, wrap it and push it; returns the URL of the commit."""
     model = choice.checkpoint.create(choice.checkpoint.input_size())
     timm_csra.wrap(model, choice.lam, choice.temperature, choice.scores)
     name = choice.repository(prefix)

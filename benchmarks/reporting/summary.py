@@ -1,4 +1,4 @@
-"""What all records of a folder say together: one row for each result, corrected for their number."""
+"""Summarise all records of a folder: one row for each result, with p-values corrected for multiple testing."""
 
 import gc
 from collections import Counter
@@ -13,7 +13,7 @@ from statsmodels.stats.multitest import multipletests
 from timm_csra.evaluation.statistics import AGREEMENT, FIXED, VERSUS
 
 from ..records.files import Record, read_records, to_stderr, write_table
-from ..records.identity import Identity, Part, answers, differences, names_apart
+from ..records.identity import Identity, Part, answers, differences, distinct_names
 from .counted import OTHER_WEIGHTS, Row, checkpoints, count_once, notes, replaced
 from .expected import check, read_expected
 
@@ -25,19 +25,19 @@ COLUMNS = (
 )
 ALPHA = 0.05
 VERDICTS = ("better", "worse", "no evidence")
-OVER_PLAIN = (*FIXED, AGREEMENT, "crossfit")  # protocols whose verdicts are of gains over the plain model
-FIRST_METRIC = {"single": "top1", "real": "top1", "multilabel": "mAP", "mosaic": "mAP"}  # what decides, for each task
+OVER_PLAIN = (*FIXED, AGREEMENT, "crossfit")  # protocols that compare with the plain model
+FIRST_METRIC = {"single": "top1", "real": "top1", "multilabel": "mAP", "mosaic": "mAP"}  # the main metric of each task
 
-CALLED = {"data_fingerprint": "data", "calibration_data": "calibration"}  # in what tells lines apart
+CALLED = {"data_fingerprint": "data", "calibration_data": "calibration"}  # names of keys in `distinct_names_of_data`
 
 
 @dataclass(frozen=True)
 class Folder:
-    """What the records of a folder say together. The summary, the terminal and the report all show this.
+    """The records of a folder and their rows. The summary, the terminal and the report all show these.
 
     Attributes:
-        records: those of finished cells. Where sets of photographs have one name, `data` tells them apart. Each has
-            `baseline_check`, see `check`, None without published figures, and `not_counted`, see `rows_of`.
+        records: records of finished cells, with three fields set: `data`, made distinct for data sets of the same name;
+            `baseline_check`, see `check`, or None without published figures; `not_counted`, see `rows_of`.
         rows: see `rows_of`.
     """
 
@@ -46,30 +46,31 @@ class Folder:
 
     @property
     def counted(self) -> list[Record]:
-        """Without those that later ones replace."""
+        """The records that later ones do not replace."""
         return [record for record in self.records if not record["not_counted"]]
 
     @property
     def notes(self) -> list[str]:
-        """See `notes`."""
+        """Notes on rows that do not count, see `counted.notes`."""
         return notes(self.rows)
 
     def replaced(self, record: Record) -> bool:
-        """Whether a later record says that its checkpoint has other weights."""
+        """Whether a later record has other weights of the same checkpoint."""
         return self.named([record])[0].get("not_counted") == OTHER_WEIGHTS
 
     def named(self, records: Iterable[Record]) -> list[Record]:
-        """These records, as they are in the folder."""
+        """Return these records as the folder has them, with the fields that it sets."""
         mine = {repr(record["key"]): record for record in self.records}
         return [mine.get(repr(record["key"]), record) for record in records]
 
 
 def read_folder(folder: Path, warn: Callable[[str], object] = to_stderr) -> Folder:
-    """All records in the folder. Baselines are compared with `expected.csv` in it, where a sweep with `--expected` has
-    put that. `warn` is told of each file that is no record.
+    """Read all records in the folder, and compare their baselines with its `expected.csv`, if a sweep wrote one.
+
+    `warn` is called with a text for each file that is not a record.
 
     Raises:
-        ValueError: `expected.csv` is no such table.
+        ValueError: `expected.csv` is not timm's table.
     """
     published = folder / "expected.csv"
     expected = read_expected(str(published)) if published.is_file() else None
@@ -80,13 +81,15 @@ def read_folder(folder: Path, warn: Callable[[str], object] = to_stderr) -> Fold
     rows = rows_of(records)
     told = [
         record | {"data": name, "not_counted": why}
-        for record, name, why in zip(records, told_apart(records), not_counted(len(records), rows), strict=True)
+        for record, name, why in zip(
+            records, distinct_names_of_data(records), not_counted(len(records), rows), strict=True
+        )
     ]
     return Folder(told, rows)
 
 
 def not_counted(records: int, rows: Iterable[Row]) -> list[str | None]:
-    """Why so many records do not count: those none of whose rows does."""
+    """Return why each of so many records does not count: the reason of its rows, if none of them counts; else None."""
     reasons: dict[int, set[str | None]] = {}
     for row in rows:
         reasons.setdefault(row["_record"], set()).add(row["not_counted"])
@@ -94,10 +97,12 @@ def not_counted(records: int, rows: Iterable[Row]) -> list[str | None]:
     return [None if None in why else min(map(str, why)) for why in found]
 
 
-def told_apart(records: Sequence[Record]) -> list[str]:
-    """What the data of each record is called: by its name, and where others of the name are measured on the same task,
-    by what tells it from them: its place, else what differs in the keys."""
-    names = names_apart((record["key"].get("data", record["data"]), record.get("where")) for record in records)
+def distinct_names_of_data(records: Sequence[Record]) -> list[str]:
+    """Return a name for the data of each record that is distinct among data sets measured on the same task.
+
+    Data sets of the same name are distinguished by their paths, or else by what differs in the keys of the records.
+    """
+    names = distinct_names((record["key"].get("data", record["data"]), record.get("where")) for record in records)
     called = [names[record["key"].get("data", record["data"]), record.get("where")] for record in records]
     alike: dict[tuple[Any, ...], dict[Part, None]] = {}
     compared = [Identity.of(record["key"]).compared for record in records]
@@ -111,19 +116,18 @@ def told_apart(records: Sequence[Record]) -> list[str]:
 
 
 def _said(record: Record) -> tuple[Any, ...]:
-    """What tables say of the task beside the name of the data."""
+    """Return the columns that tables show beside the name of the data."""
     return record["task"], record.get("grid"), over(record)
 
 
 def rows_of(records: Sequence[Record]) -> list[Row]:
-    """One row for each metric and protocol of each size that was asked for, and one without metric for a cell without
-    result.
+    """Return one row for each requested size, metric and protocol; and one without a metric for a cell without result.
 
-    `p_holm` is the p-value after Holm's correction over the checkpoints of a family, within one requested size.
-    `verdict` is what it says at 5 %. A checkpoint counts once, whatever it is called: `not_counted` says of the other
-    rows why they do not.
+    `p_holm` is the p-value after Holm's correction over the checkpoints of a family, within one requested size, and
+    `verdict` the result of the test at 5 %. Checkpoints with the same weights count once: `not_counted` is the reason
+    why a row does not count, or None.
     """
-    names, why = told_apart(records), replaced(records)
+    names, why = distinct_names_of_data(records), replaced(records)
     same = checkpoints(records, why)
     requests: dict[Part, dict[str, None]] = {}
     identities = [Identity.of(record["key"]) for record in records]
@@ -145,7 +149,7 @@ def rows_of(records: Sequence[Record]) -> list[Row]:
     for row in rows:
         families.setdefault(row["_family"], []).append(row)
     _name_families(families)
-    gc.freeze()  # statsmodels collects garbage at every call, which takes 60 ms beside all that torch holds
+    gc.freeze()  # statsmodels runs the garbage collector at every call, which takes 60 ms with torch's objects
     for family in families.values():
         count_once(family)
         done = (row for row in family if row["status"] == "ok" and not row["not_counted"])
@@ -161,7 +165,7 @@ def rows_of(records: Sequence[Record]) -> list[Row]:
 
 
 def _name_families(families: Mapping[Any, list[Row]]) -> None:
-    """Tell apart, in `data`, families that differ only in what their protocol depends on."""
+    """Make `data` distinct for families that differ only in what their protocol depends on."""
     alike: dict[tuple[Any, ...], dict[Any, None]] = {}
     for key, family in families.items():
         first = family[0]
@@ -173,8 +177,10 @@ def _name_families(families: Mapping[Any, list[Row]]) -> None:
 
 
 def headline(rows: Iterable[Row]) -> dict[tuple[str, ...], Counter[str]]:
-    """For each data set, task, requested size, metric and protocol: how many checkpoints got which verdict. Those whose
-    baseline disagrees with the published one are left out, and counted as `flagged`."""
+    """Count the verdicts of checkpoints for each data set, task, requested size, metric and protocol.
+
+    Checkpoints whose baseline disagrees with the published figure count as `flagged` only.
+    """
     counts: dict[tuple[str, ...], Counter[str]] = {}
     for row in rows:
         if row.get("verdict"):
@@ -186,25 +192,24 @@ def headline(rows: Iterable[Row]) -> dict[tuple[str, ...], Counter[str]]:
 
 
 def over(row: Mapping[str, Any]) -> str:
-    """What is said of a task beside its name: whether metrics are over all classes of the head."""
+    """Return the suffix of a task's name if metrics are over all classes of the head."""
     return " (all classes)" if row.get("score_classes") == "head" else ""
 
 
 def task(row: Mapping[str, Any]) -> str:
-    """With the grid of a mosaic, and over which classes it is where these are not the data's."""
+    """Return the task with the grid of a mosaic, and with the suffix of `over`."""
     grid = f" {row['grid']}x{row['grid']}" if row.get("grid") else ""
     return f"{row['task']}{grid}{over(row)}"
 
 
 def group_name(row: Record) -> str:
-    """What belongs together: data, task with the grid of a mosaic, and the size in the words of the request; of a
-    record, in all the words that it was asked in."""
+    """Return the name of a group of rows: data, task with the grid of a mosaic, and requested size or sizes."""
     requested = row["requested"] if isinstance(row["requested"], str) else "/".join(row["requested"])
     return f"{row['data']} · {task(row)} · {requested}"
 
 
 def versus(counts: Mapping[tuple[str, ...], Mapping[str, int]]) -> list[str]:
-    """What a headline says of the two fixed settings compared with each other."""
+    """Return a line for each count of `headline` that compares the two fixed settings with each other."""
     lines = []
     for (data, task, grid, size, metric, protocol), verdicts in counts.items():
         if protocol == VERSUS:
@@ -219,7 +224,7 @@ def versus(counts: Mapping[tuple[str, ...], Mapping[str, int]]) -> list[str]:
 
 
 def write_summary(folder: Path, warn: Callable[[str], object] = to_stderr) -> tuple[Path, Folder]:
-    """`summary.csv` of all that `read_folder` gives; safe beside another sweep that writes it too."""
+    """Write `summary.csv` with the rows of `read_folder`, under a lock, since other sweeps may write it too."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "summary.csv"
     with FileLock(folder / ".summary.lock"):
@@ -229,7 +234,7 @@ def write_summary(folder: Path, warn: Callable[[str], object] = to_stderr) -> tu
 
 
 def kept(rows: Sequence[Row], records: Iterable[Record]) -> list[Row]:
-    """The rows of these records, or of those that have taken their place."""
+    """Return the rows of these records, or of the records that replace them."""
     keys = {repr(record["key"]) for record in records}
     mine = {(row["_family"], row["_checkpoint"]) for row in rows if repr(row["key"]) in keys}
     return [row for row in rows if (row["_family"], row["_checkpoint"]) in mine and not row["not_counted"]]

@@ -1,4 +1,4 @@
-"""What a sweep prints: one line for each cell and metric, gains and losses alike."""
+"""Print the results of a sweep: a line for each cell and metric, verdicts, and pooled gains."""
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -19,22 +19,22 @@ from .pooled import Pooled
 from .summary import FIRST_METRIC, OVER_PLAIN, VERDICTS, task, versus
 
 LEGEND = (
-    "Percent, and points of gain over lam=0 with 95 % paired bootstrap intervals over the n images that count for the "
-    "metric. fixed: the paper's, logits, lam 0.1, T inf. fixed_log_softmax: lam 0.3, T inf. crossfit: chosen on one "
-    "half, measured on the other, both ways."
+    "Percent, and gains over lam=0 in percentage points with 95 % paired bootstrap intervals over the n images that "
+    "count for the metric. fixed: logits, lam 0.1, T inf, as in the paper. fixed_log_softmax: lam 0.3, T inf. "
+    "crossfit: settings chosen on one half of the images and measured on the other, both ways."
 )
 LEGEND_OF_WIDE = (
-    "log_softmax_vs_logits: fixed_log_softmax over fixed. best: chosen on the test data itself, optimistic. Other "
-    "columns: the plain model otherwise pooled."
+    "log_softmax_vs_logits: fixed_log_softmax over fixed. best: settings chosen on the test images themselves, "
+    "optimistic. Other columns: the plain model with another pooling."
 )
-LEGEND_OF_NARROW = "summary.csv has the settings that crossfit chose, and the other protocols: "
+LEGEND_OF_NARROW = "summary.csv has the settings of crossfit, and the other protocols: "
 LEGEND_OF_AGREEMENT = (
-    "agreement: log_softmax, T inf, lam chosen without labels on other pictures; its intervals hold that lam fixed."
+    "agreement: log_softmax, T inf, lam chosen without labels on other pictures; its intervals treat that lam as fixed."
 )
 PROTOCOLS = (*FIXED, VERSUS, AGREEMENT, "crossfit", "best")
-MANY = 50  # rows of a table
-PROSE = 120  # columns
-SHARED = ("data", "task", "n")  # what is said once where it is the same for all
+MANY = 50  # largest number of rows of a table
+PROSE = 120  # width of texts, in columns
+SHARED = ("data", "task", "n")  # columns that move to the title if all rows have the same value
 HEADLINE = (
     "Checkpoints by verdict: two-sided tests at 5 % after Holm's correction over the checkpoints of a line, in all "
     "records of the folder."
@@ -42,8 +42,10 @@ HEADLINE = (
 
 
 def print_records(records: Iterable[Record], console: Console) -> None:
-    """The results as a table, then what gave none, with the reason. Where the terminal is too narrow for every protocol
-    in one line, those of `OVER_PLAIN` alone."""
+    """Print the results as a table, then the cells without a result, with the reason.
+
+    If the terminal is too narrow for all protocols in one line, only those of `OVER_PLAIN` are printed.
+    """
     records = list(records)
     finished = [record for record in records if record["status"] == "ok"]
     if finished:
@@ -63,12 +65,12 @@ def print_records(records: Iterable[Record], console: Console) -> None:
 
 
 def print_prose(text: str, console: Console) -> None:
-    """In lines that can be read, however wide the terminal or file is."""
+    """Print a text in lines of at most `PROSE` columns."""
     console.print(text, style="dim", highlight=False, markup=False, width=min(console.width, PROSE))
 
 
 def print_notes(finished: Sequence[Record], console: Console) -> None:
-    """What has to be said of the figures of finished cells beside them."""
+    """Print notes on the results of finished cells."""
     if any(record.get("agreement") for record in finished):
         print_prose(LEGEND_OF_AGREEMENT, console)
     for line in (*origins(finished), *deficits(finished)):
@@ -108,8 +110,7 @@ def _table(records: list[Record]) -> Table:
 
 
 def _print_narrow(records: list[Record], console: Console) -> list[str]:
-    """The cell above a line for each metric, with the gains over the plain model. Returns the protocols that other
-    results are of."""
+    """Print each cell above a line for each metric, with gains over the plain model. Returns the protocols left out."""
     rows = {id(record): [_cells(record, *item) for item in by_metric(record).items()] for record in records}
     every = [row for mine in rows.values() for row in mine]
     used = {name for row in every for name, figure in row["gains"].items() if figure != "-"}
@@ -134,12 +135,12 @@ def _print_narrow(records: list[Record], console: Console) -> list[str]:
 
 
 def _first_lines(row: dict[str, Any], protocols: Sequence[str]) -> list[str]:
-    """Gains without the settings that were chosen."""
+    """Return the gains of a row without the chosen settings."""
     return [row["gains"].get(name, "-").partition("\n")[0] for name in protocols]
 
 
 def by_metric(record: Record) -> dict[str, dict[str, Any]]:
-    """The results of a record by metric and protocol, without the curves."""
+    """Return the results of a record by metric and protocol, without the curves."""
     found: dict[str, dict[str, Any]] = {}
     for result in record["results"]:
         if result["protocol"] != "curve":
@@ -148,7 +149,7 @@ def by_metric(record: Record) -> dict[str, dict[str, Any]]:
 
 
 def _cells(record: Record, metric: str, found: dict[str, Any]) -> dict[str, Any]:
-    """A row of the table."""
+    """Return a row of the table."""
     return {
         "record": record,
         "model": short(record["model"]),
@@ -163,7 +164,7 @@ def _cells(record: Record, metric: str, found: dict[str, Any]) -> dict[str, Any]
 
 
 def _broken(name: str, width: int) -> str:
-    """`log_softmax_vs_logits` over cells that are narrower, in several lines."""
+    """Break a column name such as `log_softmax_vs_logits` into lines of at most `width`."""
     lines = [""]
     for part in re.findall("[^_]+_?", name):
         if lines[-1] and len(lines[-1] + part) > width:
@@ -173,7 +174,7 @@ def _broken(name: str, width: int) -> str:
 
 
 def origins(records: Sequence[Record]) -> list[str]:
-    """Who says which class each output of a head is, and which weights of a file were taken."""
+    """Return lines on the source of the head's class names, and on which weights of a file were loaded."""
     lines = []
     for field, what in (("classes_from", "Classes of the head by"), ("weights_from", "Weights:")):
         found: dict[str, dict[str, None]] = {}
@@ -191,31 +192,33 @@ def _some(names: Sequence[str], most: int = 3) -> str:
 
 
 def left_out(records: Iterable[Record]) -> list[str]:
-    """Which metrics have no figures for one kind of scores, and why."""
+    """Return lines on metrics that are left out for a kind of scores, and why."""
     every = (left for record in records for left in record.get("left_out", ()))
     return list(dict.fromkeys(f"{it['metric']} is left out for {it['scores']}: it {it['reason']}." for it in every))
 
 
 def agreement_notes(records: Iterable[Record]) -> list[str]:
-    """By which pictures lam was chosen without labels, and which of them were left out; or why it was not."""
+    """Return lines on the pictures for choosing lam without labels and those left out, or on why no lam was chosen."""
     notes: dict[str, None] = {}
     for record in records:
         if found := record.get("agreement"):
             where = f"agreement on {record['data']}"
             names = found["left_out"]
             more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-            told = f"; {len(names)} left out, also among those measured: {', '.join(names[:3])}{more}" if names else ""
+            told = f"; {len(names)} left out, which are also measured: {', '.join(names[:3])}{more}" if names else ""
             if found["reason"]:
                 notes[f"{where}: left out, {found['reason']}."] = None
             else:
                 few = f", which are few: use at least {FEW}" if found["images"] < FEW else ""
-                notes[f"{where}: lam by {found['images']} pictures of {found['data']}{few}{told}."] = None
+                notes[f"{where}: lam chosen on {found['images']} pictures of {found['data']}{few}{told}."] = None
     return list(notes)
 
 
 def print_headline(counts: Mapping[tuple[str, ...], Mapping[str, int]], console: Console) -> None:
-    """n better, n worse, n no evidence, for each group of checkpoints that was corrected together; of many groups, by
-    the first metric of each task."""
+    """Print the number of checkpoints with each verdict, for each group that was corrected together.
+
+    If there are many groups, only those with the first metric of each task are printed.
+    """
     every = len(counts)
     if every > MANY:
         counts = {
@@ -241,7 +244,7 @@ def print_headline(counts: Mapping[tuple[str, ...], Mapping[str, int]], console:
 
 
 def print_pooled(found: Sequence[Pooled], console: Console) -> None:
-    """The mean gain of several checkpoints, one line each; of many, by the first metric of each task."""
+    """Print pooled gains, a line for each; if there are many, only those in the first metric of each task."""
     every = len(found)
     if every > MANY:
         found = [one for one in found if one.row["metric"] == FIRST_METRIC.get(one.row["task"])]
@@ -277,7 +280,7 @@ def number(value: float | None) -> str:
 
 
 def gain(result: dict[str, Any]) -> str:
-    """`+1.20 [+0.40, +2.10]`, and for a chosen setting, below it, which: `log_softmax lam 0.2;0.3 T inf`."""
+    """Format `+1.20 [+0.40, +2.10]`, and below it a chosen setting, as `log_softmax lam 0.2;0.3 T inf`."""
     if result["gain"] is None:
         return "-"
     interval = "" if result["ci_low"] is None else f" [{result['ci_low']:+.2f}, {result['ci_high']:+.2f}]"
@@ -287,7 +290,7 @@ def gain(result: dict[str, Any]) -> str:
 
 
 def _setting(result: dict[str, Any]) -> str:
-    """What both halves chose alike is said once."""
+    """Format the chosen setting; values that both halves chose are shown once."""
     scores, lam, temperature = (
         values if len(set(values.split(";"))) > 1 else values.split(";")[0]
         for values in (result["scores"], result["lam"], result["temperature"])

@@ -1,4 +1,4 @@
-"""The protocol `agreement`: lam by `timm_csra.choose_lam` on other pictures, without labels."""
+"""The protocol `agreement`: `timm_csra.choose_lam` chooses lam on other pictures, without labels."""
 
 import math
 from collections.abc import Callable, Iterable
@@ -21,14 +21,15 @@ def choose(
     options: Options,
     track: Callable[[Iterable[Any]], Iterable[Any]] = iter,
 ) -> Record | None:
-    """The field `agreement` of a record: lam for this checkpoint and size, by which pictures; or the reason why not.
+    """Choose lam for a checkpoint and size, and return the record's field `agreement`; None without `calibration`.
 
-    Pictures are prepared as the checkpoint and `options` ask, for mosaics too: they show one object each, whatever is
-    measured. So one pass serves all cells of a loaded checkpoint for which the same pictures are left.
+    The field has the chosen lam and the pictures, or the reason why no lam was chosen. The calibration pictures show
+    one object each and are never tiled into mosaics, so one pass serves all cells of a loaded checkpoint that use the
+    same pictures.
 
     Raises:
-        DataError: pictures that cannot be read, unless they are to be skipped.
-        ValueError: logits that are no numbers.
+        DataError: pictures cannot be read, and `options.skip_bad_images` is false.
+        ValueError: logits are NaN or infinite.
     """
     if calibration is None:
         return None
@@ -58,10 +59,10 @@ def _choose(
         )
     return {
         "lam": choice.lam,
-        "spread": list(choice.spread),  # of lam over resamples of the pictures, 95 %
+        "spread": list(choice.spread),  # 95 % bootstrap interval of lam
         "images": choice.images,
         "required": choice.required,
-        "shares": {f"{lam:g}": share for lam, share in choice.agreement.items()},  # that keep their top class
+        "shares": {f"{lam:g}": share for lam, share in choice.agreement.items()},  # keep their top class
         "scores": choice.scores,
         "temperature": show_temperature(Setting(choice.lam, choice.temperature, choice.scores)),
         "bad_images": [pictures.name(index) for index in bad],
@@ -69,7 +70,7 @@ def _choose(
 
 
 def setting_of(agreement: Record | None) -> Setting | None:
-    """The setting that was chosen, if one was."""
+    """Return the chosen setting, or None if none was chosen."""
     if agreement is None or agreement["reason"]:
         return None
     temperature = tuple(float(T) for T in agreement["temperature"].split("+"))
@@ -77,18 +78,18 @@ def setting_of(agreement: Record | None) -> Setting | None:
 
 
 def kept_choice(cell: Cell, facts: Record) -> Record | None:
-    """What `choose` found when scores were kept.
+    """Return the result of `choose` that was kept with the scores.
 
     Raises:
-        DataError: lam is to be chosen by other pictures than then.
+        DataError: the calibration pictures are not those of the kept result.
     """
     calibration, kept = cell.data.calibration, facts.get("agreement")
     if calibration is None:
         return None
     if kept is None or kept["fingerprint"] != calibration.fingerprint:
-        found = f"lam by other pictures, of {kept['data']}" if kept else "no lam chosen without labels"
+        found = f"lam chosen on other pictures, of {kept['data']}" if kept else "no lam chosen without labels"
         raise DataError(
-            f"--calibration-data: kept with the scores is {found}; expected one by {calibration.pictures.name}, as it "
-            "is now. Run the cell with --keep-scores and these pictures first, or leave them out."
+            f"--calibration-data: found {found} with the kept scores; expected lam chosen on the present pictures of "
+            f"{calibration.pictures.name}. Run the cell with --keep-scores and these pictures first, or leave them out."
         )
     return dict(kept)

@@ -1,5 +1,8 @@
-"""Whether a cell has an answer: told by the data, the options and the checkpoint's configuration, before its weights
-are downloaded or loaded, and once more by the model itself, whose classifier somebody may have replaced."""
+"""Decide whether a cell applies: whether its data and task suit the checkpoint's head.
+
+The data, the options and the checkpoint's configuration decide it before weights are downloaded or loaded. The loaded
+model is checked again, since its classifier may have been replaced.
+"""
 
 from dataclasses import replace
 
@@ -9,8 +12,9 @@ from .cells import Cell, Options, show_size
 
 
 class Applicability:
-    """Why cells do not apply. Checkpoints that declare the same classes are answered once: matching them with those of
-    50,000 images takes longer than looking at a configuration.
+    """Decides why cells do not apply, once for all checkpoints that declare the same classes.
+
+    Matching classes with the labels of 50,000 images takes longer than reading a configuration.
 
     Args:
         options: how the cells are run.
@@ -22,12 +26,12 @@ class Applicability:
         self._reasons: dict[tuple[object, ...], str | None] = {}
 
     def why_not(self, cell: Cell, build: bool = True) -> str | None:
-        """Why a cell has no answer; None where it has, or where only the loaded model can tell.
+        """Return why a cell does not apply; None if it applies, or if only the loaded model can tell.
 
         Args:
             cell: the cell.
-            build: also ask whether the model can be built for another size than its own, which builds it, without
-                weights: a second or several for each checkpoint.
+            build: also check that the model can be built for a size other than its own. This builds it, without
+                weights, and takes a second or more for each checkpoint.
         """
         if reason := self._by_configuration(cell):
             return reason
@@ -39,21 +43,21 @@ class Applicability:
     def _by_configuration(self, cell: Cell) -> str | None:
         checkpoint, classifier = cell.checkpoint, None
         try:
-            if cell.own is not None:  # else it cannot be asked
+            if cell.own is not None:  # else its configuration cannot be read
                 classifier = Classifier.of(checkpoint.num_classes(), checkpoint.pretrained_cfg)
             asked = (id(cell.data), cell.task, cell.grid, classifier, checkpoint.training_order)
             if asked not in self._reasons:
                 self._data[id(cell.data)] = cell.data
                 self._reasons[asked] = _why_not(cell, self._options, classifier)
             return self._reasons[asked]
-        except (ValueError, TypeError):  # a configuration that makes no sense: whoever loads it fails, and records why
+        except (ValueError, TypeError):  # an invalid configuration: loading the checkpoint fails and records why
             return None
 
 
 def _why_not(cell: Cell, options: Options, classifier: Classifier | None) -> str | None:
     try:
         if classifier is None:
-            suits_the_task(cell)
+            data_for_task(cell)
         else:
             match_classes(cell, options, classifier)
     except NotApplicableError as reason:
@@ -62,12 +66,12 @@ def _why_not(cell: Cell, options: Options, classifier: Classifier | None) -> str
 
 
 def match_classes(cell: Cell, options: Options, classifier: Classifier) -> tuple[ImageSet, Alignment]:
-    """Give the data with the labels that the task asks about, and which outputs of the head are scored.
+    """Return the data with the task's labels, and which outputs of the head are scored.
 
     Raises:
-        NotApplicableError: the data does not suit the task, or their classes not the head's.
+        NotApplicableError: the data does not suit the task, or its classes are not among the head's.
     """
-    data = suits_the_task(cell)
+    data = data_for_task(cell)
     if not classifier.count:
         raise NotApplicableError("the checkpoint has no classifier (num_classes=0)")
     if (order := cell.checkpoint.training_order) and options.class_names is None:
@@ -76,15 +80,15 @@ def match_classes(cell: Cell, options: Options, classifier: Classifier) -> tuple
             "order of the head"
         )
     labels = [range(len(data.classes))] if data.stream else data.labels
-    if data.stream and not data.classes:  # labels without names are the head's own
+    if data.stream and not data.classes:  # labels without names are indices of the head
         data = replace(data, classes=tuple(map(str, range(classifier.count))))
     class_map = options.class_map if cell.task == "multilabel" else None
     whole = options.score_classes == "head"
     return data, align(data.classes, labels, classifier, class_map, options.class_names, data.order, whole)
 
 
-def suits_the_task(cell: Cell) -> ImageSet:
-    """The data, with ReaL labels for the task `real`; raises NotApplicableError where it is not for this task."""
+def data_for_task(cell: Cell) -> ImageSet:
+    """Return the data, with ReaL labels for the task `real`; raises NotApplicableError if it does not suit the task."""
     data = cell.data
     if cell.task != "single" and data.stream:
         raise NotApplicableError("a stream has no list of its images: it is scored by the task single alone")

@@ -1,4 +1,4 @@
-"""Which decoded images a pass can share with others, and that it does."""
+"""Let passes share decoded images in the folder of `--cache-images`."""
 
 import shutil
 from collections.abc import Iterable
@@ -17,8 +17,9 @@ from .cells import Cell, Options
 
 
 def cache_images(loader: Any, data: ImageSet, config: Record, options: Options, grid: int | None = None) -> None:
-    """Have a loader that has not begun read its images from `options.cache_images`, after putting them there where
-    they are not. `config` is timm's, of the transform.
+    """Make a loader read its images from `options.cache_images`, after writing them there if need be.
+
+    The loader must not have started its workers. `config` is timm's data config, which determines the transform.
 
     Raises:
         OSError: see `Entry.get`.
@@ -28,9 +29,9 @@ def cache_images(loader: Any, data: ImageSet, config: Record, options: Options, 
 
 
 def entry_of(data: ImageSet, config: Record, options: Options, images: int, grid: int | None = None) -> Entry:
-    """Where the cache has the images of a pass."""
+    """Return the cache's entry for the images of a pass."""
     assert options.cache_images is not None
-    # Colours are scaled after what is kept; only the border is of their mean.
+    # Images are cached before normalisation, so `std` and `mean` do not matter, except that `border` pads with `mean`.
     left_out = {"std"} if config["crop_mode"] == "border" else {"std", "mean"}
     identity = {
         "data": data.fingerprint,
@@ -47,7 +48,7 @@ def entry_of(data: ImageSet, config: Record, options: Options, images: int, grid
 
 @dataclass(frozen=True)
 class Wanted:
-    """What cells will read from a cache, and names of `streams`, which it cannot have."""
+    """The entries that cells will read from a cache, and the names of `streams`, which cannot be cached."""
 
     cache: Path
     entries: tuple[Entry, ...]
@@ -55,35 +56,34 @@ class Wanted:
 
     @property
     def lacking(self) -> int:
-        """Bytes that are not there yet."""
+        """Bytes of the entries that are not in the cache yet."""
         return sum(entry.bytes for entry in self.entries if not entry.folder.is_dir())
 
     @property
     def free(self) -> int:
-        """Bytes on the disk of the cache."""
+        """Free bytes on the disk of the cache."""
         there = next(folder for folder in (self.cache, *self.cache.parents) if folder.is_dir())
         return shutil.disk_usage(there).free
 
     def __str__(self) -> str:
         every = sum(entry.bytes for entry in self.entries)
-        streams = "".join(f" {name} is a stream, which has no list of its images: not cached." for name in self.streams)
+        streams = "".join(f" {name} is a stream, which cannot be cached." for name in self.streams)
         return (
             f"--cache-images {self.cache}: {len(self.entries)} sets of decoded images, {decimal(every)}, of which "
-            f"{decimal(every - self.lacking)} are there; {decimal(self.free)} are free.{streams}"
+            f"{decimal(every - self.lacking)} are in the cache; {decimal(self.free)} are free on its disk.{streams}"
         )
 
 
 def wanted(cells: Iterable[Cell], options: Options) -> Wanted:
-    """What these cells will read from `options.cache_images`, as far as their checkpoints say how they prepare images
-    before they are loaded."""
+    """Return what the cells will read from `options.cache_images`, without those whose configuration is unknown."""
     assert options.cache_images is not None
     entries: dict[Path, Entry] = {}
     streams: dict[str, None] = {}
     for cell in cells:
-        if cell.own is None or isinstance(cell.size, str):  # it could not be asked
+        if cell.own is None or isinstance(cell.size, str):  # the configuration could not be read
             continue
         read = [cell]
-        if cell.data.calibration and not cell.data.calibration.reason:  # pictures of one object each, for mosaics too
+        if cell.data.calibration and not cell.data.calibration.reason:  # they are never tiled
             read.append(replace(cell, data=cell.data.calibration.pictures, task="single", grid=None))
         for images in read:
             if images.data.stream is not None:

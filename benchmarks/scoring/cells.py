@@ -1,4 +1,4 @@
-"""What a sweep measures: cells (a checkpoint on one data set, task and image size), and how they are run."""
+"""The cells that a sweep measures (a checkpoint on one data set, task and image size), and the options of a run."""
 
 from dataclasses import dataclass, replace
 from typing import Any
@@ -20,11 +20,11 @@ SCORE_CLASSES = ("data", "head")  # the classes that the data declares, or all o
 
 @dataclass(frozen=True)
 class Options:
-    """How cells are run; everything here that can change a result is part of a record's key.
+    """How cells are run. Every option that can change a result is part of a record's key.
 
-    `amp` is a name in `timm_csra.accelerators.AMP`. `channels_last` is the layout of convolutional models.
-    `kept_scores` is the folder where scores are kept, if they are; with `rescore` they are read from there.
-    `cache_images` is the folder of decoded images, if there is one.
+    `amp` is a name in `timm_csra.accelerators.AMP`. `channels_last` is the memory format of convolutional models.
+    `kept_scores` is the folder to keep scores in, or with `rescore` to read them from. `cache_images` is the folder of
+    decoded images. Both are None if unused.
     """
 
     settings: tuple[Setting, ...]
@@ -51,15 +51,15 @@ class Options:
 
 @dataclass(frozen=True)
 class Cell:
-    """What is measured.
+    """A checkpoint on one data set, task and image size.
 
     Attributes:
-        size: `(H, W)` in pixels, or a multiple of the checkpoint's own that is not known yet.
-        requested: the size in the words of the requests that it answers, `1x` or `320`: cells of one request are
-            compared with each other, and corrected for it, although the checkpoints' own sizes differ.
-        grid: of a mosaic, None for the other tasks.
-        test_crop_pct: instead of the checkpoint's own crop_pct, where it is asked for as it is tested.
-        own: the checkpoint's own size, None where it could not be asked.
+        size: `(H, W)` in pixels; or a request such as `2x` if the checkpoint's own size is unknown.
+        requested: the requests of `--img-size` that give this size, such as `1x` or `320`. Cells of one request are
+            compared with each other and corrected together, although the checkpoints' own sizes differ.
+        grid: mosaics are `grid` x `grid` photographs; None for the other tasks.
+        test_crop_pct: the crop_pct at which timm validates the checkpoint, for the request `test`; else None.
+        own: the checkpoint's own size `(H, W)`; None if it is unknown.
     """
 
     checkpoint: Checkpoint
@@ -73,33 +73,35 @@ class Cell:
 
     @property
     def task_name(self) -> str:
-        """The task, with the grid of a mosaic."""
+        """The task, followed by the grid of a mosaic."""
         return f"{self.task} {self.grid}x{self.grid}" if self.grid else self.task
 
     @property
     def images(self) -> int:
-        """How many the model will see."""
+        """Number of images that the model runs."""
         if not self.grid:
             return len(self.data)
         return len(self.data) // self.grid**2 if self.data.tilings is None else len(self.data.tilings)
 
     def scored_settings(self, options: Options) -> list[Setting]:
-        """Settings whose terms the pass has to score: what lam is chosen without labels, it needs this one's terms."""
+        """Settings whose attention terms the pass computes. Any lam chosen without labels uses those of the default."""
         calibration = self.data.calibration
         chosen = calibration is not None and calibration.reason is None
         return [*options.settings, *([DEFAULT_LOG_SOFTMAX] if chosen else [])]
 
     def five_crops(self, options: Options) -> bool:
-        """Whether the plain model also sees five crops of each image: at its own size alone, where they stand for what
-        a user may do instead of wrapping."""
+        """Whether the plain model also runs on five crops of each image, as an alternative to wrapping.
+
+        Only at the checkpoint's own size, and not for mosaics and streams.
+        """
         return options.rivals and self.size == self.own and self.grid is None and self.data.stream is None
 
     def prepared(self, options: Options) -> Options:
-        """With the crop of this cell, where none is asked for."""
+        """Return the options with the cell's crop_pct, unless they have one."""
         return replace(options, crop_pct=options.crop_pct or self.test_crop_pct)
 
     def preparation(self, options: Options) -> Record:
-        """What is asked of timm's preprocessing; all else is the checkpoint's."""
+        """Return the arguments for timm's data config; the checkpoint's configuration determines the rest."""
         if self.task == "mosaic":
             cropped = {"crop_mode": "squash", "crop_pct": 1.0}  # the mosaic has the right size already
         else:
@@ -108,9 +110,9 @@ class Cell:
         return {"input_size": (3, *self.size), **cropped}
 
     def key(self, options: Options) -> Record:
-        """Everything that determines the result, with plain JSON values."""
+        """Return everything that determines the result, as plain JSON values."""
         calibration = self.data.calibration
-        # Only where there is one, so that records of sweeps without keep their names.
+        # The names below were added later: they are absent by default, so that file names of older records stay valid.
         calibrated = {"calibration_data": calibration.fingerprint} if calibration else {}
         named = {"class_names": options.class_names.fingerprint} if options.class_names else {}
         scored = {"score_classes": options.score_classes} if options.score_classes != SCORE_CLASSES[0] else {}
@@ -157,10 +159,10 @@ def show_size(size: tuple[int, int]) -> int | str:
 
 
 def show_setting(setting: Setting) -> list[Any]:
-    """JSON knows no infinity."""
+    """A setting as JSON values; an infinite T, which JSON cannot express, is text."""
     return [setting.lam, show_temperature(setting), setting.scores]
 
 
 def show_temperature(setting: Setting) -> str:
-    """`1+inf`, as `--temperatures` takes it."""
+    """Format T as `--temperatures` takes it, such as `1+inf`."""
     return "+".join(f"{temperature:g}" for temperature in setting.temperature)

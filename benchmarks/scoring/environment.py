@@ -1,4 +1,4 @@
-"""Where and with what a record was made."""
+"""Describe the machine and the software that a record was made with."""
 
 import platform
 import subprocess
@@ -15,7 +15,7 @@ PACKAGES = ("torch", "torchvision", "timm", "torchmetrics", "numpy", "scipy", "s
 
 
 def environment(options: Options) -> Record:
-    """Where and with what a record is made. The commit is added by who writes it."""
+    """Describe this machine and its software. `Run.write` adds the commit."""
     device = torch.device(options.device)
     return {
         "python": platform.python_version(),
@@ -31,7 +31,7 @@ def environment(options: Options) -> Record:
 
 @cache
 def commit() -> str | None:
-    """Commit of the checkout, with `-dirty` where it was changed; None outside of git."""
+    """Return the commit of the checkout, with `-dirty` if it has local changes; None outside of git."""
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()

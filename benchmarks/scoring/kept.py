@@ -1,4 +1,4 @@
-"""What the forward passes of a cell gave, and how it is kept for other settings."""
+"""Keep the scores of a cell on disk, to compute the results of other settings without forward passes."""
 
 import itertools
 import json
@@ -23,13 +23,13 @@ from .cells import Cell, Options
 
 @dataclass(frozen=True)
 class Scored:
-    """All that a cell's forward passes gave: what results are computed from, for any settings of the same scores and T.
+    """The scores of a cell. They give the results of every setting with the same kinds of scores and temperatures.
 
     Attributes:
-        scores: of the scored classes, in the data's images.
+        scores: scores of the scored classes for the data's images.
         targets: see `timm_csra.evaluation.metrics`.
         facts: fields of the record that do not depend on the settings.
-        images_run: how many images were run for it; 0 where another task's pass, or what was kept, has served it.
+        images_run: number of images run for this cell; 0 if the scores are kept ones, or of another task's pass.
     """
 
     scores: Scores
@@ -39,7 +39,7 @@ class Scored:
 
 
 def scores_file(cell: Cell, options: Options) -> Path | None:
-    """Where the scores of a cell are kept, whatever is asked of them: by all that its forward passes depend on."""
+    """Path of the kept scores of a cell, or None; its name depends on all that determines the scores."""
     if options.kept_scores is None:
         return None
     key = cell.key(options)
@@ -47,13 +47,17 @@ def scores_file(cell: Cell, options: Options) -> Path | None:
 
 
 def write_scores(file: Path, scored: Scored) -> None:
-    """In half precision, which rounds logits to three digits; DataError where they do not fit into it."""
+    """Write scores in float16, which rounds logits to three digits.
+
+    Raises:
+        DataError: a logit is beyond the range of float16.
+    """
     tensors = {"base": scored.scores.base}
     tensors |= {f"attention.{kind}.{temperature:g}": t for (kind, temperature), t in scored.scores.attention.items()}
     tensors |= {f"pooled.{name}": t for name, t in scored.scores.pooled.items()}
     halves = {name: tensor.half().contiguous() for name, tensor in tensors.items()}
     if any((tensors[name].isfinite() & half.isinf()).any() for name, half in halves.items()):
-        raise DataError(f"{file.name}: logits beyond 65504 do not fit into half precision; leave out --keep-scores.")
+        raise DataError(f"{file.name}: logits beyond 65504 do not fit into float16; leave out --keep-scores.")
     metadata = {"facts": json.dumps(scored.facts), "dtype": str(scored.scores.dtype).removeprefix("torch.")}
     file.parent.mkdir(parents=True, exist_ok=True)
     temporary = file.with_suffix(".tmp")
@@ -62,10 +66,10 @@ def write_scores(file: Path, scored: Scored) -> None:
 
 
 def read_scores(file: Path | None, settings: Sequence[Setting]) -> Scored:
-    """The scores that `--keep-scores` kept.
+    """Read the scores that `--keep-scores` wrote.
 
     Raises:
-        DataError: there are none, or not of all scores and temperatures that the settings need.
+        DataError: the file does not exist, or lacks scores or temperatures that the settings need.
     """
     if file is None or not file.is_file():
         raise DataError(f"no scores are kept at {file}: run the cell with --keep-scores first, on the same data.")
@@ -84,13 +88,13 @@ def read_scores(file: Path | None, settings: Sequence[Setting]) -> Scored:
             f"{kind}, T {', '.join(f'{temperature:g}' for _, temperature in sorted(terms))}"
             for kind, terms in itertools.groupby(sorted(attention), key=lambda term: term[0])
         )
-        raise DataError(f"{file}: kept are {there}; expected --scores and --temperatures among them.")
+        raise DataError(f"{file}: found scores of {there}; expected --scores and --temperatures among them.")
     dtype = getattr(torch, metadata["dtype"])
     scores = Scores(tensors["base"].float(), attention, dtype, parts["pooled"])
     return Scored(scores, targets, json.loads(metadata["facts"]))
 
 
 def _term(name: str) -> Term:
-    """`log_softmax.5`; before there were two kinds of scores, `5` was of the logits."""
+    """Parse `log_softmax.5`; in files from before there were two kinds of scores, `5` means logits."""
     kind, _, temperature = name.partition(".")
     return (kind, float(temperature)) if kind in SCORES else (LOGITS, float(name))

@@ -1,4 +1,4 @@
-"""A checkpoint in memory, and the pictures that it gets to see."""
+"""A loaded checkpoint, and batches of pictures for it."""
 
 import math
 from collections.abc import Callable, Iterable, Iterator
@@ -27,11 +27,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Loaded:
-    """A checkpoint built for `size` `(H, W)`, on its device, in eval mode; what is known of it serves all its cells.
+    """A checkpoint built for `size` `(H, W)`, on its device, in eval mode, with results that its cells share.
 
     Attributes:
-        choices: what `choose` in `agreement.py` found, by the pictures and their preparation.
-        passes: the last pass, by its pixels, see `the_pass`.
+        choices: results of `choose` in `agreement.py`, by the pictures and their preprocessing.
+        passes: the last pass, by what determines its scores; see `the_pass`.
     """
 
     model: nn.Module
@@ -55,10 +55,12 @@ def unlabelled(
     bad: list[int],
     track: Callable[[Iterable[Any]], Iterable[Any]] = iter,
 ) -> Iterator[Tensor]:
-    """Batches `(N, C, H, W)` of pictures whose labels are not looked at, prepared as the checkpoint asks.
+    """Yield batches `(N, C, H, W)` of pictures with the checkpoint's preprocessing, without labels.
+
+    Indices of pictures that cannot be read are appended to `bad`.
 
     Raises:
-        DataError: some cannot be read, unless they are to be skipped; their indices go to `bad`.
+        DataError: some pictures cannot be read, and `options.skip_bad_images` is false.
     """
     requested = {"input_size": (3, *loaded.size), "crop_mode": options.crop_mode, "crop_pct": options.crop_pct}
     dataset = Unlabelled(pictures)
@@ -81,13 +83,16 @@ def unlabelled(
 
 
 def loaders(options: Options, images: int, batch_size: int) -> int:
-    """How many processes read that many images: one for each batch at most, since others would have nothing to do."""
+    """Number of processes to read that many images: at most one for each batch."""
     return min(options.workers, math.ceil(images / batch_size))
 
 
 def collate(samples: list[Any]) -> tuple[Tensor, Any, Any]:
-    """Make a batch of images, targets and indices. Only images go through shared memory: for each tensor a file
-    descriptor is sent, which takes longer than a few numbers do."""
+    """Collate images, targets and indices into a batch.
+
+    Only images become a tensor in shared memory: sending the file descriptor of a tensor takes longer than sending a
+    few numbers.
+    """
     images, targets, index = default_collate(samples)
     return images, targets.numpy(), index.numpy()
 
@@ -95,7 +100,10 @@ def collate(samples: list[Any]) -> tuple[Tensor, Any, Any]:
 def readable(
     batches: Iterable[Any], loader: Any, bad: list[int], read: list[int] | None = None
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """The images that could be read, their indices going to `read`; the indices of the others go to `bad`."""
+    """Yield the images that could be read, and their targets.
+
+    Appends their indices to `read`, and the indices of the other images to `bad`.
+    """
     for images, *rest in batches:
         targets, index = map(torch.from_numpy, rest)
         good = index >= 0
@@ -114,6 +122,6 @@ def describe_bad_images(dataset: Any, bad: list[int]) -> str:
     shown = "; ".join(dataset.why_not(index) for index in bad[:3])
     more = f"; and {len(bad) - 3} more" if len(bad) > 3 else ""
     return (
-        f"{len(bad)} of {len(dataset)} images cannot be read: {shown}{more}. Mend or remove them, or leave them out "
+        f"{len(bad)} of {len(dataset)} images cannot be read: {shown}{more}. Repair or remove them, or skip them "
         "with --skip-bad-images."
     )

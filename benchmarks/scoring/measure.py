@@ -1,4 +1,4 @@
-"""Measure one cell: every image is scored once, for all settings. Whatever goes wrong becomes a record."""
+"""Measure one cell: run each image once, for all settings. Every error becomes a record."""
 
 import sys
 import time
@@ -19,7 +19,7 @@ from ..data.presented import Mosaics, Photographs, Streamed
 from ..records.files import Record, now
 from ..records.phases import Phases
 from .agreement import choose, kept_choice
-from .applicable import match_classes, suits_the_task
+from .applicable import data_for_task, match_classes
 from .caching import cache_images
 from .cells import Cell, Options, show_size
 from .environment import environment
@@ -31,14 +31,13 @@ from .results import results
 
 @dataclass(frozen=True)
 class Unfinished:
-    """A cell whose images have been run: its metrics and intervals are left, which need no device and may be computed
-    elsewhere.
+    """A cell whose images have been run. Any process can compute its metrics and intervals, without a device.
 
     Attributes:
-        scored: what the images gave.
-        phases: where the time went until now.
-        record: fields of the record that are known.
-        seconds: that the cell has taken until now.
+        scored: the scores of the images.
+        phases: the time of each phase so far.
+        record: the fields of the record that are known.
+        seconds: the time of the cell so far.
     """
 
     cell: Cell
@@ -49,8 +48,10 @@ class Unfinished:
     seconds: float
 
     def finished(self) -> Record:
-        """Compute what is left, on one core: sums of floating-point numbers depend on how many there are. An error
-        becomes a record of a failed cell."""
+        """Compute metrics and intervals, and return the record; an error becomes the record of a failed cell.
+
+        One core computes them, because floating-point sums depend on the number of threads.
+        """
         started, threads = time.perf_counter(), torch.get_num_threads()
         torch.set_num_threads(1)
         try:
@@ -75,7 +76,7 @@ def run_cell(
     options: Options,
     track: Track = iter,
 ) -> Record:
-    """Measure one cell; see `begin_cell`."""
+    """Measure one cell and return its record; see `begin_cell`."""
     begun = begin_cell(cell, load, options, track)
     return begun.finished() if isinstance(begun, Unfinished) else begun
 
@@ -83,17 +84,17 @@ def run_cell(
 def begin_cell(
     cell: Cell, load: Callable[[], Loaded], options: Options, track: Track = iter, turn: Turn = nullcontext
 ) -> Record | Unfinished:
-    """Run the images of one cell. An error becomes a record: `not_applicable` with a reason, or `failed`.
+    """Run the images of one cell. An error becomes a record with the status `not_applicable` or `failed` and a reason.
 
     Args:
-        cell: what to measure.
-        load: gives the checkpoint; when it fails, the cell has failed.
-        options: how.
+        cell: the cell.
+        load: loads the checkpoint; an error in it is one of the cell.
+        options: how to measure it.
         track: wraps the batches, to show progress.
-        turn: gives a context within which the device is this process's alone.
+        turn: returns a context within which no other process uses the device.
     """
     started = time.perf_counter()
-    # The environment is asked for here: a process that is forked for the metrics must not ask for the name of a GPU.
+    # Here, because a process that is forked for the metrics must not query the GPU.
     record: Record = {"batch_size": options.batch_size, "environment": environment(options)}
     while True:
         phases = Phases()
@@ -110,10 +111,10 @@ def begin_cell(
             record |= {"status": "not_applicable", "reason": str(reason)}
         except Exception as error:
             if isinstance(error, BatchTooLargeError) and options.batch_size > 1:
-                print(f"out of memory at batch size {options.batch_size}: half of it is tried", file=sys.stderr)
+                print(f"out of memory at batch size {options.batch_size}: trying half of it", file=sys.stderr)
                 options = replace(options, batch_size=options.batch_size // 2)
                 record |= {"batch_size": options.batch_size}
-                continue  # outside of `except` the traceback, and what it holds, is gone
+                continue  # leaving `except` frees the traceback and the tensors that it refers to
             record |= _failed(error)
         return _complete(cell, options, record, time.perf_counter() - started)
 
@@ -126,12 +127,12 @@ def _failed(error: Exception) -> Record:
 
 
 def failure(cell: Cell, options: Options, reason: str, seconds: float = 0.0) -> Record:
-    """The record of a cell that could not report itself."""
+    """Return the record of a failed cell whose process could not make one."""
     return _complete(cell, options, {"status": "failed", "reason": reason}, seconds)
 
 
 def refusal(cell: Cell, options: Options, reason: str) -> Record:
-    """The record of a cell that has no answer, as it is known before anything is loaded."""
+    """Return the record of a cell that is known not to apply before its checkpoint is loaded."""
     return _complete(cell, options, {"status": "not_applicable", "reason": reason}, 0.0)
 
 
@@ -171,8 +172,15 @@ def score_cell(
     phases: Phases | None = None,
     turn: Turn = nullcontext,
 ) -> Scored:
-    """Run every image of a cell once, for all settings. `phases` is told where the time goes; `turn` as in
-    `begin_cell`."""
+    """Run every image of a cell once, for all settings.
+
+    `phases` gets the time of each phase; for `turn` see `begin_cell`.
+
+    Raises:
+        DataError: images cannot be read, and `options.skip_bad_images` is false.
+        NotApplicableError: see `match_classes`.
+        UnsupportedModelError: the model cannot be wrapped.
+    """
     phases, options = phases or Phases(), cell.prepared(options)
     model, explanation = loaded.model, loaded.explanation
     with phases("load"):
@@ -190,8 +198,8 @@ def score_cell(
     if (missing := len(cell.data) - len(targets)) and cell.data.stream and len(cell.data):
         if not options.skip_bad_images:
             raise DataError(
-                f"{cell.data.name}: found {len(targets)} images, expected {len(cell.data)}: timm's reader passes over "
-                "those that it cannot read (see the log). Mend them, or accept that with --skip-bad-images."
+                f"{cell.data.name}: found {len(targets)} images, expected {len(cell.data)}: timm's reader skips "
+                "images that it cannot read (see the log). Repair them, or skip them with --skip-bad-images."
             )
         print(f"{missing} images of the stream could not be read", file=sys.stderr)
     pictures = cell.data.calibration is not None
@@ -224,17 +232,18 @@ def score_cell(
 def load_images(
     cell: Cell, loaded: Loaded, options: Options, own: Alignment | None = None
 ) -> tuple[Any, Record, Alignment]:
-    """Give loader, preprocessing and alignment; how an image becomes a tensor is timm's and the checkpoint's affair.
-    With an alignment of one's `own` the classes of the checkpoint's head do not matter.
+    """Return the loader, timm's data config, and the alignment of the data's classes with the head's.
+
+    With an alignment of your `own`, the classes of the checkpoint's head do not matter.
 
     Raises:
         NotApplicableError: see `match_classes`.
     """
     model, size, options = loaded.model, loaded.size, cell.prepared(options)
     if own:
-        data, alignment = suits_the_task(cell), own
+        data, alignment = data_for_task(cell), own
     else:
-        # Of the logits: a classifier may have been replaced. Where they are unknown, `score_cell` says why.
+        # The number of logits, since the classifier may have been replaced. If it is unknown, `score_cell` raises.
         count = loaded.explanation.num_classes or int(model.num_classes)  # type: ignore[arg-type]
         data, alignment = match_classes(cell, options, Classifier.of(count, getattr(model, "pretrained_cfg", {})))
     config = resolve_input_data_config(model, args=cell.preparation(options))

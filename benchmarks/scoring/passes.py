@@ -1,4 +1,4 @@
-"""One pass of a checkpoint over pixels: every image is run once, and serves all tasks that ask about the same ones."""
+"""Run a checkpoint over the images of a cell once, and share the scores with other tasks on the same images."""
 
 import json
 import re
@@ -21,21 +21,21 @@ from .loading import Loaded, readable
 from .rivals import five_crops, plain_seconds
 
 Track = Callable[[Iterable[Any]], Iterable[Any]]  # wraps the batches of a cell, to show progress
-Turn = Callable[[], AbstractContextManager[Any]]  # within, the device is that of one process
+Turn = Callable[[], AbstractContextManager[Any]]  # returns a context within which no other process uses the device
 
 
 @dataclass(frozen=True)
 class Pass:
-    """What it gave.
+    """The scores of one pass.
 
     Attributes:
-        columns: of the head, those of the scores.
-        scores: of the images that could be read.
-        read: their indices, sorted; those of a stream, which have none, are hashes.
-        bad: indices of the others.
-        targets: of a stream alone; else the data has them.
-        cost: seconds beside those of a plain pass, where they were asked for.
-        device_seconds: for which the device worked.
+        columns: the columns of the head that the scores are of.
+        scores: scores of the images that could be read.
+        read: their indices, sorted; for a stream, hashes of the images.
+        bad: indices of the images that could not be read.
+        targets: the targets of a stream; otherwise None, since the data has them.
+        cost: times of this pass and of plain passes, with `--time-plain`; otherwise None.
+        device_seconds: time for which the device was busy.
     """
 
     columns: tuple[int, ...]
@@ -50,7 +50,7 @@ class Pass:
         return set(columns) <= set(self.columns)
 
     def of(self, columns: tuple[int, ...]) -> Scores:
-        """The scores of these columns, all of which the pass serves."""
+        """Return the scores of these columns, which must be among those of the pass."""
         if columns == self.columns:
             return self.scores
         place = {column: index for index, column in enumerate(self.columns)}
@@ -68,17 +68,17 @@ def the_pass(
     phases: Phases,
     turn: Turn,
 ) -> tuple[Pass, bool]:
-    """Run every image of a cell, unless the last pass of the same model was over the same pixels.
+    """Run every image of a cell, unless the last pass of the same model has the scores of the same images.
 
     Returns:
-        The pass, and whether it is one that has served another task.
+        The pass, and whether it is one that was run for another task.
     """
     terms = sorted({term for setting in cell.scored_settings(options) for term in setting.terms})
     pixels = json.dumps([cell.data.fingerprint, cell.data.where, cell.grid, preprocessing, terms])
     last = loaded.passes.get(pixels) if cell.data.stream is None else None
     if last is not None and last.serves(alignment.columns):
         return last, True
-    loaded.passes.clear()  # one at a time is held, and it is gone before others are made
+    loaded.passes.clear()  # frees the last pass before the next one begins
     loaded.passes[pixels] = found = _run(cell, loaded, loader, preprocessing, alignment, options, track, phases, turn)
     return found, False
 
@@ -100,17 +100,18 @@ def _run(
     plain: list[float] = []
     if options.time_plain:
         with phases("plain"), forward_passes(), turn():
-            plain_seconds(model, loader, options)  # starts the loader's workers, and warms everything up
+            plain_seconds(model, loader, options)  # warm-up; starts the loader's workers
             plain.append(plain_seconds(model, loader, options))
     passed, clock = False, DeviceClock(options.device)
-    begun = loader if options.time_plain else Begun(loader)  # which reads the first images while another is at work
+    # A loader that has started reads the first images during another process's turn.
+    begun = loader if options.time_plain else StartedLoader(loader)
 
     def batches() -> Iterator[tuple[Tensor, Tensor]]:
         nonlocal passed
         yield from clock.over(readable(phases.waiting(track(begun)), loader, bad, read))
         passed = True
 
-    with _the_turn(turn, options, phases), phases("model"):
+    with _turn_on_device(turn, options, phases), phases("model"):
         try:
             scores, targets = score(
                 model,
@@ -122,10 +123,10 @@ def _run(
                 test_time_pool=allows_test_time_pool(loaded.explanation),
             )
         except Exception as error:
-            if not passed and _out_of_memory(error):  # else it is what comes after them that needs the memory
+            if not passed and _out_of_memory(error):  # after the last batch a smaller batch would not help
                 raise BatchTooLargeError(str(error)) from error
             raise
-    if cell.data.stream:  # it comes in another order with every number of workers
+    if cell.data.stream:  # the order of its images depends on the number of workers
         order = torch.tensor(sorted(range(len(read)), key=lambda image: (read[image], int(targets[image]))))
         scores, targets = _selected(scores, order, slice(None)), targets[order]
     cost = None
@@ -141,8 +142,8 @@ def _run(
     return Pass(alignment.columns, scores, sorted(read), bad, of_stream, cost, clock.seconds())
 
 
-class Begun:
-    """A loader that has begun to read."""
+class StartedLoader:
+    """A loader whose workers have started to read."""
 
     def __init__(self, loader: Any) -> None:
         self._batches, self._count = iter(loader), len(loader)
@@ -155,8 +156,8 @@ class Begun:
 
 
 @contextmanager
-def _the_turn(turn: Turn, options: Options, phases: Phases) -> Iterator[None]:
-    """Wait for the turn, and free the memory that the allocator holds when it is over."""
+def _turn_on_device(turn: Turn, options: Options, phases: Phases) -> Iterator[None]:
+    """Wait for this process's turn on the device; afterwards free the memory that torch's allocator caches."""
     if turn is nullcontext:
         yield
         return
@@ -177,7 +178,7 @@ def _selected(scores: Scores, images: Tensor | slice, columns: Tensor | slice) -
 
 
 class BatchTooLargeError(Exception):
-    """Memory has run out in a forward pass, which needs less with fewer images at a time."""
+    """A forward pass ran out of memory; a smaller batch may fit."""
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""What the scores of a cell say, for every setting: metrics, comparisons with the plain model, calibration."""
+"""Compute the results of a cell from its scores: metrics, comparisons with the plain model, calibration."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -45,7 +45,7 @@ THRESHOLD = "compares each logit with 0; a log-probability, at most 0, lowers th
 
 
 def results(cell: Cell, scored: Scored, options: Options, phases: Phases) -> Record:
-    """Fields of a cell's record: the facts, and what the scores say for every setting of `options`."""
+    """Return fields of a cell's record: its facts, and the results of every setting of `options`."""
     scores, targets, facts = scored.scores, scored.targets, dict(scored.facts)
     chosen = setting_of(facts.get("agreement"))
     groups = facts.pop("groups")
@@ -71,7 +71,7 @@ def results(cell: Cell, scored: Scored, options: Options, phases: Phases) -> Rec
             metric: Table.of(metric, {key: of[metric] for key, of in evaluations.items() if metric in of}, [images])
             for metric in evaluations[PLAIN]
         }
-        # Of their own: neither crossfit nor best may take a lam that was not asked for.
+        # In tables of their own, since crossfit and best must choose among the settings of the options only.
         chosen_tables = {}
         if chosen:
             for metric, evaluation in (evaluations.get(chosen) or of_setting(chosen)).items():
@@ -116,8 +116,10 @@ def _metrics(cell: Cell, options: Options, targets: Tensor) -> dict[str, Metric]
 
 
 def _calibration(scores: Scores, targets: Tensor, settings: Sequence[Setting], chosen: Setting | None) -> Record:
-    """What the fixed settings, and the one chosen without labels, do to the softmax probabilities of the sum. The
-    paper's makes logits grow by about 1 + lam, and dividing by that mends some of it."""
+    """Measure the calibration of the softmax probabilities, for the fixed settings and the one chosen without labels.
+
+    The paper's setting scales logits by about 1 + lam; dividing by 1 + lam corrects part of that.
+    """
     logits = {"plain": scores.base}
     for protocol, setting in FIXED.items():
         if setting in settings:
@@ -133,7 +135,7 @@ def _calibration(scores: Scores, targets: Tensor, settings: Sequence[Setting], c
 
 
 def _compare(table: Table, targets: Tensor, seed: int | None, of_chosen: Table | None) -> Iterator[Comparison]:
-    """`of_chosen` has the plain model and the setting chosen without labels, of the same metric."""
+    """Yield all comparisons of a metric. `of_chosen` has the plain model and the setting chosen without labels."""
     before_looking = without_choice(table, seed)
     yield from (one for one in before_looking if one.protocol in (*FIXED, VERSUS))
     if of_chosen is not None:
@@ -169,12 +171,12 @@ def _result(comparison: Comparison) -> Record:
 
 
 def _packed(comparison: Comparison) -> str | None:
-    """Of gains that are averaged over checkpoints: those of a curve or a rival are not."""
+    """Pack the resampled gains of protocols that are averaged over checkpoints; None for curves and rivals."""
     if comparison.resampled is None or comparison.protocol not in (*FIXED, VERSUS, AGREEMENT, "crossfit"):
         return None
     return packed(comparison.resampled)
 
 
 def _json(value: float) -> float | None:
-    """JSON knows neither NaN nor the infinite likelihood of a masked class."""
+    """Replace NaN and infinity (the log-likelihood of a masked class), which JSON cannot express, by None."""
     return value if np.isfinite(value) else None

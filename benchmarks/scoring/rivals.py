@@ -1,4 +1,4 @@
-"""The plain model beside the wrapped one: on five crops, and its time for one pass."""
+"""Run the plain model for comparison: on five crops of each image, and for the time of one pass."""
 
 import time
 from typing import Any
@@ -18,7 +18,7 @@ from .loading import loaders
 
 
 def plain_seconds(model: nn.Module, loader: Any, options: Options) -> float:
-    """One evaluation pass of the plain model over the same loader."""
+    """Time one evaluation pass of the plain model over the loader, in seconds."""
     started = time.perf_counter()
     for images, *_ in loader:
         with torch.inference_mode(), autocast(options.device, options.amp):
@@ -29,8 +29,10 @@ def plain_seconds(model: nn.Module, loader: Any, options: Options) -> float:
 def five_crops(
     model: nn.Module, size: tuple[int, int], images: Any, preprocessing: Record, alignment: Alignment, options: Options
 ) -> dict[str, Tensor]:
-    """What a user may do instead for pictures with several objects, at five times the cost: the plain model's logits
-    on five crops, their mean and their maximum for each class."""
+    """Run the plain model on five crops of each image: the mean and the maximum of its logits over the crops.
+
+    This is an alternative to wrapping for pictures with several objects, at five times the cost.
+    """
     larger = tuple(round(FiveCrops.SCALE * side) for side in size)
     dataset = FiveCrops(images, create_transform((3, *larger), **preprocessing), size)
     batch_size = max(1, options.batch_size // 5)

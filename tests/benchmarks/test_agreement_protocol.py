@@ -35,7 +35,7 @@ from timm_csra.evaluation.scoring import DEFAULT, DEFAULT_LOG_SOFTMAX, PLAIN
 
 from .test_survival import save
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*few to choose lam by", "ignore:.*the largest tried")
+pytestmark = pytest.mark.filterwarnings("ignore:.*few to choose lam reliably", "ignore:.*the largest tried")
 OPTIONS = Options((PLAIN, DEFAULT, DEFAULT_LOG_SOFTMAX), workers=0, batch_size=4)
 
 
@@ -113,8 +113,8 @@ def test_records_tables_summary_and_page(
     status, records = sweep(out, model, photos, *given)
     assert status == 0
     told = capsys.readouterr().out
-    assert "agreement: log_softmax, T inf, lam chosen without labels on other pictures; its intervals hold that" in told
-    assert f"agreement on photos: lam by 10 pictures of pictures, which are few: use at least 200; 1 left out, also among those measured: {pictures / 'copy.png'}." in told  # fmt: skip
+    assert "agreement: log_softmax, T inf, lam chosen without labels on other pictures; its intervals treat" in told
+    assert f"agreement on photos: lam chosen on 10 pictures of pictures, which are few: use at least 200; 1 left out, which are also measured: {pictures / 'copy.png'}." in told  # fmt: skip
     before = [record for record in records if "calibration_data" not in record["key"]]
     assert before == without and len(records) == 4  # of other names
     for record in (record for record in records if "calibration_data" in record["key"]):
@@ -132,8 +132,8 @@ def test_records_tables_summary_and_page(
 
     assert report([str(out), "--no-plots"]) == 0
     page, text = ((out / "report" / name).read_text() for name in ("index.html", "results.md"))
-    assert "its intervals hold that lam fixed" in page
-    assert "agreement on photos: lam by 10 pictures" in page
+    assert "its intervals treat that lam as fixed" in page
+    assert "agreement on photos: lam chosen on 10 pictures" in page
     assert "| log_softmax_vs_logits | agreement | crossfit |" in text
     (lam,) = {record["agreement"]["lam"] for record in records if record["agreement"]}
     assert text.count(f", lam {lam:g} |") == 4
@@ -198,7 +198,7 @@ def test_kept_scores_keep_the_choice(tmp_path: Path, photos: Path, pictures: Pat
     (pictures / "9.png").unlink()
     _, records = sweep(out, model, photos, *given, "--rescore")
     (failed,) = (record for record in records if record["status"] == "failed")
-    assert "--calibration-data: kept with the scores is lam by other pictures, of pictures; expected one by" in failed["reason"]  # fmt: skip
+    assert "--calibration-data: found lam chosen on other pictures, of pictures with the kept scores; expected" in failed["reason"]  # fmt: skip
     out = tmp_path / "unchosen"
     sweep(out, model, photos, "--img-size", "64", "--keep-scores")
     _, records = sweep(out, model, photos, "--img-size", "64", "--rescore", "--calibration-data", str(pictures))

@@ -105,5 +105,5 @@ def test_without_another_process_it_is_done_here(
     for number in range(2):
         beside.give(number, cell, tmp_path / "log")
         assert found.get(timeout=1) == (number, {"process": os.getpid()})
-    assert "no process for the metrics: [Errno 11] Resource temporarily unavailable" in capsys.readouterr().out
+    assert "cannot start a process for the metrics: [Errno 11] Resource" in capsys.readouterr().out
     assert (tmp_path / "log").read_text() == "metrics\n" * 2

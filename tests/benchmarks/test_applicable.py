@@ -204,7 +204,7 @@ def test_a_dry_run_of_many_cells_is_summed_up(
     names = timm.list_models("*vit*", pretrained=True)[:40]
     headless = [name for name in (HEADLESS, *names) if timm.get_pretrained_cfg(name).num_classes == 0]
     monkeypatch.setattr("timm.list_models", lambda *_, **__: [HEADLESS, *names])
-    monkeypatch.setattr("benchmarks.sweep._not_to_be_had", lambda _: {})
+    monkeypatch.setattr("benchmarks.sweep._unavailable", lambda _: {})
     monkeypatch.setattr("benchmarks.checkpoints.find.etag", lambda *_: ("a hash", None))
     monkeypatch.setattr(Checkpoint, "create", refuse)
     built: list[object] = []
@@ -224,7 +224,7 @@ def test_a_dry_run_of_many_cells_is_summed_up(
     assert f"{2 * len(headless)} cells not applicable: the checkpoint has no classifier (num_classes=0)" in printed
     assert re.search(rf"{to_do} cells, \d+ images, .* of forward passes", printed)
     assert "--dry-run cells lists each" in printed
-    assert f"{to_do} of them for another size than the checkpoint's own" in printed
+    assert f"{to_do} of them are not at the checkpoint's own size" in printed
     assert names[0] not in printed
     assert not built, "which takes seconds for each"
     assert main([*arguments, "--dry-run", "cells"]) == 0

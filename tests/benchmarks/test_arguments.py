@@ -64,11 +64,11 @@ def test_cores_compute_metrics_for_each_worker(
     ("arguments", "text"),
     [
         (["--devices", "cpu", "--jobs", "2"], "--devices and --jobs: expected one of them"),
-        (["--device", "cpu", "--engine", "ray", "--metric-workers", "2"], "--metric-workers: of this machine alone"),
-        (["--device", "cpu", "--address", "auto"], "--address: is of --engine ray"),
+        (["--device", "cpu", "--engine", "ray", "--metric-workers", "2"], "--metric-workers: only for --engine local"),
+        (["--device", "cpu", "--address", "auto"], "--address: only for --engine ray"),
         (
             ["--device", "cpu", "--engine", "ray", "--jobs", "2", "--prefetch"],
-            "--jobs, --prefetch: of this machine alone",
+            "--jobs, --prefetch: only for --engine local",
         ),
         (["--devices", "nonsense"], "--device nonsense: cannot be used here"),
     ],
@@ -138,7 +138,7 @@ def test_devices_that_disagree_about_auto_are_refused(monkeypatch: pytest.Monkey
         monkeypatch.setattr(module, "precision", lambda amp, device: fake_precision(amp, device, ["meta:0"]))
     monkeypatch.setattr(benchmarks.workers, "usable_device", lambda name: name)
     monkeypatch.setattr(benchmarks.asked, "usable_device", lambda name: name)
-    with pytest.raises(ValueError, match="--amp auto: found bf16 for meta:0 and none for meta:1; expected one for all"):
+    with pytest.raises(ValueError, match="--amp auto: found bf16 for meta:0 and none for meta:1; expected the same"):
         options("--devices", "meta:0,meta:1")
     assert {worker.amp for worker in options("--devices", "meta:0,meta:1", "--amp", "bf16")[1]} == {"bf16"}
 
@@ -162,5 +162,5 @@ def test_a_cache_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.Monk
     assert options("--cache-images", str(tmp_path / "a" / "b"))[0].cache_images == str(tmp_path / "a" / "b")
     assert not (tmp_path / "a").exists()
     monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write everywhere
-    with pytest.raises(ValueError, match=r"--cache-images .*: nothing can be written in .*; give another folder"):
+    with pytest.raises(ValueError, match=r"--cache-images .*: .* is not writable; give another folder"):
         options("--cache-images", str(tmp_path / "a"))

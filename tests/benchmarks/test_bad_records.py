@@ -77,7 +77,7 @@ def test_no_line_ends_a_report_or_a_check_in_a_traceback(tmp_path: Path, capsys:
     read = read_records(tmp_path, said.append)
     assert {"good", "better"} <= {record["model"] for record in read}
     assert any("all.jsonl, line" in one and "a result whose gain is a str" in one for one in said)
-    assert any("folder.jsonl: found what cannot be read (Is a directory)" in one for one in said)
+    assert any("folder.jsonl: found an unreadable file (Is a directory)" in one for one in said)
     assert len(read) + len(said) == len(lines) + 4
     assert report([str(tmp_path), "--no-plots"]) == 0
     assert share(["--check", str(tmp_path)]) == 1
@@ -102,6 +102,6 @@ def test_a_line_that_cannot_be_used_is_named_and_left_out(
     (tmp_path / "records" / "r.jsonl").write_text(f"{line(named(honest(), 'good'))}\n{line(bad)}\n")
     said: list[str] = []
     assert [record["model"] for record in read_records(tmp_path, said.append)] == ["good"]
-    assert f"r.jsonl, line 2: found {found}" in said[0] and said[0].endswith("It is left out.")
+    assert f"r.jsonl, line 2: found {found}" in said[0] and said[0].endswith("It is skipped.")
     assert share(["--check", str(tmp_path)]) == 1
     assert f"line 2: found {found}" in capsys.readouterr().out

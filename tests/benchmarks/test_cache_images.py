@@ -56,7 +56,7 @@ def test_a_sweep_gives_the_same_records_and_decodes_once(
         said = capsys.readouterr()
         assert "caching images" in said.out
         there = "0 bytes" if out == "building" else "798.7 kB"
-        assert f"--cache-images {cache}: 6 sets of decoded images, 798.7 kB, of which {there} are there; " in said.err
+        assert f"{cache}: 6 sets of decoded images, 798.7 kB, of which {there} are in the cache; " in said.err
     assert len(list(cache.glob("*/pixels.npy"))) == 6
 
 
@@ -77,7 +77,8 @@ def test_what_the_cache_would_take_and_what_does_not_fit(
     how = ("--models", checkpoints, "--data", str(photos), "--out", str(tmp_path / "out"), "--device", "cpu")
     how = (*how, "--cache-images", str(cache))
     expected = (
-        f"--cache-images {cache}: 2 sets of decoded images, 479.2 kB, of which 0 bytes are there; 400.0 kB are free."
+        f"--cache-images {cache}: 2 sets of decoded images, 479.2 kB, of which 0 bytes are in the cache; "
+        "400.0 kB are free on its disk."
     )
     assert main([*how, "--dry-run"]) == 0
     assert expected in capsys.readouterr().out
@@ -94,7 +95,7 @@ def test_a_stream_is_not_cached(photos: Path) -> None:
     cells = [Cell(Checkpoint("timm", name), data, "single", (48, 48), own=(48, 48))
              for name in ("test_resnet", "test_vit") for data in (stream, load_image_set(photos))]  # fmt: skip
     found = wanted(cells, options)
-    assert str(found).endswith("free. stream is a stream, which has no list of its images: not cached.")
+    assert str(found).endswith("free on its disk. stream is a stream, which cannot be cached.")
     assert [entry.images for entry in found.entries] == [12, 12]  # test_vit has another interpolation
 
 

@@ -56,7 +56,7 @@ def test_a_small_condition(tmp_path: Path, capsys: pytest.CaptureFixture[str], m
     assert main([*arguments, "--out", str(out)]) == 0
     assert capsys.readouterr().out == printed
     assert main([*arguments, "--runs", "50", "--out", str(out)]) == 2
-    told = f"--out {out}: found something else than conditions of 50 runs; name another file."
+    told = f"--out {out}: found other columns, or conditions of another number of runs than 50; name another file."
     assert told in " ".join(capsys.readouterr().err.split())
     for row in rows:
         assert row["protocol"] in printed

@@ -87,7 +87,7 @@ def test_archives_on_either_side(kind: str, photos: Path, pictures: Path, tmp_pa
 
 def test_nothing_left_and_pictures_that_cannot_be_read(photos: Path, pictures: Path) -> None:
     data = load_image_set(photos)
-    assert compared(data, load_pictures(photos)).reason == "all 12 pictures of photos stand among those measured"
+    assert compared(data, load_pictures(photos)).reason == "all 12 pictures of photos are among those measured"
     (pictures / "broken.png").write_text("no picture")
     (photos / "cat" / "broken.png").write_text("no picture")
     found = compared(load_image_set(photos), load_pictures(pictures))

@@ -32,7 +32,7 @@ def test_specs(tmp_path: Path) -> None:
     ("spec", "text"),
     [
         ("resnet5o", "resnet5o: matches no pretrained timm model. Did you mean resnet50"),
-        ("pypi:resnet50", "pypi:resnet50: no wheel carries it; there are tf_efficientnet_lite0"),
+        ("pypi:resnet50", "pypi:resnet50: found no such wheel; expected one of tf_efficientnet_lite0"),
         (
             "local-dir:/nowhere",
             "local-dir:/nowhere: /nowhere/config.json not found; expected a folder in timm's format",

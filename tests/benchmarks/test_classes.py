@@ -158,7 +158,7 @@ def test_class_maps_that_cannot_be_used(tmp_path: Path) -> None:
         load_class_map("gone")
     for text in ("[]", "{", '{"classes": {"cat": ["tabby"]}}', '{"classes": {"cat": 3}}'):
         (tmp_path / "map.json").write_text(text)
-        with pytest.raises(ValueError, match="map.json: no class map: "):
+        with pytest.raises(ValueError, match="map.json: is not a class map: "):
             load_class_map(str(tmp_path / "map.json"))
     (tmp_path / "map.json").write_text('{"classes": {"cat": ["n02123045"], "wolf": []}}')
     class_map = load_class_map(str(tmp_path / "map.json"))

@@ -73,7 +73,7 @@ def test_what_cannot_be_started(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert main(["--models", "test_resnet", "--out", str(other)]) == 2
     errors = re.sub(r"\s+", " ", capsys.readouterr().err)
     assert "'no_such_model*' matches none of timm's" in errors
-    assert "has other columns than this version writes; choose another --out, or --fresh" in errors
+    assert "found other columns than this version writes; choose another --out, or --fresh" in errors
     assert other.read_text() == "a,b\n1,2\n"
 
 

@@ -65,7 +65,7 @@ def test_reads_an_image_folder(tmp_path: Path) -> None:
             "0 a\n1 b",
             r"found the columns file, tag; expected file and one of label, lab",
         ),
-        (["file,label"], "0 a\n1 b", r"labels.csv: no row"),
+        (["file,label"], "0 a\n1 b", r"labels.csv: found no row"),
         (["file,label", "images/0.png,7"], "0 a\n1 b", r"line 2: found label='7'; classes.txt has 2 classes"),
         (["file,label", "images/0.png,cat"], "0 a\n1 b", r"line 2: found label='cat'; expected indices into"),
         (["file,label", "images/0.png,0 1"], "0 a\n1 b", r"line 2: found label='0 1'; expected one index"),

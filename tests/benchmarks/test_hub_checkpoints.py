@@ -133,7 +133,7 @@ def test_what_gains_is_pushed_with_its_record(tmp_path: Path, real_data: Path) -
         arguments += ["--task", "mosaic", "--push-best", "user/csra"]
         result, _ = sweep(url, tmp_path / "cache", tmp_path / "out", *arguments)
         assert result.returncode == 1
-        assert "nobody can be asked: say --yes" in result.stderr and not hub.repos
+        assert "Use --yes to confirm" in result.stderr and not hub.repos
         result, records = sweep(url, tmp_path / "cache", tmp_path / "out", *arguments, "--yes")
     assert result.returncode == 0, result.stderr
     tree = hub.repos["user/csra-tf_efficientnet_lite0"].commits[-1]

@@ -271,6 +271,4 @@ def test_figures_of_another_version_are_not_compared(name: str, older: Any, newe
     assert [lines(found)[line] for line in lines(found)] == [{"better": 1}] * 2
     assert [one["model"] for one in found.counted] == ["a", "c"]
     (said,) = found.notes
-    assert (
-        said.startswith("2 records of an older version of the sweep are left out, beside newer ones") and "b, c" in said
-    )
+    assert said.startswith("2 records of an older version of the sweep are left out, because they") and "b, c" in said

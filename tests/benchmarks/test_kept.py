@@ -42,7 +42,7 @@ def test_both_kinds_and_masked_classes_come_back(tmp_path: Path) -> None:
         torch.testing.assert_close(found.scores.logits(setting), given.scores.logits(setting), rtol=0, atol=5e-3)
     assert found.facts == given.facts
     given.scores.base[0, 0] = 70_000
-    with pytest.raises(DataError, match="logits beyond 65504 do not fit into half precision; leave out --keep-scores"):
+    with pytest.raises(DataError, match="logits beyond 65504 do not fit into float16; leave out --keep-scores"):
         write_scores(file, given)
 
 
@@ -56,7 +56,7 @@ def test_what_was_kept_before_is_of_the_logits(tmp_path: Path) -> None:
     }
     save_file(before, file, {"facts": "{}", "dtype": "float32"})
     assert list(read_scores(file, [PLAIN, DEFAULT]).scores.attention) == [("logits", t) for t in (0.5, 1.0, math.inf)]
-    with pytest.raises(DataError, match=r"kept are logits, T 0.5, 1, inf; expected --scores and --temperatures among"):
+    with pytest.raises(DataError, match=r"found scores of logits, T 0.5, 1, inf; expected --scores and --temp"):
         read_scores(file, [DEFAULT_LOG_SOFTMAX])
 
 

@@ -80,6 +80,6 @@ def test_photographs_and_mosaics(tmp_path: Path, photos: Path, capsys: pytest.Ca
 def test_what_does_not_fit_is_told(tmp_path: Path, photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["--models", save(tmp_path / "model"), "--data", str(photos), "--workers", "0", "--img-size", "64"]
     assert main([*arguments, "--temperatures", "1,inf"]) == 2
-    assert "--temperatures: found inf; expected finite ones" in capsys.readouterr().err
+    assert "--temperatures: found inf; expected finite values" in capsys.readouterr().err
     assert main(arguments) == 2
-    assert "photos: found 3 images, expected at least 4, for two halves." in capsys.readouterr().err
+    assert "photos: found 3 images, expected at least 4, two for each half." in capsys.readouterr().err

@@ -20,8 +20,8 @@ def test_the_deficit_is_that_of_the_simulation_with_as_many_images_or_fewer() ->
     share = lowest("top1", "agreement", 100)
     assert share < 93
     expected = (
-        f"In simulation the 95 % intervals of agreement for top1 hold the truth in {share:.1f} % of samples of 100 "
-        "images (docs/calibration.csv)."
+        f"In simulation the 95 % intervals of agreement for top1 contain the true gain in {share:.1f} % of samples of "
+        "100 images (docs/calibration.csv)."
     )
     for n in (26, 100, 499):
         assert deficits([record("top1", "agreement", n)] * 2) == [expected]

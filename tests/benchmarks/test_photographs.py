@@ -97,7 +97,7 @@ def test_a_file_counts_once(tmp_path: Path) -> None:
     with pytest.raises(DataError) as refused:
         load_image_set(table(tmp_path / "a", rows))
     said = str(refused.value)
-    assert "0.png: named 3 times: " in said and "Expected each image once." in said
+    assert "0.png: listed 3 times: " in said and "Expected each image once." in said
     assert all(f"labels.csv, line {line}" in said for line in (2, 4, 5)) and "line 3" not in said
 
 
@@ -107,11 +107,11 @@ def test_coco_with_a_category_that_it_does_not_have(tmp_path: Path) -> None:
     notes["annotations"] = [{"id": 7, "image_id": 1, "category_id": 90, "iscrowd": 0}]
     path = tmp_path / "instances_val.json"
     path.write_text(json.dumps(notes))
-    with pytest.raises(DataError, match=r"instances_val.json: annotation 7 is of category 90, which is none of its 1 "):
+    with pytest.raises(DataError, match=r"instances_val.json: annotation 7 has the category 90, which is none of"):
         load_image_set(path)
     notes |= {"annotations": [], "images": [{"id": 1, "file_name": "1.jpg"}, {"id": 2, "file_name": "1.jpg"}]}
     path.write_text(json.dumps(notes))
-    with pytest.raises(DataError, match=r"1.jpg: named 2 times: .*image 1; .*image 2. Expected each image once"):
+    with pytest.raises(DataError, match=r"1.jpg: listed 2 times: .*image 1; .*image 2. Expected each image once"):
         load_image_set(path)
 
 

@@ -118,7 +118,7 @@ def test_what_cannot_be_pooled_with_the_others_is_said() -> None:
     rows = rows_of(records)
     assert [p.models for p in pooled(rows)] == [("a", "b")]
     assert unpooled(rows) == [
-        "d \u00b7 single \u00b7 1x: not pooled are c on 99 images for top1, where others are on 100.",
-        "d \u00b7 single \u00b7 1x: not pooled are d, e, f, whose records lack head_classes, kind or resampled gains as others "
-        "have them: measure them again.",
+        "d \u00b7 single \u00b7 1x: not pooled: c with 99 images for top1, where others have 100.",
+        "d \u00b7 single \u00b7 1x: not pooled: d, e, f, whose records lack head_classes, kind or as many resampled gains as "
+        "others: measure them again.",
     ]

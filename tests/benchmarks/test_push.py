@@ -7,7 +7,7 @@ import pytest
 from huggingface_hub.utils import validate_repo_id
 
 from benchmarks.checkpoints.find import Checkpoint
-from benchmarks.reporting.push import Choice, choose, told_apart
+from benchmarks.reporting.push import Choice, choose, repository_clash
 
 CHECKPOINT = Checkpoint("local-dir", "folder/mine")
 
@@ -94,8 +94,8 @@ def test_two_checkpoints_do_not_go_to_one_repository() -> None:
     """The second would replace the first."""
     ids = ("resnet50@out/run/last.pth.tar", "resnet50@out/other/last.pth.tar", "resnet50@out/run/model_best.pth.tar")
     choices = [Choice(Checkpoint("file", id), {}, 0.1, (1.0,), "logits", ()) for id in ids]
-    assert told_apart(choices[:2], "user/csra") is None
-    assert told_apart(choices, "user/csra") == (
+    assert repository_clash(choices[:2], "user/csra") is None
+    assert repository_clash(choices, "user/csra") == (
         "--push-best: file:resnet50@out/run/last.pth.tar and file:resnet50@out/run/model_best.pth.tar would both go to "
         "user/csra-run; expected a repository for each. Name one of them in --models, or push them with prefixes of "
         "their own."

@@ -107,9 +107,9 @@ def without(name: str, **changes: object) -> str:
 
 BROKEN = {
     "empty": ("", "an empty file"),
-    "cut": (json.dumps(RECORD)[:-9], r"no whole JSON \(Expecting .*line 1 column"),
-    "no text": (b"\xff\xfe\x00", "no whole JSON"),
-    "not JSON": (json.dumps(RECORD | {"n": float("nan")}), r"no whole JSON \(NaN is no JSON\)"),
+    "cut": (json.dumps(RECORD)[:-9], r"truncated or invalid JSON \(Expecting .*line 1 column"),
+    "no text": (b"\xff\xfe\x00", "truncated or invalid JSON"),
+    "not JSON": (json.dumps(RECORD | {"n": float("nan")}), r"truncated or invalid JSON \(NaN is not JSON\)"),
     "a list": ("[]", "a JSON list"),
     "nothing": ("null", "a JSON NoneType"),
     "an object": ("{}", "a record without status"),
@@ -137,7 +137,7 @@ def test_what_is_no_record_is_named_and_left_out(case: str, tmp_path: Path, caps
     folder = read_folder(tmp_path)
     (line,) = capsys.readouterr().err.splitlines()
     assert str(broken) in line
-    assert "It is left out: run the same sweep again, which measures its cell again, or delete it." in line
+    assert "It is skipped: run the same sweep again to measure its cell again, or delete it." in line
     assert [record["status"] for record in folder.records] == ["ok"]
     assert len(folder.rows) == 1
     assert broken.read_bytes() == before

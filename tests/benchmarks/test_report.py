@@ -193,7 +193,7 @@ def test_flagged_checkpoints_are_counted_as_in_the_summary(tmp_path: Path) -> No
     text = (report / "results.md").read_text()
     assert "| photos, single, 1x | top1 | fixed | 3 | 0 | 0 | 1 |" in text
     assert "| photos, mosaic 2x2, 1x | mAP | fixed |" in text
-    assert text.count("- flagged, and left out of these counts: checkpoint0000.tag, whose lam = 0 disagrees") == 1
+    assert text.count("- flagged, and left out of these counts: checkpoint0000.tag, whose top-1 at lam = 0") == 1
     data = json.loads(
         (report / "index.html").read_text().split('id="data" type="application/json">')[1].split("</script>")[0]
     )

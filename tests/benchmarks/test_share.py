@@ -76,9 +76,9 @@ def changed(of: dict[str, Any], **result: Any) -> dict[str, Any]:
         ([changed(record("m"), gain=2.0)], "line 1: top1, fixed: a gain of 2.0, expected 51.5 - 50.0"),
         ([changed(record("m"), value=151.5, gain=101.5)], "line 1: top1, fixed: found 50.0 and 151.5, expected percent"),
         ([changed(record("m"), ci_low=3.0)], "line 1: top1, fixed: an interval from 3.0 to 2.5"),
-        ([record("m", status="failed", reason="boom")], "line 1: a cell that failed (boom), expected what was measured"),
+        ([record("m", status="failed", reason="boom")], "line 1: a cell that failed (boom), expected a measured cell"),
         ([record("m") | {"task": "real"}], "line 1: task: the record and its key disagree"),
-        ([record("m", traceback="/home/me/x.py")], "line 1: traceback, where: places on somebody's disk"),
+        ([record("m", traceback="/home/me/x.py")], "line 1: traceback, where: paths on a local disk"),
         ([record("m"), record("m")], "line 2: the same cell as line 1"),
         ([record("m"), record("other")], "m.jsonl: found records of 2 checkpoints, expected one"),
         ([record("n")], "m.jsonl: found the records of n, expected the name n.jsonl"),
@@ -89,7 +89,7 @@ def changed(of: dict[str, Any], **result: Any) -> dict[str, Any]:
         ([], "m.jsonl: found no record"),
         ([changed(record("m"), n="x")], "line 1: found a result whose n is a str"),
         ([changed(record("m"), p_value=7.0)], "line 1: found top1, fixed: a p-value of 7.0"),
-        ([changed(record("m"), ci_low=1.6)], "an interval from 1.6 to 2.5, which does not hold the gain of 1.5"),
+        ([changed(record("m"), ci_low=1.6)], "an interval from 1.6 to 2.5, which does not contain the gain of 1.5"),
         ([changed(record("m"), gain=None, ci_low=None, ci_high=None, p_value=None)],
          "top1, fixed: found 50.0, 51.5 and a gain of None, expected all three or none"),
         ([changed(record("m"), resampled=packed(np.full(100, 1.5)))], "top1, fixed: 100 resampled gains, expected 200"),
@@ -97,7 +97,7 @@ def changed(of: dict[str, Any], **result: Any) -> dict[str, Any]:
         ([changed(record("m"), resampled=packed(1.5 + 5 * (HONEST - 1.5)))], "resampled gains with a standard deviation"),
         ([changed(record("m"), resampled=packed(1.5 + (HONEST - 1.5) / 5))], "resampled gains with a standard deviation"),
         ([changed(record("m"), resampled=packed(HONEST), ci_low=None, ci_high=None)], "resampled gains without an interval"),
-        ([record("m", status="banana")], "found the status 'banana', which is none of ok, failed, not_applicable"),
+        ([record("m", status="banana")], "found the status 'banana', expected one of ok, failed, not_applicable"),
         ([record("m", results=[])], "line 1: no results, though its status is ok"),
         ([record("m", status="not_applicable")], "line 1: results, though its status is not_applicable"),
         ([record("m", head_classes=None)], "line 1: no head_classes"),
@@ -105,10 +105,10 @@ def changed(of: dict[str, Any], **result: Any) -> dict[str, Any]:
         ([record("m", weights_sha256=None)], "line 1: no weights_sha256"),
         ([record("m", requested=[])], "line 1: no requested size"),
         ([record("m", results=2 * record("m")["results"])], "line 1: top1, fixed: the same result twice"),
-        ([record("m", reason="/home/me/x not found")], "line 1: reason: a place on somebody's disk (/home/me/x not found)"),
-        ([record("local-dir:/home/me/x")], "model: a place on somebody's disk (local-dir:/home/me/x): start the sweep in"),
-        ([record("local-dir:C:\\me\\x")], "model: a place on somebody's disk"),
-        ([record("m", environment={"commit": "1a-dirty"})], "measured at the commit 1a-dirty, expected one of this repo"),
+        ([record("m", reason="/home/me/x not found")], "line 1: reason: a path on a local disk (/home/me/x not found)"),
+        ([record("local-dir:/home/me/x")], "model: a path on a local disk (local-dir:/home/me/x): start the sweep in"),
+        ([record("local-dir:C:\\me\\x")], "model: a path on a local disk"),
+        ([record("m", environment={"commit": "1a-dirty"})], "measured at the commit 1a-dirty, expected a commit of this repo"),
         ([record("m", finished="yesterday")], "line 1: finished 'yesterday', expected a time such as"),
     ],
 )  # fmt: skip
@@ -146,7 +146,7 @@ def test_a_line_that_is_no_record_loses_no_other(tmp_path: Path) -> None:
     (tmp_path / "records" / "m.jsonl").write_text(f"{whole}\n{whole[:50]}\n{json.dumps(record('m', 448))}\n")
     warnings: list[str] = []
     assert [one["img_size"] for one in read_records(tmp_path, warnings.append)] == [224, 448]
-    assert "m.jsonl, line 2: found no whole JSON" in warnings[0]
+    assert "m.jsonl, line 2: found truncated or invalid JSON" in warnings[0]
 
 
 def shared(folder: Path) -> dict[str, list[Any]]:
@@ -203,5 +203,5 @@ def test_a_file_with_a_line_that_is_no_record_is_not_replaced(
     (tmp_path / "out" / "records" / "m.jsonl").write_text("{\n")
     assert main([str(results), "--out", str(tmp_path / "out")]) == 2
     said = " ".join(capsys.readouterr().err.split())
-    assert "m.jsonl, line 1: found no whole JSON" in said and "Mend or delete" in said
+    assert "m.jsonl, line 1: found truncated or invalid JSON" in said and "Correct or delete" in said
     assert (tmp_path / "out" / "records" / "m.jsonl").read_text() == "{\n"

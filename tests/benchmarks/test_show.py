@@ -105,8 +105,8 @@ def test_no_picture_can_be_written_there(tmp_path: Path, capsys: pytest.CaptureF
     (tmp_path / "file").write_text("mine")
     (tmp_path / "folder.png").mkdir()
     for out, text in (
-        (tmp_path, f"--out {tmp_path}: is a folder; expected a file to write, such as {tmp_path / 'effect.jpg'}."),
-        (tmp_path / "folder", f"--out {tmp_path / 'folder.png'}: is a folder; expected a file"),
+        (tmp_path, f"--out {tmp_path}: found a folder; expected a file to write, such as {tmp_path / 'effect.jpg'}."),
+        (tmp_path / "folder", f"--out {tmp_path / 'folder.png'}: found a folder; expected a file"),
         (tmp_path / "file" / "effect.jpg", f"--out {tmp_path / 'file' / 'effect.jpg'}: cannot be written: "),
         (tmp_path / "effect.txt", f"--out {tmp_path / 'effect.txt'}: found .txt; expected one of ."),
     ):

@@ -7,7 +7,7 @@ import pytest
 
 from benchmarks.records.files import record_path, write_record
 from benchmarks.reporting.documents import markdown
-from benchmarks.reporting.expected import check, keep_expected, precision_said
+from benchmarks.reporting.expected import check, keep_expected, precision_notes
 from benchmarks.reporting.summary import headline, read_folder, rows_of, versus, write_summary
 
 PUBLISHED = """model,top1,top1_err,top5,top5_err,param_count,img_size,crop_pct,interpolation
@@ -113,11 +113,11 @@ def measured(model: str, top1: float, baseline_check: str | None, **key: object)
 
 
 BF16 = {"amp": "bf16", "channels_last": True}
-WITHIN = "Measured in bf16 and channels_last: top-1 at lam = 0 of {} checkpoints is within 0.1 points of what float32"
+WITHIN = "Measured in bf16 and channels_last: top-1 at lam = 0 of {} checkpoints is within 0.1 points of the float32"
 
 
 def test_whether_precision_moves_top1_is_said() -> None:
-    lines = precision_said(
+    lines = precision_notes(
         [
             measured("published", 80.05, "agrees", **BF16),
             measured("both", 79.85, "flagged", **BF16),  # for another reason
@@ -132,20 +132,21 @@ def test_whether_precision_moves_top1_is_said() -> None:
         ]
     )
     assert lines == [
-        WITHIN.format(2) + " has here or, where it was not measured, of the published figure.",
-        "bf16 and channels_last moves top-1 at lam = 0 by more than 0.1 points: moved (79.80, in float32 80.00).",
-        "Flagged, and measured in bf16 and channels_last: elsewhere, unknown. Run these again with --amp none "
-        "--no-channels-last, into the same folder, to see whether that is why.",
-        "Flagged, and measured in fp16: half. Run these again with --amp none --no-channels-last, into the same folder, "
-        "to see whether that is why.",
+        WITHIN.format(2) + " figure in this folder or, where there is none, of the published figure.",
+        "Measured in bf16 and channels_last: top-1 at lam = 0 changes by more than 0.1 points: moved (79.80, in float32 "
+        "80.00).",
+        "Flagged, and measured in bf16 and channels_last: elsewhere, unknown. To see whether that is the reason, run these "
+        "again with --amp none --no-channels-last and the same --out.",
+        "Flagged, and measured in fp16: half. To see whether that is the reason, run these again with --amp none "
+        "--no-channels-last and the same --out.",
     ]
 
 
 def test_nothing_is_said_of_precision_in_float32_or_without_published_figures() -> None:
-    assert precision_said([measured("one", 70.0, "flagged"), measured("two", 80.0, "agrees")]) == []
-    assert precision_said([measured("one", 70.0, None, **BF16), measured("one", 80.0, None)]) == []
-    assert precision_said([measured("one", 70.0, "not compared: 500 images", **BF16)]) == []
-    assert precision_said([record("old", 1.0, 1e-9) | {"baseline_check": "flagged"}]) == []
+    assert precision_notes([measured("one", 70.0, "flagged"), measured("two", 80.0, "agrees")]) == []
+    assert precision_notes([measured("one", 70.0, None, **BF16), measured("one", 80.0, None)]) == []
+    assert precision_notes([measured("one", 70.0, "not compared: 500 images", **BF16)]) == []
+    assert precision_notes([record("old", 1.0, 1e-9) | {"baseline_check": "flagged"}]) == []
 
 
 def test_the_report_says_it_too(tmp_path: Path) -> None:

@@ -161,7 +161,7 @@ def test_broken_images_are_named_or_left_out(tmp_path: Path, photos: Path) -> No
     assert "2 of 12 images cannot be read: " in record["reason"]
     assert "cat/0.png: cannot be read as an image" in record["reason"]
     assert "dog/1.png: cannot be read as an image" in record["reason"]
-    assert "leave them out with --skip-bad-images" in record["reason"]
+    assert "skip them with --skip-bad-images" in record["reason"]
 
     status, (record,) = sweep(tmp_path / "skipped", model, photos, "--skip-bad-images")
     assert (status, record["status"], record["n"]) == (0, "ok", 10)
@@ -274,7 +274,7 @@ def test_kept_scores_answer_new_settings_without_a_forward_pass(tmp_path: Path, 
     assert status == 1
     (failed,) = (record for record in records if record["status"] == "failed")
     assert (
-        "kept are log_softmax, T 1, 5, inf; logits, T 1, 5, inf; expected --scores and --temperatures among them"
+        "found scores of log_softmax, T 1, 5, inf; logits, T 1, 5, inf; expected --scores and --temperatures among them"
         in failed["reason"]
     )
     status, (record,) = sweep(tmp_path / "none", model, photos, "--rescore")
@@ -311,7 +311,7 @@ def test_all_models_on_a_cpu_are_asked_for(
     tmp_path: Path, photos: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("timm.list_models", lambda *_, **__: ["test_resnet.r160_in1k"])
-    monkeypatch.setattr("benchmarks.sweep._not_to_be_had", lambda _: {})
+    monkeypatch.setattr("benchmarks.sweep._unavailable", lambda _: {})
     monkeypatch.setattr("benchmarks.checkpoints.find.etag", lambda *_: ("a hash", None))
     monkeypatch.setattr("benchmarks.checkpoints.hub.unreachable_hub", lambda: "no network here")
     for name, synset in (("cat", "n02123045"), ("dog", "n02099601")):
@@ -320,7 +320,7 @@ def test_all_models_on_a_cpu_are_asked_for(
     assert main(arguments) == 2
     told = " ".join(capsys.readouterr().err.split())
     assert "1 cells, 12 images" in told
-    assert "No accelerator was found, and nobody can be asked: say --yes for it." in told
+    assert "No accelerator was found. Use --yes to confirm without a terminal." in told
     assert not (tmp_path / "out").exists()
 
 

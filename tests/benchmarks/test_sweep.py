@@ -142,8 +142,8 @@ def test_a_broken_record_is_measured_again_and_another_is_left_alone(
     assert states.count("to do") == 1 and states.count("done") == 1
     assert main([*again, *more]) == 0
     said = capsys.readouterr().err
-    assert f"{mine}: found no whole JSON" in said and "It is replaced." in said
-    assert f"{foreign}: found an empty file, expected the record of a finished cell. It is left out: run" in said
+    assert f"{mine}: found truncated or invalid JSON" in said and "It is replaced." in said
+    assert f"{foreign}: found an empty file, expected the record of a finished cell. It is skipped: run" in said
     with (tmp_path / "summary.csv").open(newline="") as file:
         assert list(csv.DictReader(file)) == rows  # no times: two runs are equal
     assert other.stat().st_mtime_ns == untouched
@@ -275,7 +275,7 @@ def test_n_of_the_task_real_is_the_number_of_images_that_count(tmp_path: Path) -
         (["--sample", "--lams", "-1"], "lam must be finite and at least 0, got -1.0"),
         (["--sample", "--scores", "logits,softmax"], "--scores: found 'softmax'; expected some of logits,log_softmax."),
         (["--sample", "--temperatures", "0"], "temperature must be positive, got 0.0"),
-        (["--sample", "--task", "single"], "--sample brings its own data and task"),
+        (["--sample", "--task", "single"], "--sample has its own data and task"),
         (["--models", "pypi:*", "--data", ".", "--task", "detect"], "--task: found detect; expected some of single,"),
     ],
 )
@@ -305,7 +305,7 @@ def test_numbers_that_do_not_fit(arguments: list[str], text: str, capsys: pytest
 def test_out_that_is_no_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "out").write_text("mine")
     assert main(["--sample", "--out", str(tmp_path / "out")]) == 2
-    assert "out: cannot be made: " in capsys.readouterr().err
+    assert "out: cannot be created: " in capsys.readouterr().err
     assert (tmp_path / "out").read_text() == "mine"
 
 

@@ -59,9 +59,7 @@ def test_every_number_is_printed(width: int) -> None:
     print_records(RECORDS, Console(file=out, width=width))
     text = " ".join(out.getvalue().split())
     wide = ("+2.75", "[+1.50,", "0.2;1", "log_softmax lam 0.2;1", "+1.50", "max_pool", "+7.75")
-    elsewhere = (
-        "summary.csv has the settings that crossfit chose, and the other protocols: log_softmax_vs_logits, max_pool."
-    )
+    elsewhere = "summary.csv has the settings of crossfit, and the other protocols: log_softmax_vs_logits, max_pool."
     for expected in (
         "mine",
         "mosaic",
@@ -80,9 +78,9 @@ def test_every_number_is_printed(width: int) -> None:
     assert "+99.00" not in text
     assert "…" not in out.getvalue()
     assert "failed: resnet50.a1_in1k on photos, single, 224x320 px: OSError: [Errno 28] no space" in text
-    assert "fixed: the paper's, logits, lam 0.1, T inf. fixed_log_softmax: lam 0.3, T inf." in text
+    assert "fixed: logits, lam 0.1, T inf, as in the paper. fixed_log_softmax: lam 0.3, T inf." in text
     assert "over the n images that count for the metric" in text
-    best = "best: chosen on the test data itself, optimistic. Other columns: the plain model otherwise pooled."
+    best = "best: settings chosen on the test images themselves, optimistic. Other columns: the plain model with"
     assert (best in text) == (width == 200)
 
 

@@ -46,7 +46,7 @@ def test_what_cannot_be_measured(capsys: pytest.CaptureFixture[str]) -> None:
     assert "benchmarks.throughput: --model nosuch: timm has no such architecture." in capsys.readouterr().err
     with pytest.raises(SystemExit):
         main(["--fake", "4"])
-    assert "--fake: found '4'; expected a length of time with its unit, as 4ms" in capsys.readouterr().err
+    assert "--fake: found '4'; expected a time with its unit, such as 4ms" in capsys.readouterr().err
 
 
 @pytest.mark.benchmark

@@ -101,10 +101,10 @@ def test_without_labels_any_folder_of_pictures_will_do(
     plain = timm.create_model(model, pretrained=True).eval()
     config = resolve_data_config({"input_size": (3, 64, 64)}, model=plain)
     x = torch.stack([create_transform(**config)(Image.open(path).convert("RGB")) for path in flat.glob("*.png")])
-    with pytest.warns(UserWarning, match="found 12 pictures, which are few"):
+    with pytest.warns(UserWarning, match="found 12 pictures, too few"):
         expected = timm_csra.choose_lam(plain, [x], 0.5, (0.1, 0.2), (5, math.inf), "logits")
     assert f"{model} on flat, 64 x 64 pixels\n{expected}\nsaved with lam={expected.lam:g} to" in told
-    assert "benchmarks.tune: test_resnet: found 12 pictures, which are few to choose lam by" in warned
+    assert "benchmarks.tune: test_resnet: found 12 pictures, too few to choose lam reliably" in warned
     assert (saved.csra.lam, saved.csra.temperature) == (expected.lam, (5, math.inf))
 
 
@@ -114,9 +114,9 @@ def test_what_goes_wrong_without_labels_is_told(
     (tmp_path / "empty").mkdir()
     model, data = ["--models", save(tmp_path / "model")], ["--data", str(photos)]
     for arguments, text in (
-        ([*model, *data, "--task", "single"], "--task: chooses by labels; leave it out with --without-labels"),
+        ([*model, *data, "--task", "single"], "--task: needs labels; leave it out with --without-labels"),
         ([*model, *data, "--class-map", "coco80-to-imagenet1k"], "--class-map: chooses by labels"),
-        ([*model, *data, "--lams", "0,0.1"], "lams: found 0, 0.1; expected at least one, each above 0"),
+        ([*model, *data, "--lams", "0,0.1"], "lams: found 0, 0.1; expected at least one value, all above 0"),
         ([*model, *data, "--lams", "a"], "--lams: found 'a'; expected numbers separated by ','"),
         ([*model, *data, "--temperatures", "1,inf"], "--temperatures: found 1,inf; expected one with --without-labels"),
         ([*model, *data, "--temperatures", "-1"], "temperature must be positive, got -1.0"),
@@ -131,7 +131,7 @@ def test_what_goes_wrong_without_labels_is_told(
         assert main([*arguments, "--without-labels", "--workers", "0"]) == 2
         assert text in capsys.readouterr().err
     assert main([*model, *data, "--agreement", "0.9"]) == 2
-    assert "--agreement: expected together with --without-labels" in capsys.readouterr().err
+    assert "--agreement: needs --without-labels" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         main([*model, *data, "--without-labels", "--agreement", "98"])
     assert "found '98'; expected a share above 0, at most 1" in capsys.readouterr().err

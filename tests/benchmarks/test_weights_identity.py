@@ -93,7 +93,7 @@ def test_a_time_out_fails_the_checkpoint_and_is_mended_later(
         patch.setattr(Checkpoint, "_hash", silent)
         assert main(arguments) == 1
     printed = capsys.readouterr().out
-    assert "no hash of its weights could be had (ReadTimeout: slow), and without one its records cannot be" in printed
+    assert "the hash of its weights is unknown (ReadTimeout: slow), and without it its records cannot be" in printed
     records = [json.loads(path.read_text()) for path in (tmp_path / "out" / "records").iterdir()]
     assert {(Path(r["model"]).name, r["status"]) for r in records} == {("one", "ok"), ("two", "failed")}
     assert main(arguments) == 0  # also without --retry-failed

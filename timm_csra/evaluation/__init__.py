@@ -1,8 +1,9 @@
-"""Measuring what lam and T do to a checkpoint: scores in one pass, metrics, paired statistics. Extra `tune`.
+"""Measure the effect of lam and T on a checkpoint: scores in one pass, metrics, paired statistics. Extra `tune`.
 
-`scoring` runs each image once for every setting, `metrics` turns logits into numbers on any `samples` of the images
-(`average_precision` and `f1` are the long ones), `statistics` compares settings honestly. Data flows in that order, and
-no module here knows where images or checkpoints come from.
+`scoring` runs the model once on each image for all settings, `metrics` computes metrics from logits on any `samples` of
+the images (the longer ones are in `average_precision` and `f1`), `statistics` compares settings with the plain model,
+and `tuning` chooses a setting by cross-validation. Data flows in that order, and no module here knows where images or
+checkpoints come from.
 """
 
 from importlib.util import find_spec

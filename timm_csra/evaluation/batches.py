@@ -1,4 +1,4 @@
-"""The batches of somebody else's loader: what is expected of them."""
+"""Check the batches of a user's loader."""
 
 from collections.abc import Iterable, Iterator
 from typing import cast
@@ -13,8 +13,17 @@ from ..inputs import as_weights
 def checked(
     model: nn.Module, loader: Iterable[tuple[Tensor, Tensor]], any_targets: bool
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """The batches of somebody else's loader that are not empty, images `as_weights`. The first that does not fit is
-    refused, before more of it is run."""
+    """Yield the batches of a user's loader that are not empty, with images on the device and in the dtype of the model.
+
+    Args:
+        model: the model that will run on the images.
+        loader: yields `(images, targets)`.
+        any_targets: accept targets of any values, for a metric of the user's own.
+
+    Raises:
+        TypeError: a batch is not two tensors, or its images are not floats `(N, C, H, W)`.
+        ValueError: targets do not fit the images, the classes of the model, or the earlier batches.
+    """
     classes, shape = 0, None
     for batch in loader:
         parts = batch if isinstance(batch, (tuple, list)) else [batch]
@@ -34,15 +43,15 @@ def checked(
             values = ", ".join(f"{value:g}" for value in targets.unique()[:4].tolist())
             raise ValueError(
                 f"{describe(model)}: found targets {tuple(targets.shape)} for {len(images)} images, with values "
-                f"{values}; expected for each image a class index (N,) from 0 to {classes - 1}, or (N, {classes}) with "
-                "1 for each class in the picture, 0 for the others, -1 for what is not to be judged; the same in all "
-                "batches."
+                f"{values}; expected class indices (N,) from 0 to {classes - 1}, or (N, {classes}) with 1 for each "
+                "class in the picture, 0 for the others and -1 for classes that are not judged, and the same form in "
+                "all batches."
             )
         yield images, targets if any_targets or targets.ndim > 1 else targets.long()
 
 
 def _width(model: nn.Module, images: Tensor) -> int:
-    """How many classes the head gives: `num_classes` knows nothing of a classifier that was put in its place."""
+    """Count the classes that the head returns: `num_classes` is wrong after a classifier has been replaced by hand."""
     with torch.inference_mode():
         logits = cast(Tensor, model(images[:1]))
     return logits.shape[1]

@@ -1,4 +1,4 @@
-"""F1 on many samples of the images at once."""
+"""Compute F1 on many samples of the images at once."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -16,10 +16,13 @@ from .samples import Weights
 class F1:
     """F1 of the classes predicted for each image, in the two forms of the multi-label literature.
 
-    `per_class` (CF1): the harmonic mean of the mean precision and the mean recall over classes, those without a
-    positive left out; the precision of a class that is never predicted counts as 0. Otherwise (OF1) precision and
-    recall of all decisions together. `guesses` and `hits` are the predictions that are judged, and the right ones
-    among them, `positives` the labels: sparse, `(n, K)`.
+    Attributes:
+        guesses: the predictions that are judged, sparse `(n, K)`.
+        hits: the correct ones among them, sparse `(n, K)`.
+        positives: the labels, sparse `(n, K)`.
+        per_class: True for CF1, the harmonic mean of the mean precision and the mean recall over classes that have a
+            positive, where the precision of a class that is never predicted counts as 0. False for OF1, from precision
+            and recall of all decisions together.
     """
 
     guesses: csr_array
@@ -37,7 +40,7 @@ class F1:
 
     @property
     def n(self) -> int:
-        """All: in an image without a label every prediction is wrong."""
+        """Number of images: all of them, because in an image without a label every prediction is wrong."""
         return int(self.positives.shape[0])
 
     def weighted(self, weights: Weights) -> NDArray[np.float64]:
@@ -57,7 +60,7 @@ class F1:
 
 
 def _mean_of_counted(values: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Mean over the last axis without NaN; NaN, and no warning, where nothing is left."""
+    """Compute the mean over the last axis without NaN; NaN, and no warning, where all values are NaN."""
     counted = ~np.isnan(values)
     with np.errstate(invalid="ignore"):
         return np.where(counted, values, 0.0).sum(axis=-1) / counted.sum(axis=-1)

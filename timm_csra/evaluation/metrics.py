@@ -1,17 +1,17 @@
-"""Metrics in percent, with what comparing settings needs: any weighting of the images, be it a part or a resample.
+"""Compute metrics in percent for any weighting of the images: all of them, a part, or a bootstrap resample.
 
-Accuracy and calibration are torchmetrics'. The others are written here, and tested against torchmetrics and
-scikit-learn, because 80 settings of 50,000 images and 1,000 classes need them in bulk: average precision of many
-weightings of the images at once, ranking metrics without a loop over images. Two traps of torchmetrics are minded
-thereby: its macro mAP counts a class without a positive as 0 (such classes are left out), and its multi-label metrics
-pass logits through a sigmoid, which ties large ones.
+Accuracy and calibration error are torchmetrics'. The other metrics are implemented here, and tested against
+torchmetrics and scikit-learn, because evaluating 80 settings on 50,000 images and 1,000 classes needs them in bulk:
+average precision for many weightings of the images at once, and ranking metrics without a loop over images. They differ
+from torchmetrics in two ways: mAP leaves out a class without a positive, which torchmetrics counts as 0, and logits do
+not pass through a sigmoid, which makes large logits equal.
 
-Nothing of size `(n, K)` is made for a setting: metrics ask for the logits of some images or some classes at a time, and
-ask again for a resample.
+No array of size `(n, K)` is made for a setting: metrics request the logits of some images or some classes at a time,
+and request them again for a resample.
 
-Targets: a class index for each image `(n,)`; or `(n, K)`, bool, or int8 with 1 present, 0 absent and -1 not judged (the
-`difficult` objects of Pascal VOC): for that class the image is left out of mAP and F1, and in that image the class out
-of the ranking.
+Targets are a class index for each image, `(n,)`, or `(n, K)`: bool, or int8 with 1 present, 0 absent and -1 not judged
+(the `difficult` objects of Pascal VOC). Where a class is not judged in an image, mAP and F1 of the class skip the
+image, and the ranking metrics of the image skip the class.
 """
 
 from collections.abc import Callable, Mapping
@@ -31,7 +31,7 @@ from .scoring import ALL
 
 
 def _of_frequent_classes(points: int | None = None) -> "Metric":
-    """mAP of the classes with positives enough, where it does not suffice to look at all."""
+    """Return the metric mAP over classes with at least `FEW` positives; it applies where mAP has no interval."""
 
     def evaluate(logits: Logits, targets: Tensor) -> Evaluation | None:
         found = MeanAveragePrecision(logits, targets, points, least=FEW)
@@ -50,7 +50,7 @@ def _top_k_f1(k: int, per_class: bool) -> "Metric":
 
 
 def _threshold_f1(per_class: bool) -> "Metric":
-    """Probability 0.5 of a sigmoid is logit 0."""
+    """Return the F1 of the classes whose sigmoid is above 0.5, which means a logit above 0."""
 
     def evaluate(logits: Logits, targets: Tensor) -> Evaluation:
         above = _by_images(lambda part, _: part > 0, logits, targets).numpy()
@@ -60,7 +60,7 @@ def _threshold_f1(per_class: bool) -> "Metric":
 
 
 def _by_images(metric: Callable[[Tensor, Tensor], Tensor], logits: Logits, targets: Tensor) -> Tensor:
-    """What a function says of the logits and targets of images one by one."""
+    """Apply a function of logits and targets, `(m, K)` and `(m, ...)`, to all images, some at a time."""
     classes = logits(slice(0, 1)).shape[1]
     return torch.cat([metric(logits(images), targets[images]) for images in slices(len(targets), classes)])
 
@@ -84,7 +84,7 @@ def _accuracy(top_k: int) -> "Metric":
 
 
 def _any_label(logits: Logits, targets: Tensor) -> Evaluation:
-    """Whether the top class is one of the image's labels; images without a label are not counted."""
+    """Evaluate whether the top class is one of the image's labels; images without a label are not counted."""
 
     def right(part: Tensor, labels: Tensor) -> Tensor:
         return (labels > 0).gather(1, part.argmax(dim=1, keepdim=True))[:, 0]
@@ -94,8 +94,8 @@ def _any_label(logits: Logits, targets: Tensor) -> Evaluation:
 
 
 def _ranking(metric: Callable[[Tensor, Tensor], Tensor], at_least: int = 1) -> "Metric":
-    """Mean over the images that have this many labels; the others are not counted. The metric gets the logits, with
-    what is not judged below everything else, and the labels."""
+    """Return the mean of a metric over the images that have at least `at_least` labels. The metric takes logits, with
+    -inf for classes that are not judged, and labels, both `(m, K)`."""
 
     def evaluate(logits: Logits, targets: Tensor) -> Evaluation:
         targets = targets.to(torch.int8)
@@ -114,8 +114,8 @@ def _ranking(metric: Callable[[Tensor, Tensor], Tensor], at_least: int = 1) -> "
 
 
 def _lrap(scores: Tensor, labels: Tensor) -> Tensor:
-    """Label ranking average precision: of each label, how many of the classes that score as high are labels; the mean
-    over an image's labels, `(n,)`."""
+    """Compute the label ranking average precision, `(n,)`: for each label, the share of labels among the classes that
+    score at least as high; then the mean over the image's labels."""
     image, label = labels.nonzero(as_tuple=True)
     values = torch.zeros(len(scores), dtype=torch.float64)
     for some in torch.arange(len(image)).split(max(1, CHUNK // scores.shape[1])):
@@ -125,7 +125,7 @@ def _lrap(scores: Tensor, labels: Tensor) -> Tensor:
 
 
 def _r_precision(scores: Tensor, labels: Tensor) -> Tensor:
-    """R-precision: how many of the R highest classes are labels, as a share of R, the number of labels: `(n,)`."""
+    """Compute the R-precision, `(n,)`: the share of labels among the R highest classes, with R the number of labels."""
     count = labels.sum(dim=1)
     highest = scores.topk(int(count.max()), dim=1).indices
     hits = labels.gather(1, highest).cumsum(dim=1).gather(1, count[:, None] - 1)[:, 0]
@@ -133,19 +133,19 @@ def _r_precision(scores: Tensor, labels: Tensor) -> Tensor:
 
 
 Metric = Callable[[Logits, Tensor], Evaluation | None]
-"""None where it has nothing to say of such targets."""
+"""A metric; it returns None where it does not apply to the targets."""
 
 SINGLE_LABEL: dict[str, Metric] = {"top1": _accuracy(1), "top5": _accuracy(5)}
 MULTI_LABEL: dict[str, Metric] = {
     "mAP": MeanAveragePrecision,
-    f"mAP_{FEW}": _of_frequent_classes(),  # where mAP has no interval
+    f"mAP_{FEW}": _of_frequent_classes(),  # applies where mAP has no interval
     "lrap": _ranking(_lrap),  # label ranking average precision
     "r_precision": _ranking(_r_precision),  # precision at R, the number of labels of the image
     "CF1_top3": _top_k_f1(3, per_class=True),
     "OF1_top3": _top_k_f1(3, per_class=False),
 }
-# Where one object may have several right names (ImageNet ReaL): is the top class one of them; and how are they ranked
-# in images that have two or more.
+# For images whose object may have several correct labels (ImageNet ReaL): whether the top class is one of them, and how
+# the labels are ranked in images that have two or more.
 ANY_LABEL: dict[str, Metric] = {
     "top1": _any_label,
     "lrap": _ranking(_lrap, at_least=2),
@@ -154,21 +154,21 @@ ANY_LABEL: dict[str, Metric] = {
 SIGMOID: dict[str, Metric] = {"CF1": _threshold_f1(per_class=True), "OF1": _threshold_f1(per_class=False)}
 VOC2007: dict[str, Metric] = {"mAP": partial(MeanAveragePrecision, points=11), f"mAP_{FEW}": _of_frequent_classes(11)}
 
-_LEAST_CLASSES = {"top5": 6, "CF1_top3": 4, "OF1_top3": 4}  # with fewer they count every class as predicted
+_LEAST_CLASSES = {"top5": 6, "CF1_top3": 4, "OF1_top3": 4}  # with fewer classes, every class would be predicted
 
 
 def evaluate(
     logits: Tensor | Logits, targets: Tensor, metrics: Mapping[str, Metric] | None = None
 ) -> dict[str, Evaluation]:
-    """Every metric that applies.
+    """Compute all metrics that apply.
 
     Args:
-        logits: `(n, K)`; or what gives them in parts, see `Logits`, so that they need not be kept.
-        targets: class indices `(n,)`, or which classes are in the image `(n, K)`, see the head of this module.
-        metrics: by id; None for `SINGLE_LABEL` or `MULTI_LABEL`, as the targets are.
+        logits: `(n, K)`; or a function that returns parts of them, see `Logits`, so that they need not be in memory.
+        targets: class indices `(n,)`, or labels `(n, K)`; see the docstring of this module.
+        metrics: metrics by id; None for `SINGLE_LABEL` or `MULTI_LABEL`, depending on the targets.
 
     Returns:
-        By metric id, those that K classes allow and that say something of such targets.
+        An evaluation for each metric that applies to these targets and to K classes, by metric id.
     """
     if isinstance(logits, Tensor):
         every = logits
@@ -180,8 +180,8 @@ def evaluate(
 
 
 def calibration(logits: Tensor, targets: Tensor) -> dict[str, float]:
-    """How far softmax probabilities can be believed: `ece`, the expected calibration error in percent (15 bins, l1),
-    and `nll`, the mean negative log-likelihood in nats, of single labels `(n,)`."""
+    """Compute the calibration of softmax probabilities for single labels `(n,)`: `ece`, the expected calibration error
+    in percent (15 bins, l1), and `nll`, the mean negative log-likelihood in nats."""
     ece = multiclass_calibration_error(
         logits.softmax(dim=1), targets, num_classes=logits.shape[1], n_bins=15, norm="l1", validate_args=False
     )

@@ -1,4 +1,4 @@
-"""A metric of one setting on any samples of the images: on a part, or on resamples."""
+"""Evaluate a metric of one setting on any samples of the images: on a part of them, or on bootstrap resamples."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -10,41 +10,41 @@ from torch import Tensor
 
 from .scoring import ALL
 
-Rows = NDArray[np.integer]  # which images, with repetitions in a resample
+Rows = NDArray[np.integer]  # indices of images; a resample repeats some
 Weights = NDArray[np.float32]  # `(n, B)`: how often each of n images is in each of B samples of them, whole numbers
 
 
 class Logits(Protocol):
-    """Gives the logits of some images and classes, the same at every call."""
+    """A function that returns the logits of some images and classes, the same at every call."""
 
     def __call__(self, images: slice = ALL, classes: slice = ALL) -> Tensor:
-        """`(n, K)`, or that part of it."""
+        """Return the logits `(n, K)`, or the requested part of them."""
 
 
-CHUNK = 2**20  # logits that a metric looks at in one step
+CHUNK = 2**20  # how many logits a metric processes at a time
 
 
 class Evaluation(Protocol):
-    """One metric of one setting, for any samples of the images. Percent."""
+    """One metric of one setting, for any samples of the images, in percent."""
 
     @property
     def n(self) -> int:
-        """How many of the images count for it."""
+        """Number of images that the metric counts."""
 
     @property
     def classes(self) -> int | None:
-        """How many classes it is a mean over; None where it is none over classes."""
+        """Number of classes that the metric is a mean over; None if it is not a mean over classes."""
 
     @property
     def no_interval(self) -> str | None:
-        """Why resamples of the images say little about it; None where they give an interval."""
+        """Why the bootstrap gives no valid interval; None where it gives one."""
 
     def weighted(self, weights: Weights) -> NDArray[np.float64]:
-        """The metric on each of B samples of the images: `(B,)`, NaN where it is undefined."""
+        """Compute the metric on each of B samples of the images: `(B,)`, NaN where it is undefined."""
 
 
 def weights_of(samples: Sequence[Rows] | NDArray[np.integer], count: int) -> Weights:
-    """Of samples, each a row of image indices below `count`.
+    """Count how often each of `count` images is in each sample; a sample is a sequence of image indices.
 
     Example:
         >>> weights_of([[0, 2], [1, 1, 1]], 3)
@@ -60,8 +60,12 @@ def weights_of(samples: Sequence[Rows] | NDArray[np.integer], count: int) -> Wei
 
 @dataclass(frozen=True)
 class PerImage:
-    """A metric that is a mean over images. `values` `(n,)` in percent; NaN for images that it does not count.
-    `binary` where each image is a hit (100) or a miss (0)."""
+    """A metric that is a mean over images.
+
+    Attributes:
+        values: the value of each image in percent, `(n,)`; NaN for images that the metric does not count.
+        binary: whether each value is a hit (100) or a miss (0).
+    """
 
     values: NDArray[np.float64]
     binary: bool = False
@@ -77,17 +81,17 @@ class PerImage:
 
 
 def weighted_means(values: NDArray[np.float64], weights: Weights) -> NDArray[np.float64]:
-    """Means over images: of values `(S, n)`, NaN for images that are not counted, and weights `(n, B)`, `(S, B)`."""
+    """Compute weighted means over images, `(S, B)`, of values `(S, n)`, NaN where not counted, and weights `(n, B)`."""
     counted = ~np.isnan(values)
     terms = np.concatenate([np.where(counted, values, 0.0), counted])
-    parts = slices(*weights.shape)  # sums are made in float64, of some weights at a time
+    parts = slices(*weights.shape)  # float64 sums, of some rows at a time to bound memory
     sums = sum((terms[:, rows] @ weights[rows] for rows in parts), np.zeros((len(terms), weights.shape[1])))
     with np.errstate(invalid="ignore"):
         return np.divide(*np.split(sums, 2))
 
 
 def weighted(evaluations: Sequence[Evaluation], weights: Weights) -> NDArray[np.float64]:
-    """One metric of S settings on each of B samples: `(S, B)`. Images in none of the samples are left aside."""
+    """Compute one metric of S settings on each of B samples, `(S, B)`. Images that are in no sample are skipped."""
     drawn = weights.any(axis=1)
     if all(isinstance(evaluation, PerImage) for evaluation in evaluations):
         values = np.stack([evaluation.values[drawn] for evaluation in evaluations])  # type: ignore[attr-defined]
@@ -96,6 +100,6 @@ def weighted(evaluations: Sequence[Evaluation], weights: Weights) -> NDArray[np.
 
 
 def slices(count: int, each: int) -> Iterator[slice]:
-    """Of `count` images or classes, with `each` logits, so that a bounded number of logits is looked at in one step."""
+    """Divide `count` images or classes with `each` logits into slices of at most about `CHUNK` logits."""
     size = max(1, CHUNK // max(1, each))
     return (slice(start, start + size) for start in range(0, count, size))

@@ -1,4 +1,4 @@
-"""Score once: base and attention logits do not depend on lam, so one forward pass serves every setting."""
+"""Score images once for all settings: the plain logits and the attention terms do not depend on lam."""
 
 import itertools
 import math
@@ -22,11 +22,11 @@ from ..layouts import Head, layout_of, spatial_features
 from ..locations import location_attention
 from ..patching import check_supported, is_wrapped, plain_head
 
-Term = tuple[str, float]  # what an attention term is made of: the scores, and T
+Term = tuple[str, float]  # kind of scores and temperature of an attention term
 
 
 class Setting(NamedTuple):
-    """One choice of lam, of the temperatures of the heads, and of the scores; see `CSRAConfig`."""
+    """One choice of lam, temperatures and kind of scores; see `CSRAConfig`."""
 
     lam: float
     temperature: tuple[float, ...]
@@ -34,13 +34,13 @@ class Setting(NamedTuple):
 
     @property
     def terms(self) -> list[Term]:
-        """What the heads need."""
+        """Kind of scores and temperature of each attention term."""
         return [(self.scores, temperature) for temperature in self.temperature]
 
 
-ALL = slice(None)  # images, or classes
-PLAIN = Setting(0.0, (math.inf,))  # lam = 0: neither temperature nor scores matter
-DEFAULT = Setting(0.1, (math.inf,))  # the paper's
+ALL = slice(None)  # all images, or all classes
+PLAIN = Setting(0.0, (math.inf,))  # with lam = 0 neither temperature nor scores have an effect
+DEFAULT = Setting(0.1, (math.inf,))  # the paper's setting
 DEFAULT_LOG_SOFTMAX = Setting(0.3, (math.inf,), LOG_SOFTMAX)
 
 
@@ -50,7 +50,7 @@ def settings_grid(
     scores: Iterable[str] = (LOGITS,),
     also: Iterable[Setting] = (),
 ) -> list[Setting]:
-    """All combinations, and what is wanted `also`, validated, without duplicates; `PLAIN` is there and comes first.
+    """List all combinations and the settings in `also`, validated and without duplicates; `PLAIN` always comes first.
 
     Example:
         >>> settings_grid([0.2], [1, math.inf])
@@ -67,11 +67,11 @@ class Scores:
     """The model's own logits and its attention terms, on the CPU in float32.
 
     Attributes:
-        base: `(n, K)`, the plain model's logits.
-        attention: for each kind of scores and temperature T the attention term att, `(n, K)`.
-        pooled: logits of other ways to use the plain model, `(n, K)` each, by name.
-        dtype: of the model's logits. Those of a setting are rounded to it, as a wrapped model's are: otherwise bf16
-            would tie the plain logits alone, and ranks would differ for no other reason.
+        base: the plain model's logits, `(n, K)`.
+        attention: the attention term of each kind of scores and temperature, `(n, K)`.
+        dtype: dtype of the model's logits. The logits of a setting are rounded to it, as in a wrapped model: otherwise
+            bf16 would cause ties in the plain logits alone, and these would change the ranks.
+        pooled: logits of other ways to use the plain model, by name, `(n, K)` each.
     """
 
     base: Tensor
@@ -81,11 +81,12 @@ class Scores:
 
     @property
     def nbytes(self) -> int:
-        """How much memory the logits take."""
+        """Memory of the logits in bytes."""
         return sum(logits.nbytes for logits in (self.base, *self.attention.values(), *self.pooled.values()))
 
     def logits(self, setting: Setting, images: slice = ALL, classes: slice = ALL) -> Tensor:
-        """What a model wrapped with `setting` says: base + lam * mean over heads of att, `(n, K)`, or a part of it."""
+        """Compute the logits of a model wrapped with `setting`, base + lam * mean of the attention terms: `(n, K)`, or
+        a part of them."""
         base = self.base[images, classes]
         if setting.lam == 0:
             return base
@@ -103,24 +104,24 @@ def score(
     amp_dtype: torch.dtype | None = None,
     test_time_pool: bool = False,
 ) -> tuple[Scores, Tensor]:
-    """Run every image once and keep what all `settings` need.
+    """Run the model once on every image, and keep the plain logits and all attention terms that `settings` need.
 
     Args:
         model: a timm classifier in eval mode, plain or wrapped (its own settings are not used), on `device`.
-        batches: `(images (N, C, H, W), targets (N, ...))`. Only the model runs in inference mode: what a data set keeps
-            of them can be trained on afterwards.
-        settings: which temperatures and scores are needed.
-        columns: classes of the head to keep, in order; None for all K. Log-probabilities are over all K.
-        device: where `model` is.
-        amp_dtype: autocast to this dtype, or None.
+        batches: `(images (N, C, H, W), targets (N, ...))`. They are not iterated in inference mode, so that a data set
+            may keep its tensors and train on them afterwards.
+        settings: the settings whose temperatures and scores are needed.
+        columns: indices of the classes to keep, in order; None for all K. Log-probabilities are over all K classes.
+        device: the device of `model`.
+        amp_dtype: dtype for autocast, or None.
         test_time_pool: also pool as timm's `TestTimePoolHead` does, see `allows_test_time_pool`.
 
     Returns:
         The scores and the targets of all images, in order, on the CPU.
 
     Raises:
-        ValueError: a model in training mode, no image at all, logits that are not finite (but for -inf of classes that
-            the plain logits mask), or a `forward` that gives other logits than the head on the features (checked on a
+        ValueError: the model is in training mode, there is no image, logits are not finite (except -inf for classes
+            that the plain logits mask), or `forward` returns other logits than the head on the features (checked on a
             few images).
         UnsupportedModelError: the model's locations cannot be scored.
     """
@@ -146,7 +147,7 @@ def score(
     for images, target in batches:
         count, first = len(images), not targets
         images = images.to(device, non_blocking=True)
-        if accelerated:  # choosing kernels for another batch size takes seconds, longer than many batches
+        if accelerated:  # a smaller last batch is padded: selecting kernels for another batch size can take seconds
             largest = max(largest, count)
             if count < largest:
                 images = F.pad(images, (0, 0) * (images.ndim - 1) + (0, largest - count))
@@ -160,30 +161,30 @@ def score(
         logits = torch.stack([term[:count].float() for term in terms])
         coming.append(to_cpu(logits if chosen is None else logits[..., chosen]))
         targets.append(target.cpu())
-        if len(coming) > 1:  # the device works on the batch of now while that of before is looked at
+        if len(coming) > 1:  # the previous batch is checked while the device works on this one
             keep(coming.popleft()())
     for last in coming:
         keep(last())
     if not kept:
         raise ValueError(
-            f"{describe(model)}: no image to score. Expected at least one; a generator can be used only once."
+            f"{describe(model)}: found no image to score, expected at least one. A generator can be used only once."
         )
     plain, *rest = (torch.cat(parts) for parts in zip(*kept, strict=True))
     pooled = {"test_time_pool": rest.pop()} if test_time_pool else {}
     return Scores(plain, dict(zip(asked, rest, strict=True)), base.dtype, pooled), torch.cat(targets)
 
 
-WINDOW = 7  # locations, what timm's TestTimePoolHead takes
+WINDOW = 7  # locations, the window of timm's TestTimePoolHead
 
 
 def allows_test_time_pool(explanation: Explanation) -> bool:
-    """Whether timm's `TestTimePoolHead` means anything for a model: its head is linear, and its grid of locations holds
-    a window of 7 x 7."""
+    """Return whether timm's `TestTimePoolHead` applies to a model: its head is linear after average pooling, and its
+    grid of locations is at least 7 x 7."""
     return explanation.kind == "exact" and explanation.grid is not None and min(explanation.grid) >= WINDOW
 
 
 def _test_time_pool(model: nn.Module, head: Head, features: Tensor) -> Tensor:
-    """Features are averaged in windows, and the mean and the maximum over the windows' scores are averaged."""
+    """Average the features in windows, score the windows, and average the mean and the maximum of their scores."""
     channels_last = layout_of(model, features).format == "NHWC"
     pooled = F.avg_pool2d(features.permute(0, 3, 1, 2) if channels_last else features, WINDOW, stride=1)
     windows = pooled.permute(0, 2, 3, 1) if channels_last else pooled
@@ -195,7 +196,7 @@ CHECKED = 4  # images
 
 
 def _check_forward(model: nn.Module, images: Tensor) -> None:
-    """What is measured must be the model as users call it, by its own `forward`."""
+    """Raise ValueError if the model's `forward`, which users call, returns other logits than those being measured."""
     logits, features, head = model(images), spatial_features(model, images), plain_head(model)
     base = cast(Tensor, head(features))
     if is_wrapped(model):
@@ -209,5 +210,5 @@ def _check_forward(model: nn.Module, images: Tensor) -> None:
     if base.isfinite().all() and not error <= 1e-3 * base.abs().max().item():
         raise ValueError(
             f"{describe(model)}: forward differs from forward_head(forward_features(x)) by {error:.3g}; expected the "
-            "same logits. A gain over such a baseline would mean nothing."
+            "same logits, because the gain is measured over those of forward_head. Undo what has changed forward."
         )

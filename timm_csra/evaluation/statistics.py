@@ -1,10 +1,16 @@
-"""Comparing settings with the plain model without fooling oneself.
+"""Compare settings with the plain model: gains, confidence intervals and tests.
 
-Protocols, never mixed: `fixed` (the paper's: logits, lam 0.1, T inf) and `fixed_log_softmax` (lam 0.3, T inf), without
-any choice on the data; `crossfit` (chosen on one half of the images, measured on the other, both ways) and `best`
-(chosen on the very images it is measured on: optimistic, without interval or test). `log_softmax_vs_logits` compares
-the two fixed settings with each other. Intervals and tests are paired: each image is seen by both settings. Where a
-setting is chosen on the data, the choice is made again in every resample: see `chosen`.
+Each comparison follows one protocol:
+
+- `fixed` (the paper's setting: logits, lam 0.1, T inf) and `fixed_log_softmax` (lam 0.3, T inf): nothing is chosen on
+  the data.
+- `crossfit`: a setting is chosen on one half of the images and measured on the other half, both ways.
+- `best`: the setting is chosen on the images that it is measured on. This is optimistic, so there is no interval or
+  test.
+- `log_softmax_vs_logits`: compares the two fixed settings with each other.
+
+Intervals and tests are paired: both settings are evaluated on the same images. Where a setting is chosen on the data,
+it is chosen again in every bootstrap resample, see `chosen`.
 """
 
 import warnings
@@ -23,32 +29,34 @@ from .scoring import DEFAULT, DEFAULT_LOG_SOFTMAX, PLAIN, Setting
 
 CONFIDENCE = 0.95
 RESAMPLES = 1000
-RESAMPLES_KEPT = 200  # of which a standard error is taken, which needs fewer than quantiles do
-BATCH = 2**24  # images of all resamples at a time, so that memory stays bounded
+RESAMPLES_KEPT = 200  # enough for a standard error, which needs fewer resamples than quantiles
+BATCH = 2**24  # number of images in all resamples that are processed at a time, to bound memory
 FIXED = {"fixed": DEFAULT, "fixed_log_softmax": DEFAULT_LOG_SOFTMAX}  # protocols without any choice on the data
-VERSUS = "log_softmax_vs_logits"  # the second of them over the first
-AGREEMENT = "agreement"  # lam chosen without labels, on other pictures; see `timm_csra.choose_lam`
+VERSUS = "log_softmax_vs_logits"  # gain of `fixed_log_softmax` over `fixed`
+AGREEMENT = "agreement"  # lam is chosen without labels on other pictures, see `timm_csra.choose_lam`
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """One metric under one protocol, percent and percentage points.
+    """The gain of a setting over the plain model in one metric under one protocol, in percent and percentage points.
 
     Attributes:
         metric: `top1`, `mAP`, ...
         protocol: one of `FIXED`, `VERSUS`, `AGREEMENT`, `crossfit` or `best`; `curve` for one lam of a curve; `nested`
-            of `tune`; or a rival.
-        settings: the setting that was measured; for `crossfit` and `nested` the one chosen for each part.
-        baseline: the metric at lam = 0 on the same images (of several parts, their mean); for `VERSUS` that of `fixed`.
+            for `tune`; or the name of a rival.
+        settings: the setting that was measured; for `crossfit` and `nested`, the setting chosen for each part.
+        baseline: the metric at lam = 0 on the same images (averaged over parts, if there are several); for `VERSUS`,
+            the metric of `fixed`.
         value: the metric with `settings`.
-        n: how many images the metric counts: of all images, or of those that have labels enough for it.
-        classes: how many classes the metric is a mean over, or None where it is none over classes.
-        interval: 95 % bounds of the gain, or None.
-        p_value: two-sided, of no gain at all, or None. It knows nothing of other comparisons.
-        test: what gave it: `McNemar exact`, `paired t` or `bootstrap z`.
-        no_interval: why there is neither interval nor test although there are images enough, or None.
+        n: number of images that the metric counts: all images, or those that have enough labels for it.
+        classes: number of classes that the metric is a mean over; None if it is not a mean over classes.
+        interval: bounds of the 95 % confidence interval of the gain, or None.
+        p_value: two-sided p-value of the hypothesis that there is no gain, not corrected for multiple comparisons; or
+            None.
+        test: the test of the p-value: `McNemar exact`, `paired t` or `bootstrap z`; or None.
+        no_interval: why there is no interval and no test although there are enough images, or None.
         resampled: the gain in each of `RESAMPLES_KEPT` resamples of the images, where there is an interval. Two
-            comparisons of as many images, with one seed and protocol, have the same images in the same resample.
+            comparisons on the same number of images with the same seed and protocol use the same resamples.
     """
 
     metric: str
@@ -69,18 +77,18 @@ class Comparison:
         return self.value - self.baseline
 
 
-Key = Setting | str  # a setting, or another way to use the plain model, by its name
+Key = Setting | str  # a setting, or the name of a rival, which is another way to use the plain model
 
 
 @dataclass(frozen=True)
 class Table:
-    """One metric of every setting, and of its rivals, on parts of the images.
+    """One metric of every setting and rival on parts of the images.
 
     Attributes:
-        metric: its name.
-        evaluations: of each setting, `PLAIN` among them, and rival.
-        parts: images; together they are all n, once each.
-        values: the metric on every part.
+        metric: name of the metric.
+        evaluations: evaluation of each setting, including `PLAIN`, and of each rival.
+        parts: indices of the images in each part; the parts are disjoint and together contain all n images.
+        values: the metric on each part, `(P,)`, for each setting and rival.
     """
 
     metric: str
@@ -95,20 +103,20 @@ class Table:
 
     @property
     def settings(self) -> list[Setting]:
-        """In order of lam. A metric need not have a value for all that were scored."""
+        """The settings in the table, in order of lam. They need not be all settings that were scored."""
         return sorted(key for key in self.values if isinstance(key, Setting))
 
 
 def folds_of(strata: NDArray[np.integer] | int, seed: int, count: int) -> list[Rows]:
-    """Split images at random into folds, each class evenly.
+    """Split images at random into folds, and each class evenly among the folds.
 
     Args:
-        strata: class of every image `(n,)`, or n where there are no classes to balance.
-        seed: of the random split.
-        count: of folds.
+        strata: class of every image, `(n,)`; or n if there are no classes to balance.
+        seed: random seed of the split.
+        count: number of folds.
 
     Returns:
-        Sorted image indices of each fold; the first ones have one more where n is no multiple of `count`.
+        Sorted image indices of each fold. If n is not a multiple of `count`, the first folds have one image more.
     """
     classes = np.zeros(strata, dtype=int) if isinstance(strata, int) else strata
     order = np.lexsort((np.random.default_rng(seed).random(len(classes)), classes))
@@ -116,22 +124,22 @@ def folds_of(strata: NDArray[np.integer] | int, seed: int, count: int) -> list[R
 
 
 def halves(strata: NDArray[np.integer] | int, seed: int) -> tuple[Rows, Rows]:
-    """`folds_of` two."""
+    """Split images into two folds, see `folds_of`."""
     first, second = folds_of(strata, seed, 2)
     return first, second
 
 
 def without_choice(table: Table, seed: int | None) -> list[Comparison]:
-    """Everything that was set before looking, on all images and the same resamples: each of `FIXED` that the table has,
-    `VERSUS` where it has both, then each rival under its own name, then T = inf with every lam, for each kind of scores
-    (`curve`). All but `VERSUS` are compared with the plain model.
+    """Compare everything that was not chosen on the data, on all images and with the same resamples.
 
-    A curve's intervals make a band that holds point by point, not for the whole curve at once, and it has no tests: it
-    shows, the others decide.
+    These are each of `FIXED` that the table contains, `VERSUS` if it contains both, each rival under its own name, and
+    every lam with T = inf for each kind of scores (`curve`). All except `VERSUS` are compared with the plain model.
+
+    The intervals of a curve hold for each lam by itself, not for the whole curve at once, and a curve has no tests.
 
     Args:
-        table: of all images as one part.
-        seed: of the bootstrap, None for neither interval nor test.
+        table: a table with all images as one part.
+        seed: random seed of the bootstrap; None for no intervals and no tests.
     """
     fixed = {protocol: setting for protocol, setting in FIXED.items() if setting in table.values}
     choices = [_Choice(protocol, setting) for protocol, setting in fixed.items()]
@@ -144,12 +152,12 @@ def without_choice(table: Table, seed: int | None) -> list[Comparison]:
 
 
 Rule = Callable[[NDArray[np.float64]], NDArray[np.intp]]
-"""Chooses a setting for each part of the images: from the metric of S settings on P parts in B resamples, `(S, P, B)`,
-its number `(P, B)`. The settings are those of a `Table`, in order of lam."""
+"""Chooses a setting for each part of the images. A rule takes the metric of S settings on P parts in B resamples,
+`(S, P, B)`, and returns indices of settings, `(P, B)`. The settings are those of a `Table`, in order of lam."""
 
 
 def crossfit(table: Table, seed: int | None) -> Comparison:
-    """Choose on each half, measure on the other. `table` is of `halves`."""
+    """Choose a setting on each half and measure it on the other. The parts of `table` are those of `halves`."""
     return chosen(table, "crossfit", _best_of_the_other, seed)
 
 
@@ -158,26 +166,26 @@ def _best_of_the_other(values: NDArray[np.float64]) -> NDArray[np.intp]:
 
 
 def _best_of(values: NDArray[np.float64]) -> NDArray[np.intp]:
-    """The first of the highest along S; the first of all, the plain model, where the metric is undefined."""
+    """Return the index of the highest value along S (the first in a tie); 0, the plain model, where all are NaN."""
     return np.where(np.isnan(values), -np.inf, values).argmax(axis=0)
 
 
 def chosen(table: Table, protocol: str, rule: Rule, seed: int | None) -> Comparison:
-    """Compare what a rule chooses for each part of the images with the plain model on the same parts.
+    """Compare the settings that a rule chooses for each part of the images with the plain model on the same parts.
 
-    The metric is computed within each part and averaged, never on scores pooled from several settings, whose logits
-    have different scales. A rule that chooses on the other parts makes the gains of the parts depend on each other, so
-    that an interval which holds the choices fixed is too narrow. Here the images of each part are resampled and the
-    rule chooses again: the interval is the gain -+ 1.96 standard deviations, over the resamples, of what a choice is
-    measured to gain beyond what it does gain. For that, all parts have to come from one population: before the rule
-    chooses, the metric of each setting is moved, in every part by the same for all resamples, so that its mean over
-    them is the one over all parts. `python -m benchmarks.calibrate` simulates how often these intervals are right.
+    The metric is computed within each part and then averaged, because pooled logits of several settings would have
+    different scales. A rule that chooses on the other parts makes the gains of the parts depend on each other, so an
+    interval for fixed choices would be too narrow. Therefore the images of each part are resampled and the rule chooses
+    again in every resample. The interval is the gain -+ 1.96 standard deviations, over resamples, of the error of the
+    measured gain. In a resample this error is known only if all parts come from one population. Therefore, before the
+    rule chooses, the metric of each setting is shifted in each part, by the same constant in all resamples, so that it
+    varies around its mean over all parts. `python -m benchmarks.calibrate` simulates the coverage of these intervals.
 
     Args:
-        table: of parts, and settings with the plain model among them.
+        table: a table of parts, with the plain model among its settings.
         protocol: name of the comparison.
-        rule: see `Rule`; it may not look at a part to choose for it.
-        seed: of the resamples, None for neither interval nor test.
+        rule: see `Rule`; it may not use a part to choose for the same part.
+        seed: random seed of the resamples; None for no interval and no test.
     """
     settings = table.settings
     values = np.stack([table.values[setting] for setting in settings])
@@ -197,7 +205,7 @@ def chosen(table: Table, protocol: str, rule: Rule, seed: int | None) -> Compari
         return replace(comparison, no_interval=reason)
     errors = _errors_of_choice(table, settings, values, rule, seed)
     error = float(errors.std(ddof=1))
-    if np.isnan(error):  # so few images that a resample leaves the metric undefined
+    if np.isnan(error):  # there are so few images that the metric is undefined in some resample
         return comparison
     reach = float(norm.ppf((1 + CONFIDENCE) / 2)) * error
     return replace(
@@ -211,7 +219,7 @@ def chosen(table: Table, protocol: str, rule: Rule, seed: int | None) -> Compari
 def _errors_of_choice(
     table: Table, settings: Sequence[Setting], values: NDArray[np.float64], rule: Rule, seed: int
 ) -> NDArray[np.float64]:
-    """In each resample, by how much the mean gain over parts is measured wrong: see `chosen`."""
+    """Compute the error of the mean gain over parts in each resample, `(RESAMPLES_KEPT,)`: see `chosen`."""
     rng = np.random.default_rng(seed)
     evaluations = [table.evaluations[setting] for setting in settings]
     count = sum(map(len, table.parts))
@@ -232,14 +240,14 @@ def _drawn(rng: np.random.Generator, rows: Rows, resamples: int, count: int) -> 
 
 
 def on_all(table: Table, protocol: str, setting: Setting, seed: int | None) -> Comparison:
-    """Compare a setting that was chosen elsewhere with the plain model. `table` is of all images as one part."""
+    """Compare a setting that was chosen on other data with the plain model. `table` has all images as one part."""
     (comparison,) = _compare(table, [_Choice(protocol, setting)], seed)
     return comparison
 
 
 def best(table: Table) -> Comparison:
-    """The setting that looks best on all images, measured on them: optimistic, so neither interval nor test. `table` is
-    of all images as one part."""
+    """Compare the best setting on all images with the plain model on the same images. This is optimistic, so there is
+    no interval or test. `table` has all images as one part."""
     values = np.array([table.values[setting][0] for setting in table.settings])
     setting = table.settings[_best_of(values)]
     plain, highest = float(table.values[PLAIN][0]), float(table.values[setting][0])
@@ -248,7 +256,7 @@ def best(table: Table) -> Comparison:
 
 
 class _Choice(NamedTuple):
-    """What a protocol takes without looking, and what it is compared with."""
+    """A protocol, the setting or rival that it measures, and what it is compared with."""
 
     protocol: str
     key: Key
@@ -256,7 +264,7 @@ class _Choice(NamedTuple):
 
 
 def _compare(table: Table, choices: Sequence[_Choice], seed: int | None) -> list[Comparison]:
-    """On all images, which `table` has as one part."""
+    """Make comparisons on all images, which `table` has as one part."""
     comparisons = [
         Comparison(
             table.metric,
@@ -287,8 +295,8 @@ def _compare(table: Table, choices: Sequence[_Choice], seed: int | None) -> list
 
 
 def _bootstrap(table: Table, choices: Sequence[_Choice], seed: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Give the gain of each choice in each resample, and its 95 % percentile intervals. Images are resampled the same
-    for all choices, and what several choices use is evaluated once."""
+    """Compute the gain of each choice in each resample, and its 95 % percentile interval. All choices use the same
+    resamples, and a setting that several choices share is evaluated once."""
     (rows,) = table.parts
     keys = list(dict.fromkeys(key for choice in choices for key in (choice.baseline, choice.key)))
     evaluations = [table.evaluations[key] for key in keys]
@@ -299,7 +307,7 @@ def _bootstrap(table: Table, choices: Sequence[_Choice], seed: int) -> tuple[NDA
         return np.stack([values[key] - values[baseline] for key, baseline in over])
 
     with warnings.catch_warnings():
-        # With so few images that a resample leaves the metric undefined there is no interval: NaN says so.
+        # Where there are so few images that the metric is undefined in some resample, the interval is NaN.
         warnings.simplefilter("ignore", DegenerateDataWarning)
         result = bootstrap(
             [rows.astype(np.int32)],
@@ -316,8 +324,8 @@ def _bootstrap(table: Table, choices: Sequence[_Choice], seed: int) -> tuple[NDA
 
 
 def _tested(table: Table, choice: _Choice, gain: float, resampled: NDArray[np.float64]) -> dict[str, Any]:
-    """Two-sided p-value and its test: McNemar's exact one for hits and misses, the paired t-test for other means over
-    images, and for what is no mean over images (mAP, F1) z = gain / bootstrap standard error."""
+    """Compute the two-sided p-value: McNemar's exact test for hits and misses, the paired t-test for other means over
+    images, and a z-test with the bootstrap standard error for metrics that are not means over images (mAP, F1)."""
     before, after = table.evaluations[choice.baseline], table.evaluations[choice.key]
     if not (isinstance(before, PerImage) and isinstance(after, PerImage)):
         error = float(resampled.std(ddof=1))

@@ -1,5 +1,5 @@
-"""Which lam, T and scores for one's own checkpoint and pictures, and whether any: chosen by cross-validation, judged by
-what the choice gains on images that had no part in it."""
+"""Choose lam, T and the kind of scores for one's own checkpoint and pictures by nested cross-validation, and recommend
+them only if they gain on images that were not used for the choice."""
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -30,15 +30,16 @@ Values = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class TuneResult:
-    """What `tune` found; `str()` of it is meant to be read.
+    """Result of `tune`; `str()` gives a readable summary.
 
     Attributes:
-        metric: its name.
-        images: how many were used; `nested.n` of them count for the metric.
-        nested: what choosing a setting gains on images that had no part in the choice, with a paired 95 % interval;
-            percent and points, or in the units of a metric of one's own. `settings` are the choices of the folds.
-        chosen: the setting that all folds together choose.
-        settings: for each setting the mean gain over folds, and its standard error.
+        metric: name of the metric.
+        images: number of images; `nested.n` of them count for the metric.
+        nested: the gain of the chosen settings on images that were not used for the choice, with a paired 95 %
+            confidence interval; in percent and percentage points, or in the units of the user's metric.
+            `nested.settings` are the settings chosen for the folds.
+        chosen: the setting that is chosen on all folds.
+        settings: the mean gain over folds and its standard error, for each setting.
     """
 
     metric: str
@@ -49,12 +50,12 @@ class TuneResult:
 
     @property
     def helps(self) -> bool:
-        """Whether the nested interval lies above 0."""
+        """Whether the confidence interval of the nested gain lies above 0."""
         return self.nested.interval is not None and self.nested.interval[0] > 0
 
     @property
     def recommended(self) -> Setting:
-        """`chosen` where it helps, else the plain model."""
+        """`chosen` if it helps, else the plain model."""
         return self.chosen if self.helps else PLAIN
 
     @property
@@ -70,7 +71,7 @@ class TuneResult:
         return self.recommended.scores
 
     def apply(self, model: Model) -> Model:
-        """`wrap` the model, in place, with what is recommended; with lam = 0 it says what the plain model says."""
+        """Wrap the model in place with the recommended setting; with lam = 0 its logits do not change."""
         return wrap(model, self.lam, self.temperature, self.scores)
 
     def __str__(self) -> str:
@@ -92,7 +93,7 @@ class TuneResult:
         )
         largest = max(setting.lam for setting in self.settings)
         edge = (
-            f"  all folds choose lam {largest:g}, the largest tried: a larger one may do better\n"
+            f"  all folds choose lam {largest:g}, the largest tried: a larger lam may gain more\n"
             if all(setting.lam == largest for setting in nested.settings)
             else ""
         )
@@ -122,37 +123,37 @@ def tune(
     folds: int = 5,
     seed: int = 0,
 ) -> TuneResult:
-    """Does class-specific residual attention help this checkpoint on these pictures, and with which settings?
+    """Choose lam, temperature and kind of scores for a model on labelled pictures, and measure what the choice gains.
 
-    Every image runs once, and is scored for every setting. The images are divided into folds. On each fold, the setting
-    is measured that the other folds choose (nested cross-validation): of the kind of scores that does best, the one of
-    smallest lam whose mean gain is within one standard error of the best (Breiman et al., "Classification and
-    Regression Trees", 1984, 3.4.3). The plain model is among the settings. Nothing is trained, so that a fold's figures
-    serve every choice that does not use it.
+    The model runs once on every image, which is then scored for every setting. The images are divided into folds. For
+    each fold, a setting is chosen on the other folds and measured on the fold (nested cross-validation): among the
+    settings with the best setting's kind of scores, the one with the smallest lam whose mean gain is within one
+    standard error of the best (Breiman et al., "Classification and Regression Trees", 1984, 3.4.3). The plain model is
+    one of the settings. Nothing is trained, so the metrics of a fold can be used for every choice made without it.
 
     Args:
-        model: a timm classifier in eval mode, plain or wrapped (its own settings are not used, nothing is changed).
-        loader: gives `(images (N, C, H, W), targets)`. Images are floats of any precision. Targets are class indices
-            `(N,)`, or `(N, K)` with 1 for each class in the picture, over the head's K classes, 0 for the others and -1
-            for what is not to be judged; for a metric of one's own, whatever it takes. A few hundred images are few.
-        metric: `top1` or `top5`; with several labels `mAP`, `lrap`, `r_precision`, `CF1_top3` or `OF1_top3`; or a
-            function of logits `(n, K)` and targets, higher being better. None for `top1` or `mAP`.
-        lams: to try, several or one; None for 0.02 to 2.
-        temperatures: to try with each, several or one; one of them may be a tuple, for several heads. None for 1, 5 and
-            infinity.
-        scores: to try with each, "logits", "log_softmax"; None for both.
-        folds: at least 3.
-        seed: of the folds and of the bootstrap.
+        model: a timm classifier in eval mode, plain or wrapped. It is not changed, and its own settings are not used.
+        loader: yields `(images (N, C, H, W), targets)`. Images are floats of any precision. Targets are class indices
+            `(N,)`, or `(N, K)` over the head's K classes with 1 for each class in the picture, 0 for the others and -1
+            for classes that are not judged; for a metric of your own, anything that it takes. Give more than a few
+            hundred images, if you can.
+        metric: `top1` or `top5`; for several labels `mAP`, `lrap`, `r_precision`, `CF1_top3` or `OF1_top3`; or a
+            function of logits `(n, K)` and targets whose higher values are better. None for `top1` or `mAP`.
+        lams: the values to try, several or one; None for 0.02 to 2.
+        temperatures: the temperatures to try with each lam, several or one. A tuple among them averages the attention
+            terms of its values. None for 1, 5 and infinity.
+        scores: the kinds of scores to try, "logits", "log_softmax"; None for both.
+        folds: number of folds, at least 3.
+        seed: random seed of the folds and of the bootstrap.
 
     Returns:
-        A `TuneResult`. It recommends lam = 0 unless the interval of the nested gain lies above 0.
+        A `TuneResult`. It recommends lam = 0 unless the confidence interval of the nested gain lies above 0.
 
     Raises:
         UnsupportedModelError: the model cannot be wrapped.
-        TypeError: a setting of a wrong type, a loader that gives something else than two tensors, or images of whole
-            numbers.
-        ValueError: nothing to try, too few images for the folds, targets that do not fit the model, a metric that does
-            not fit the targets, a model in training mode.
+        TypeError: a setting has the wrong type, the loader does not yield two tensors, or images are not floats.
+        ValueError: there is no setting to try, there are too few images for the folds, targets do not fit the model,
+            the metric does not fit the targets, or the model is in training mode.
 
     Example:
         >>> import timm, torch
@@ -173,14 +174,14 @@ def tune(
 
 
 def _several(values: Any) -> Iterable[Any]:
-    """What is to be tried; a single value, a name included, is the only one."""
+    """Return the values to try; a single value or name becomes a tuple of one."""
     return values if isinstance(values, Iterable) and not isinstance(values, str) else (values,)
 
 
 def _check_types(metric: Any, folds: Any) -> None:
     if not (metric is None or isinstance(metric, str) or callable(metric)):
         raise TypeError(
-            "metric must be the name of one, such as 'top1', or a function of logits and targets, "
+            "metric must be the name of a metric, such as 'top1', or a function of logits and targets, "
             f"got {metric!r} ({type(metric).__name__})."
         )
     if isinstance(folds, bool) or not isinstance(folds, Integral):
@@ -197,12 +198,22 @@ def choose(
     seed: int = 0,
     combine: Callable[[Tensor], Tensor] = lambda logits: logits,
 ) -> TuneResult:
-    """`tune` on scores that are there already; `combine` makes logits of classes of those of the head."""
+    """Choose a setting as `tune` does, from scores that have been computed before.
+
+    Args:
+        scores: scores of all settings, see `score`.
+        targets: targets of all images.
+        settings: the settings to try, see `settings_grid`.
+        metric: see `tune`.
+        folds: see `tune`.
+        seed: see `tune`.
+        combine: maps logits of the head's classes to logits of the classes of the targets.
+    """
     _check_types(metric, folds)
     if folds < 3 or len(targets) < 2 * folds:
         raise ValueError(f"found {len(targets)} images for {folds} folds; expected at least 3 folds of 2 images.")
     if not set(settings) - {PLAIN}:
-        raise ValueError("found no setting to try but the plain model; expected a lam above 0, and a temperature.")
+        raise ValueError("found no setting to try but the plain model; expected a lam above 0 and a temperature.")
     name, function = _metric(metric, targets)
 
     def evaluation(setting: Setting) -> Evaluation:
@@ -213,8 +224,8 @@ def choose(
         if not found:
             classes = logits(slice(0, 1)).shape[1]
             raise ValueError(
-                f"metric: found {name}, which says nothing of these targets with {classes} classes: it would count "
-                "every class as predicted, or mAP has positives enough; take another."
+                f"metric: found {name}, which does not apply to these targets with {classes} classes: it would count "
+                "every class as predicted, or the classes have enough positives for mAP. Use another metric."
             )
         return found[name]
 
@@ -231,8 +242,8 @@ def choose(
 
 
 def nested_gain(table: Table, seed: int) -> Comparison:
-    """What choosing by cross-validation gains: on each fold, which had no part in it, the setting that the others
-    choose. `table` is of `folds_of`."""
+    """Compute the gain of nested cross-validation: the setting for each fold is chosen on the other folds. The parts of
+    `table` are those of `folds_of`."""
     return chosen(table, "nested", partial(_on_other_folds, table.settings), seed)
 
 
@@ -251,7 +262,7 @@ def _metric(metric: str | OwnMetric | None, targets: Tensor) -> tuple[str, Metri
 
 @dataclass(frozen=True)
 class _Own:
-    """A metric that somebody else has written."""
+    """The evaluation of a metric function of the user's own."""
 
     function: OwnMetric
     logits: Logits
@@ -270,27 +281,28 @@ class _Own:
 
 
 def _gains(settings: Sequence[Setting], values: Values) -> tuple[Values, Values]:
-    """Mean over folds of the gain over the plain model, and its standard error, `(S, B)`; NaN where it is undefined."""
+    """Compute the mean over folds of the gain over the plain model, and its standard error, both `(S, B)`; NaN where
+    the metric is undefined."""
     gains = values - values[settings.index(PLAIN)]
     return gains.mean(axis=1), gains.std(axis=1, ddof=1) / math.sqrt(gains.shape[1])
 
 
 def _on_other_folds(settings: Sequence[Setting], values: Values) -> NDArray[np.intp]:
-    """For each fold what the others choose: a `Rule`."""
+    """Choose the setting for each fold on the other folds: a `Rule`."""
     folds = range(values.shape[1])
     return np.stack([_one_standard_error(settings, np.delete(values, fold, axis=1)) for fold in folds])
 
 
 def _one_standard_error(settings: Sequence[Setting], values: Values) -> NDArray[np.intp]:
-    """Choose the smallest lam whose gain is within one standard error of the best, and its best temperature.
-    Of the best setting's kind of scores alone: the same lam weighs less or more with the other.
+    """Choose the smallest lam whose gain is within one standard error of the best, and its best temperature, among the
+    settings with the best setting's kind of scores: the same lam has another effect with the other kind.
 
     Args:
-        settings: S, in order of lam.
-        values: of the metric `(S, folds, B)`, in each of B resamples.
+        settings: S settings, in order of lam.
+        values: the metric in each of B resamples, `(S, folds, B)`.
 
     Returns:
-        Which of the settings `(B,)`; the plain model, the first, where the metric is undefined.
+        Indices of the chosen settings, `(B,)`; 0, the plain model, where the metric is undefined.
     """
     gains, errors = _gains(settings, values)
     gains = np.where(np.isnan(gains), -np.inf, gains)
