@@ -82,6 +82,9 @@ def test_equals_the_literal_constant_maps(family: Family) -> None:
     assert relative_error(wrapped(x), paper(plain.forward_head(features), scores, lam, temperatures)) <= 1e-12
     assert relative_error(maps.flatten(2).transpose(1, 2), scores) <= 1e-12
     assert torch.equal(maps, timm_csra.score_maps(wrapped, x))
+    for model in (plain, wrapped):
+        in_one_pass, logits = timm_csra.score_maps(model, x, return_logits=True)
+        assert torch.equal(in_one_pass, maps) and relative_error(logits, model(x)) <= 1e-12
 
 
 @pytest.mark.parametrize("family", EXACT, ids=lambda family: family.name)
