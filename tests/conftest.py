@@ -2,6 +2,9 @@
 
 import os
 import shutil
+import subprocess
+import tarfile
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -9,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+AXE = "4.14.1"  # of axe-core
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 
@@ -42,6 +46,32 @@ def chromium() -> Iterator[Any]:
         browser = playwright.chromium.launch(executable_path=executable, args=[*quiet, "--disable-sync"])
         yield browser
         browser.close()
+
+
+@pytest.fixture(scope="session")
+def axe(request: pytest.FixtureRequest) -> str:
+    """The text of axe-core, from npm once and from pytest's cache from then on; where it cannot be had the test is
+    skipped, or fails where it is required."""
+    kept = request.config.cache.mkdir("axe-core") / f"{AXE}.js"
+    if not kept.is_file():
+        with tempfile.TemporaryDirectory() as folder:
+            command = ["npm", "pack", "--silent", f"axe-core@{AXE}"]
+            try:
+                subprocess.run(command, cwd=folder, check=True, capture_output=True, timeout=120)
+            except (OSError, subprocess.SubprocessError) as error:
+                reason = f"no axe-core: this test did NOT run; {' '.join(command)}: {error}"
+                if os.environ.get("TIMM_CSRA_REQUIRE_DATA"):
+                    pytest.fail(reason)
+                pytest.skip(reason)
+            with tarfile.open(Path(folder) / f"axe-core-{AXE}.tgz") as packed:
+                source = packed.extractfile("package/axe.min.js")
+                assert source is not None
+                part = Path(folder) / "axe.js"
+                part.write_bytes(source.read())
+            own = kept.with_name(f"{os.getpid()}.js")
+            shutil.copy(part, own)
+            own.replace(kept)  # at once: several processes may do this
+    return kept.read_text(encoding="utf-8")
 
 
 @pytest.fixture(scope="session")

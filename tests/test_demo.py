@@ -1,27 +1,31 @@
-"""The page to try it: what it computes, against the library; and the page itself, in a real browser."""
+"""The page to try it: what it computes, against the library; what it says; and links to it."""
 
+import argparse
 import math
-import os
-import re
-from collections.abc import Iterator
+from dataclasses import replace
+from html import unescape
 from pathlib import Path
+from typing import Any
 
 import pytest
 import timm
 import torch
-from PIL import Image
+from PIL import Image, ImageChops
 
 import timm_csra
 
 pytest.importorskip("gradio", reason="the extra `demo` is not installed: nothing here says whether the page works")
 import gradio as gr
 
-from benchmarks.checkpoints.find import PYPI
-from timm_csra import demo
-from timm_csra.config import SCORES
+from timm_csra.config import LOG_SOFTMAX, LOGITS, SCORES
+from timm_csra.demo import checkpoints, page, parts, seen
+from timm_csra.demo.checkpoints import Checkpoint
+from timm_csra.demo.link import MOST_LAM, USUAL_LAM
 from timm_csra.evaluation.scoring import DEFAULT, DEFAULT_LOG_SOFTMAX
+from timm_csra.installed import installed_wheels
+from timm_csra.trained import SIGMOID, SOFTMAX
 
-SCREENSHOTS = Path(os.environ.get("TIMM_CSRA_SCREENSHOTS", "screenshots"))
+NAMES = tuple(f"class <{index}> & more" for index in range(1000))
 
 
 @pytest.fixture
@@ -31,84 +35,201 @@ def photo(tmp_path: Path) -> str:
 
 
 @pytest.fixture
-def random_model(monkeypatch: pytest.MonkeyPatch) -> torch.nn.Module:
+def random() -> Checkpoint:
     torch.manual_seed(0)
     model = timm.create_model("test_resnet").eval()
     torch.nn.init.normal_(model.get_classifier().weight)
-    monkeypatch.setattr(demo, "load", lambda name: model)
-    return model
+    return Checkpoint("test_resnet", model, timm_csra.explain(model), SOFTMAX)
+
+
+@pytest.fixture
+def looked(random: Checkpoint, photo: str) -> seen.Seen:
+    return seen.look(random, photo, NAMES)
+
+
+# What it computes
 
 
 @pytest.mark.parametrize("temperature", [0.5, 3.0, math.inf])
 @pytest.mark.parametrize("lam", [0.0, 0.1, 1.5])
 @pytest.mark.parametrize("scores", SCORES)
 def test_recombined_scores_are_what_the_wrapped_model_says(
-    lam: float, temperature: float, scores: str, photo: str, random_model: torch.nn.Module
+    lam: float, temperature: float, scores: str, photo: str, random: Checkpoint, looked: seen.Seen
 ) -> None:
-    seen = demo.look("any", photo)
-    config = timm.data.resolve_data_config(model=random_model) | {"crop_mode": "squash", "crop_pct": 1.0}
-    x = timm.data.create_transform(**config)(seen.picture)[None]
-    model = timm_csra.wrap(random_model, lam, temperature, scores)
+    config = timm.data.resolve_data_config(model=random.model) | {"crop_mode": "squash", "crop_pct": 1.0}
+    squashed = Image.open(photo).resize((160, 160), Image.Resampling.BICUBIC)
+    assert config["input_size"] == (3, 160, 160)
+    x = timm.data.create_transform(**config)(squashed)[None]
+    model = timm_csra.wrap(random.model, lam, temperature, scores)
     with torch.inference_mode():
-        torch.testing.assert_close(seen.logits(lam, temperature, scores), model(x)[0], rtol=1e-4, atol=1e-3)
-        torch.testing.assert_close(seen.maps_of(scores), timm_csra.score_maps(model, x, scores=scores)[0])
-    timm_csra.unwrap(random_model)
-
-
-@pytest.mark.parametrize("scores", SCORES)
-def test_tables_and_maps(scores: str, photo: str, random_model: torch.nn.Module) -> None:
-    seen = demo.look("any", photo)
-    before, after, maps = demo.show(seen, 1.0, 1.0, True, scores)
-    assert [row[1] for row in before] == [seen.names[i] for i in seen.base.topk(6).indices]
-    assert [row[1] for row in after] == [seen.names[i] for i in seen.logits(1.0, math.inf, scores).topk(6).indices]
-    assert {row[1] for row in before} | {row[1] for row in after} == {caption.rsplit(" (", 1)[0] for _, caption in maps}
-    assert all(picture.size == seen.picture.size for picture, _ in maps)
-    highest = seen.maps_of(scores).amax(dim=(1, 2))
-    for _, caption in maps:
-        name, value = caption.rstrip(")").rsplit(" (", 1)
-        assert float(value) == pytest.approx(highest[seen.names.index(name)].item(), abs=0.051)
-    assert demo.show(None, 1.0, 1.0, True, scores) == (None, None, [])
+        torch.testing.assert_close(looked.logits(lam, temperature, scores), model(x)[0], rtol=1e-4, atol=1e-3)
+        torch.testing.assert_close(looked.maps_of(scores), timm_csra.score_maps(model, x, scores=scores)[0])
+    timm_csra.unwrap(random.model)
 
 
 def test_the_precision_of_the_device_is_used(
-    photo: str, random_model: torch.nn.Module, monkeypatch: pytest.MonkeyPatch
+    photo: str, random: Checkpoint, looked: seen.Seen, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    float32 = demo.look("any", photo)
-    monkeypatch.setattr(demo, "precision", lambda asked, device: "bf16")
-    seen = demo.look("any", photo)
-    for found, expected in ((seen.base, float32.base), (seen.maps, float32.maps)):
+    monkeypatch.setattr(seen, "precision", lambda asked, device: "bf16")
+    coarse = seen.look(random, photo, NAMES)
+    for found, expected in ((coarse.base, looked.base), (coarse.maps, looked.maps)):
         assert found.dtype == torch.float32 and found.device.type == "cpu"
         assert 0 < (found - expected).abs().max() < 0.03 * expected.abs().max()
 
 
 @pytest.mark.cuda
 def test_a_model_is_on_the_gpu_and_what_is_seen_is_not(photo: str, cuda: torch.device) -> None:
-    name = demo.installed_wheels()[0]
-    model, seen = demo.load(name), demo.look(name, photo)
-    assert {weight.device.type for weight in model.parameters()} == {cuda.type}
-    assert seen.base.device.type == seen.maps.device.type == "cpu"
+    found = checkpoints.checkpoint(installed_wheels()[0], {})
+    looked = seen.look(found, photo, found.class_names())
+    assert {weight.device.type for weight in found.model.parameters()} == {cuda.type}
+    assert looked.base.device.type == looked.maps.device.type == "cpu"
 
 
 def test_each_kind_of_scores_has_its_usual_lam() -> None:
-    assert {setting.scores: setting.lam for setting in (DEFAULT, DEFAULT_LOG_SOFTMAX)} == demo.USUAL_LAM
+    assert {setting.scores: setting.lam for setting in (DEFAULT, DEFAULT_LOG_SOFTMAX)} == USUAL_LAM
+    assert {scores: round(USUAL_LAM[scores] / most, 6) for scores, most in MOST_LAM.items()} == dict.fromkeys(
+        SCORES, 0.1
+    )
+
+
+# What it says
+
+
+@pytest.mark.parametrize("scores", SCORES)
+def test_a_list_has_the_highest_logits_and_what_moved(scores: str, looked: seen.Seen) -> None:
+    torch.manual_seed(0)
+    looked = replace(looked, maps=looked.maps + torch.randn(looked.maps.shape))  # noise alone moves nothing
+    logits = looked.logits(3.0, math.inf, scores)
+    html = parts.tags(looked, scores, logits, (int(logits.argmax()), scores))
+    places = {index: place for place, index in enumerate(looked.base.argsort(descending=True).tolist(), 1)}
+    items = html.split("<li>")[1:]
+    assert len(items) == parts.TOP
+    moved = 0
+    for place, (item, index) in enumerate(zip(items, logits.topk(parts.TOP).indices.tolist(), strict=True), 1):
+        assert f'data-class="{index}" data-scores="{scores}"' in item and f"{logits[index]:.2f}" in item
+        assert f'aria-pressed="{str(place == 1).lower()}"' in item
+        assert NAMES[index] in unescape(item) and NAMES[index] not in item  # a name is text, never HTML
+        up = places[index] - place
+        moved += up != 0
+        assert (f"up {up} from plain" if up > 0 else f"down {-up} from plain" if up else "same place as plain") in item
+    assert moved  # the test has seen some
+    gone = [
+        index for index in looked.base.topk(parts.TOP).indices.tolist() if index not in logits.topk(parts.TOP).indices
+    ]
+    assert all(f"{NAMES[index]} is now {1 + int((logits > logits[index]).sum())}" in unescape(html) for index in gone)
+
+
+def test_a_list_of_the_same_order_says_so(looked: seen.Seen) -> None:
+    assert "The same 6 tags as plain, in the same order." in parts.tags(looked, LOGITS, looked.base, None)
+    few = seen.Seen(looked.picture, looked.base[:3], looked.maps[:3], NAMES[:3], looked.checkpoint)
+    assert "The same 3 tags as plain" in parts.tags(few, LOGITS, few.base, None)
+    swapped = few.base[[1, 0, 2]]
+    assert "The same tags as plain, in another order." in parts.tags(few, LOGITS, swapped, None)
+
+
+@pytest.mark.parametrize("scores", SCORES)
+def test_the_caption_names_the_spatial_maximum(scores: str, looked: seen.Seen) -> None:
+    index = int(looked.base.argmax())
+    html = parts.picture(looked, [(index, scores), (5, scores)], (index, scores))
+    score_map = looked.maps_of(scores)[index]
+    row, column = (score_map == score_map.max()).nonzero()[0].tolist()
+    rows, columns = score_map.shape
+    where = f"spatial maximum {score_map.max():z.2f} at row {row + 1} of {rows}, column {column + 1} of {columns}"
+    assert html.count(where) == 2  # in the text in place of the picture, and below it
+    both = looked.maps_of(scores)[[index, 5]]
+    assert f"<span>{both.min():z.1f}</span>" in html and f"<span>{both.max():z.1f}</span>" in html
+
+
+def test_maps_of_one_kind_share_a_scale(looked: seen.Seen) -> None:
+    listed = [(1, LOGITS), (2, LOGITS), (3, LOG_SOFTMAX)]
+    ends = [
+        [part.split("<")[0] for part in parts.picture(looked, listed, (index, LOGITS)).split("<span>")[1:3]]
+        for index in (1, 2)
+    ]
+    assert ends[0] == ends[1] == [f"{looked.maps[[1, 2]].min():z.1f}", f"{looked.maps[[1, 2]].max():z.1f}"]
+
+
+def test_the_location_of_the_maximum_is_outlined() -> None:
+    before = Image.new("RGB", (200, 100), (90, 20, 20))
+    after = before.copy()
+    parts._mark(after, 1, 2, 2, 4)
+    assert ImageChops.difference(before, after).getbbox() == (100, 50, 150, 100)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "text"),
+    [
+        ("test_resnet", "exact", "Linear head after average pooling"),
+        ("test_convnext", "nonlinear", "a hidden layer, an activation or another pooling"),
+        ("test_vit", "token", "Class token or attention pooling"),
+    ],
+)
+@pytest.mark.parametrize(
+    ("loss", "said"),
+    [
+        (SOFTMAX, "Trained with softmax cross entropy"),
+        (SIGMOID, "log_softmax is not meant for this checkpoint"),
+        ("", "not known here"),
+    ],
+)
+def test_the_kind_of_head_and_the_loss_are_told(name: str, kind: str, text: str, loss: str, said: str) -> None:
+    model = timm.create_model(name, num_classes=3).eval()
+    found = timm_csra.explain(model)
+    assert found.kind == kind
+    html = parts.head(Checkpoint(name, model, found, loss))
+    assert text in html and said in html and parts.WHY_NOT_LOG_SOFTMAX in html and f"{name}: 3 classes" in html
+
+
+@pytest.mark.parametrize(
+    ("arguments", "loss"),
+    [
+        ({"bce_loss": True}, SIGMOID),
+        ({"bce_loss": False}, SOFTMAX),
+        ({"bce_loss": False, "multi_label": True}, SIGMOID),
+        ({"bce_loss": False, "loss": "asl"}, ""),
+        ({}, ""),
+    ],
+)
+def test_the_loss_of_a_training_is_read(arguments: dict[str, Any], loss: str, tmp_path: Path) -> None:
+    state = timm.create_model("test_resnet", num_classes=3).state_dict()
+    saved = {"state_dict": state, "args": argparse.Namespace(model="test_resnet", **arguments)}
+    torch.save(saved, tmp_path / "last.pth.tar")
+    name = f"file:test_resnet@{tmp_path / 'last.pth.tar'}"
+    assert checkpoints.checkpoint(name, {name: ()}).loss == loss
+
+
+def test_the_loss_of_published_checkpoints_where_it_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    create = timm.create_model
+    monkeypatch.setattr(timm, "create_model", lambda name, **_: create("test_resnet"))
+    losses = {name: checkpoints._create(name)[1] for name in ("resnet50.a1_in1k", "convnext_tiny.fb_in1k", "resnet18")}
+    assert losses == {"resnet50.a1_in1k": SIGMOID, "convnext_tiny.fb_in1k": SOFTMAX, "resnet18": ""}
 
 
 def test_what_cannot_be_shown_is_told(tmp_path: Path, photo: str, monkeypatch: pytest.MonkeyPatch) -> None:
     text = tmp_path / "notes.png"
     text.write_text("no picture")
-    with pytest.raises(gr.Error, match="This file cannot be read as a picture"):
-        demo.open_picture(str(text))
     half = tmp_path / "half.png"
     half.write_bytes(Path(photo).read_bytes()[:500])
-    with pytest.raises(gr.Error, match="This file cannot be read as a picture"):
-        demo.open_picture(str(half))
-    monkeypatch.setattr(demo, "PIXELS", 1000)
+    for file in (text, half):
+        with pytest.raises(gr.Error, match="This file cannot be read as a picture"):
+            seen.open_picture(str(file))
+    monkeypatch.setattr(seen, "PIXELS", 1000)
     with pytest.raises(gr.Error, match=r"The picture has 300 x 200 pixels; expected at most"):
-        demo.open_picture(photo)
+        seen.open_picture(photo)
     with pytest.raises(gr.Error, match="Choose a picture first"):
-        demo.look("resnet18", None)
+        page._Page({}).look("resnet18", None)
     with pytest.raises(gr.Error, match="timm has no model called 'resnet_of_tomorrow'"):
-        demo.load("resnet_of_tomorrow")
+        checkpoints.checkpoint("resnet_of_tomorrow", {})
+    for nothing in ("", " "):
+        with pytest.raises(gr.Error, match="Choose a checkpoint first"):
+            checkpoints.checkpoint(nothing, {})
+
+
+def test_what_cannot_be_wrapped_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = timm.create_model("test_resnet", num_classes=0)
+    monkeypatch.setattr(checkpoints, "_create", lambda name: (model, ""))
+    with pytest.raises(gr.Error, match="num_classes"):
+        checkpoints.checkpoint("headless", {})
 
 
 def test_without_network_the_wheels_are_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -117,139 +238,4 @@ def test_without_network_the_wheels_are_named(monkeypatch: pytest.MonkeyPatch, t
     with pytest.raises(
         gr.Error, match=r"resnet18.a1_in1k could not be downloaded.*Without network these work: tf_efficientnet_lite0"
     ):
-        demo.load("resnet18.a1_in1k")
-
-
-@pytest.fixture
-def trained(tmp_path: Path) -> str:
-    torch.manual_seed(0)
-    torch.save({"state_dict": timm.create_model("test_resnet", num_classes=3).state_dict()}, tmp_path / "best.pth.tar")
-    return f"file:test_resnet@{tmp_path / 'best.pth.tar'}"
-
-
-def test_a_trained_file_is_shown_where_it_is_offered(photo: str, trained: str, tmp_path: Path) -> None:
-    seen = demo.look(trained, photo, {trained: ("cat", "dog", "bird")})
-    assert seen.names == ("cat", "dog", "bird")
-    assert demo.look(trained, photo, {trained: ()}).names == ("0", "1", "2")
-    for offered in (None, {}, {"resnet18": ()}):
-        with pytest.raises(gr.Error, match="Files are only read where the page was started with them"):
-            demo.look(trained, photo, offered)
-    gone = f"file:test_resnet@{tmp_path / 'gone.pth'}"
-    with pytest.raises(gr.Error, match="gone.pth not found; expected a checkpoint of timm's train script"):
-        demo.look(gone, photo, {gone: ()})
-
-
-def test_the_command_line_offers_files(
-    trained: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    served: list[gr.Blocks] = []
-    monkeypatch.setattr(gr.Blocks, "launch", lambda page, **_: served.append(page))
-    names = tmp_path / "names.txt"
-    names.write_text("cat\ndog\nbird\n")
-    demo.main(["--model", trained, "--class-names", str(names)])
-    assert f"{trained}: state_dict of best.pth.tar, 3 classes" in capsys.readouterr().out
-    (dropdown,) = (block for block in served[0].blocks.values() if getattr(block, "elem_id", "") == "model")
-    assert dropdown.value == trained
-    names.write_text("cat\ndog\n")
-    for arguments, text in (
-        (["--model", trained, "--class-names", str(names)], "names.txt: found 2 names, expected one for each of 3"),
-        (["--model", "file:gone.pth"], "expected ARCH@PATH"),
-    ):
-        with pytest.raises(SystemExit):
-            demo.main(arguments)
-        assert text in capsys.readouterr().err
-
-
-# In the browser
-
-
-@pytest.fixture(scope="module")
-def page() -> Iterator[str]:
-    """The address of the app, on loopback."""
-    app = demo.build()
-    folders = sorted({str(Path(path).parent) for path in demo.installed_examples().values()})
-    _, url, _ = app.launch(
-        server_name="127.0.0.1", prevent_thread_lock=True, quiet=True, max_file_size="1mb", allowed_paths=folders
-    )
-    yield url
-    app.close()
-
-
-@pytest.mark.browser
-@pytest.mark.slow
-def test_a_person_tries_it(page: str, chromium, photo: str, tmp_path: Path) -> None:
-    from playwright.sync_api import expect
-
-    tab = chromium.new_page(viewport={"width": 1300, "height": 1000})
-    tab.goto(page)
-    tab.get_by_label("A cup, from scikit-image").click()
-    after, before = tab.locator("#after"), tab.locator("#before")
-    expect(before).to_contain_text("espresso", timeout=60_000)
-    expect(after).to_contain_text("espresso")
-    plain = before.inner_text()
-    assert len(tab.locator("#maps img").all()) >= 6
-
-    slider = tab.locator("#lam input[type=number]")
-    first = re.findall(r"\d+\.\d+", after.inner_text())
-
-    # The other scores bring the lam that they are meant to be used with.
-    tab.locator("#scores").get_by_label("log_softmax").check()
-    expect(slider).to_have_value("0.3")
-    seen = demo.look(next(iter(demo.installed_wheels())), next(iter(demo.installed_examples().values())))
-    for value in seen.logits(0.3, math.inf, "log_softmax").topk(demo.TOP).values.tolist():
-        expect(after).to_contain_text(f"{round(value, 2):g}")
-    SCREENSHOTS.mkdir(exist_ok=True, parents=True)
-    tab.screenshot(path=SCREENSHOTS / "demo-log-softmax.png", full_page=True)
-    tab.locator("#scores").get_by_label("logits", exact=True).check()
-    expect(slider).to_have_value("0.1")
-    expect(after).to_contain_text(first[0])
-
-    # lam moves the wrapped table alone; at 0 both say the same.
-    slider.fill("1.5")
-    slider.press("Enter")
-    expect(after).not_to_contain_text(first[0])
-    assert before.inner_text() == plain
-    tab.screenshot(path=SCREENSHOTS / "demo.png", full_page=True)
-    slider.fill("0")
-    slider.press("Enter")
-    expect(after).to_contain_text(re.findall(r"\d+\.\d+", plain)[0])
-
-    # What is no picture, what is too large, and a name that there is not, are told in the page.
-    bad = tmp_path / "bad.png"
-    bad.write_bytes(b"no picture at all")
-    tab.locator("#upload input[type=file]").set_input_files(str(bad))
-    expect(tab.locator(".toast-body")).to_contain_text("This file cannot be read as a picture", timeout=20_000)
-    tab.screenshot(path=SCREENSHOTS / "demo-bad-file.png")
-    tab.reload()
-    huge = tmp_path / "huge.png"
-    huge.write_bytes(os.urandom(2 * 2**20))
-    tab.locator("#upload input[type=file]").set_input_files(str(huge))
-    expect(tab.locator(".toast-body")).to_contain_text(re.compile("maximum allowed size", re.I), timeout=20_000)
-    tab.reload()
-    tab.locator("#upload input[type=file]").set_input_files(photo)
-    expect(before).to_contain_text(re.compile(r"\d\.\d\d"), timeout=20_000)
-    tab.close()
-
-
-@pytest.mark.browser
-@pytest.mark.slow
-def test_no_network_is_told_in_the_page(page: str, chromium, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    from playwright.sync_api import expect
-
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    tab = chromium.new_page(viewport={"width": 400, "height": 900})
-    tab.goto(page)
-    tab.get_by_label("A cup, from scikit-image").click()
-    expect(tab.locator("#before")).to_contain_text("espresso", timeout=60_000)
-    name = tab.locator("#model input")
-    name.fill("resnet18.a1_in1k")
-    name.press("Enter")
-    name.blur()
-    expect(tab.locator(".toast-body")).to_contain_text("could not be downloaded", timeout=30_000)
-    tab.screenshot(path=SCREENSHOTS / "demo-phone.png", full_page=True)
-    tab.close()
-
-
-def test_it_knows_the_wheels_that_the_sweep_knows() -> None:
-    assert demo.WHEELS == PYPI  # the library cannot import the benchmarks
+        checkpoints.checkpoint("resnet18.a1_in1k", {})

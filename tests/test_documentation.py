@@ -14,6 +14,7 @@ from urllib.parse import unquote, urlsplit
 import pytest
 
 import timm_csra
+from tests.accessibility import violations
 
 pytest.importorskip("mkdocs", reason="the extra docs is not installed")
 from markdown_it import MarkdownIt
@@ -158,3 +159,17 @@ def test_a_browser_finds_what_it_searches_for_and_asks_no_other_host(site: Path,
     tab.close()
     server.shutdown()
     assert [address for address in asked if not address.startswith(home)] == []
+
+
+@pytest.mark.slow
+@pytest.mark.browser
+@pytest.mark.parametrize("name", ["", "choosing/", "results/", "api/"])
+def test_anybody_can_read_it(site: Path, chromium: Any, axe: str, name: str) -> None:
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(_Quiet, directory=str(site)))
+    Thread(target=server.serve_forever, daemon=True).start()
+    tab = chromium.new_page()
+    tab.goto(f"http://127.0.0.1:{server.server_port}/{name}")
+    found = violations(tab, axe)
+    tab.close()
+    server.shutdown()
+    assert found == []

@@ -90,7 +90,7 @@ def test_the_wheel_holds_the_library_alone(wheel: Path) -> None:
         names = archive.namelist()
         metadata = archive.read(next(name for name in names if name.endswith("METADATA"))).decode()
     assert {name.split("/")[0].split("-")[0] for name in names} == {"timm_csra"}
-    assert "timm_csra/py.typed" in names
+    assert {f"timm_csra/{file}" for file in ("py.typed", "demo/style.css", "demo/whole_page.css")} <= set(names)
     assert any(name.endswith("licenses/LICENSE") for name in names)
     required = {
         line.split()[1].split(">")[0] for line in metadata.splitlines() if re.match(r"Requires-Dist: [^;]*$", line)
@@ -144,4 +144,6 @@ def test_importing_takes_at_most_50_ms_beyond_timm() -> None:
     for _ in range(3):
         said = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stderr
         micros.append(int(re.search(r"\| +(\d+) \| timm_csra$", said, re.MULTILINE)[1]))
+        if micros[-1] <= 50_000:
+            break
     assert min(micros) <= 50_000

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from .errors import describe
 
 FORM = "ARCH@PATH, such as resnet50@output/train/model_best.pth.tar"
+SOFTMAX, SIGMOID = "softmax", "sigmoid"
 WEIGHTS = ("state_dict_ema", "model_ema", "state_dict", "model")  # the first that is there, as timm takes them
 PREPROCESSING = ("input_size", "interpolation", "mean", "std", "crop_pct", "crop_mode")
 # Entries of `pretrained_cfg` that describe the published weights and are wrong for other weights.
@@ -42,6 +43,7 @@ class Trained:
         arguments: arguments of `timm.create_model`: the architecture, its arguments in the training, and an overlay of
             its `pretrained_cfg` with the file and the preprocessing of the training.
         class_map: the order of classes in the training (`--class-map`); "" for the natural order of the folders.
+        loss: `softmax` or `sigmoid`, how the training normalised the logits; "" if the file does not say.
     """
 
     file: Path
@@ -50,6 +52,7 @@ class Trained:
     num_classes: int
     arguments: dict[str, Any]
     class_map: str
+    loss: str = ""
 
     @property
     def weights_from(self) -> str:
@@ -114,7 +117,14 @@ def read_trained(spec: str) -> Trained:
         resolved = resolve_data_config(given, pretrained_cfg=config)
         overlay |= {key: resolved[key] for key in PREPROCESSING}
     arguments |= {"model_name": name, "num_classes": classes, "pretrained_cfg_overlay": overlay}
-    return Trained(file, name, weights, classes, arguments, str(given.get("class_map") or ""))
+    return Trained(file, name, weights, classes, arguments, str(given.get("class_map") or ""), _loss(given))
+
+
+def _loss(given: Mapping[str, Any]) -> str:
+    """Read `--bce-loss` of the training; of a script that knows other losses nothing is said."""
+    if given.get("bce_loss") is True or given.get("multi_label") is True:
+        return SIGMOID
+    return SOFTMAX if given.get("bce_loss") is False and not (given.get("loss") or given.get("loss_type")) else ""
 
 
 def _is_known(name: str) -> bool:

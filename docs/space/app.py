@@ -1,5 +1,5 @@
 """The app of a Hugging Face Space: what `python -m timm_csra.demo` serves."""
 
-from timm_csra.demo import MAX_FILE, build
+from timm_csra.demo import launch
 
-build().launch(max_file_size=MAX_FILE)
+launch()

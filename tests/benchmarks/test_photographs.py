@@ -22,7 +22,7 @@ from benchmarks.data.sources import load_image_set, load_pictures
 from benchmarks.scoring import measure, passes
 from benchmarks.scoring.cells import Cell, Options
 from benchmarks.scoring.loading import Loaded
-from timm_csra.demo import open_picture
+from timm_csra.demo.seen import open_picture
 from timm_csra.evaluation.scoring import DEFAULT, PLAIN
 
 FORMATS = ("png", "jpg", "webp", "gif", "bmp", "tif", "tiff", "ppm", "PNG")

@@ -14,6 +14,7 @@ import pytest
 from benchmarks.records.files import write_record
 from benchmarks.report import main
 from benchmarks.reporting.summary import headline, write_summary
+from tests.accessibility import Requests, violations
 
 SCREENSHOTS = Path(os.environ.get("TIMM_CSRA_SCREENSHOTS", "screenshots"))
 TASKS = (("single", None, ("top1", "top5")), ("mosaic", 2, ("mAP", "lrap")), ("mosaic", 3, ("mAP", "lrap")), ("real", None, ("top1", "lrap")), ("multilabel", None, ("mAP", "lrap")))  # fmt: skip
@@ -322,6 +323,13 @@ def test_a_person_reads_it(tmp_path: Path, chromium) -> None:
     expect(tab.locator("#counts")).to_contain_text("log_softmax over logits: 60 checkpoints: ")
     expect(rows.first).to_contain_text("log_softmax")
     expect(tab.locator("#headline")).to_contain_text("log_softmax_vs_logits")
+    verdicts = tab.locator("#headline tbody tr")
+    of_all = set(tab.evaluate("data.headline.map(([group]) => group)"))
+    assert len(of_all) > 1 and {row.locator("td").first.inner_text() for row in verdicts.all()} == {
+        "photos · mosaic 2x2 · 1x"
+    }
+    tab.get_by_label("The next two tables for all data").check()
+    assert {row.locator("td").first.inner_text() for row in verdicts.all()} == of_all
     expect(tab.locator("#failures")).to_contain_text("1 cells, failed: ValueError: <b>weights</b> do not fit")
     expect(tab.locator("#measured")).to_contain_text("c0ffee")
     SCREENSHOTS.mkdir(exist_ok=True, parents=True)
@@ -342,6 +350,23 @@ def test_a_person_reads_it(tmp_path: Path, chromium) -> None:
     tab.screenshot(path=SCREENSHOTS / "report-phone.png", full_page=True)
     assert errors == []
     tab.close()
+
+
+@pytest.mark.browser
+@pytest.mark.slow
+def test_anybody_can_read_it(tmp_path: Path, chromium, axe: str) -> None:
+    synthetic(tmp_path, 30)
+    assert main([str(tmp_path), "--no-plots"]) == 0
+    for options in ({}, {"color_scheme": "dark"}, {"viewport": {"width": 360, "height": 740}}):
+        tab = chromium.new_context(**options).new_page()
+        asked = Requests(tab)
+        tab.goto((tmp_path / "report" / "index.html").as_uri())
+        tab.locator("body[data-ready=yes]").wait_for(timeout=20_000)
+        tab.get_by_text("Protocols and terms").click()
+        assert tab.get_by_label("data · task · size").input_value().endswith(" 1x")
+        assert violations(tab, axe) == [] and asked.outside("file:") == []
+        assert tab.evaluate("document.documentElement.scrollWidth <= innerWidth")
+        tab.close()
 
 
 @pytest.mark.browser

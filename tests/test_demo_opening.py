@@ -1,0 +1,217 @@
+"""How the page to try it is started and opens, and links to what it shows."""
+
+import math
+import runpy
+from html import unescape
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from urllib.parse import parse_qsl
+
+import pytest
+import timm
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+pytest.importorskip("gradio", reason="the extra `demo` is not installed: nothing here says whether the page works")
+import gradio as gr
+
+from benchmarks.checkpoints.find import PYPI
+from timm_csra.config import LOG_SOFTMAX, LOGITS, SCORES
+from timm_csra.demo import checkpoints, page
+from timm_csra.demo.__main__ import main
+from timm_csra.demo.link import NO_MAP, Link, read_link
+from timm_csra.installed import WHEELS, installed_examples
+
+# Files, and the command line
+
+
+@pytest.fixture
+def trained(tmp_path: Path) -> str:
+    torch.manual_seed(0)
+    torch.save({"state_dict": timm.create_model("test_resnet", num_classes=3).state_dict()}, tmp_path / "best.pth.tar")
+    return f"file:test_resnet@{tmp_path / 'best.pth.tar'}"
+
+
+def test_a_trained_file_is_shown_where_it_is_offered(trained: str, tmp_path: Path) -> None:
+    photo = next(iter(installed_examples().values()))
+    assert page._Page({trained: ("cat", "dog", "bird")}).look(trained, photo).names == ("cat", "dog", "bird")
+    assert page._Page({trained: ()}).look(trained, photo).names == ("0", "1", "2")
+    for offered in ({}, {"resnet18": ()}):
+        with pytest.raises(gr.Error, match="Files are only read where the page was started with them"):
+            page._Page(offered).look(trained, photo)
+    gone = f"file:test_resnet@{tmp_path / 'gone.pth'}"
+    with pytest.raises(gr.Error, match="gone.pth not found; expected a checkpoint of timm's train script"):
+        page._Page({gone: ()}).look(gone, photo)
+
+
+def test_the_command_line_offers_files(
+    trained: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    served: list[gr.Blocks] = []
+    monkeypatch.setattr(gr.Blocks, "launch", lambda page, **_: served.append(page))
+    names = tmp_path / "names.txt"
+    names.write_text("cat\ndog\nbird\n")
+    main(["--model", trained, "--class-names", str(names)])
+    assert f"{trained}: state_dict of best.pth.tar, 3 classes" in capsys.readouterr().out
+    (dropdown,) = (block for block in served[0].blocks.values() if getattr(block, "elem_id", "") == "model")
+    assert dropdown.choices[0] == (trained, trained)
+    names.write_text("cat\ndog\n")
+    for arguments, text in (
+        (["--model", trained, "--class-names", str(names)], "names.txt: found 2 names, expected one for each of 3"),
+        (["--model", "file:gone.pth"], "expected ARCH@PATH"),
+    ):
+        with pytest.raises(SystemExit):
+            main(arguments)
+        assert text in capsys.readouterr().err
+
+
+def test_it_knows_the_wheels_that_the_sweep_knows() -> None:
+    assert WHEELS == PYPI  # the library cannot import the benchmarks
+
+
+def test_the_app_of_a_space_serves_the_page_with_its_style(monkeypatch: pytest.MonkeyPatch) -> None:
+    served: dict[str, Any] = {}
+    monkeypatch.setattr(gr.Blocks, "launch", lambda page, **options: served.update(options))
+    folder = Path(__file__).resolve().parents[1] / "docs" / "space"
+    runpy.run_path(str(folder / "app.py"))
+    assert "button.tag" in served["css"] and "prefers-reduced-motion" in served["head"]
+    assert f"sdk_version: {gr.__version__}\n" in (folder / "README.md").read_text()
+
+
+# How it opens, and links
+
+
+def opened(offered: Any = None, **query: str) -> dict[str, Any]:
+    """What the page shows at first, by the names of its parts."""
+    values = page._Page(offered or {}).open(SimpleNamespace(query_params=query))  # type: ignore[arg-type]
+    names = "model example logits log_softmax maximum temperature download source seen chosen"
+    lists = "plain_tags logits_tags log_softmax_tags picture head link"
+    return dict(zip(f"{names} {lists}".split(), values, strict=True))
+
+
+def test_it_opens_with_a_photograph_already_tagged() -> None:
+    found = opened()
+    assert (found["model"], found["example"]) == ("tf_efficientnet_lite0", "coffee")
+    assert "espresso" in found["plain_tags"] and "espresso" in found["logits_tags"]
+    assert "<img" in found["picture"] and "<b>espresso</b>" in found["picture"]
+    assert "Linear head" in found["head"] and found["link"].startswith(
+        "checkpoint=tf_efficientnet_lite0&picture=coffee&"
+    )
+
+
+def test_where_nothing_is_installed_it_says_what_to_do(monkeypatch: pytest.MonkeyPatch, trained: str) -> None:
+    monkeypatch.setattr(page, "installed_wheels", list)
+    assert "No checkpoint is installed. Run pip install" in unescape(opened()["picture"])
+    assert opened()["model"] is None and opened()["seen"] is None
+    assert opened({trained: ()})["seen"] is not None
+    monkeypatch.setattr(page, "installed_examples", dict)
+    assert "No example photographs are installed" in opened({trained: ()})["picture"]
+
+
+def test_a_checkpoint_that_fails_at_the_start_is_told_in_the_page(tmp_path: Path) -> None:
+    gone = f"file:test_resnet@{tmp_path / 'gone.pth'}"
+    assert "gone.pth not found" in opened({gone: ()})["picture"]
+
+
+def test_a_map_stays_that_of_its_class_where_the_classes_are_the_same(trained: str) -> None:
+    three = page._Page({trained: ("cat", "dog", "bird")})
+    path = next(iter(installed_examples().values()))
+    lite0 = three.look("tf_efficientnet_lite0", path)
+    settings = ("coffee", 0.1, 0.3, True, 1.0)
+    same = three.changed(path, lite0, (1, LOG_SOFTMAX), "tf_efficientnet_lite1", *settings)
+    assert same[2] == (1, LOG_SOFTMAX)
+    _, seen, chosen, *_ = three.changed(path, lite0, (1, LOG_SOFTMAX), trained, *settings)
+    assert chosen == (int(seen.base.argmax()), LOGITS)
+    assert three.changed(path, lite0, NO_MAP, trained, *settings)[2] == NO_MAP
+    assert three.changed(path, None, (1, LOG_SOFTMAX), trained, *settings)[2] == (1, LOG_SOFTMAX)  # of a link
+
+
+@pytest.fixture
+def said(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What the page tells its visitor in passing."""
+    texts: list[str] = []
+    monkeypatch.setattr(gr, "Warning", texts.append)
+    monkeypatch.setattr(gr, "Info", texts.append)
+    return texts
+
+
+def test_a_link_shows_what_it_was_made_of(said: list[str]) -> None:
+    query = {
+        "checkpoint": "tf_efficientnet_lite1",
+        "picture": "astronaut",
+        "lam_logits": "0.25",
+        "lam_log_softmax": "1.2",
+    }
+    query |= {"T": "5", "class": "652", "scores": "log_softmax"}
+    found = opened(**query)
+    assert found["link"] == "&".join(f"{name}={value}" for name, value in query.items()) and said == []
+    assert (found["model"], found["example"]) == ("tf_efficientnet_lite1", "astronaut")
+    assert (found["logits"], found["log_softmax"], found["maximum"], found["temperature"]) == (0.25, 1.2, False, 5)
+    looked = found["seen"]
+    assert f"{looked.logits(1.2, 5.0, LOG_SOFTMAX).max():.2f}" in found["log_softmax_tags"]
+    assert "<b>military uniform</b>: per-location log-probabilities" in found["picture"]
+    bare = opened(**(query | {"class": NO_MAP}))
+    assert "class=none" in bare["link"] and "without a map" in bare["picture"]
+
+
+def test_a_link_to_a_picture_of_ones_own_says_that_it_has_none(said: list[str]) -> None:
+    assert opened(picture="uploaded")["example"] == "coffee"
+    assert said == ["The picture of this link is not part of it. These are its settings on an example."]
+
+
+def test_a_link_downloads_nothing_unasked(monkeypatch: pytest.MonkeyPatch, said: list[str]) -> None:
+    monkeypatch.setattr(checkpoints, "_create", lambda name: pytest.fail(f"{name} was loaded"))
+    found = opened(checkpoint="hf-hub:somebody/<b>", lam_logits="0.5")
+    assert found["download"].visible and found["download"].value == "Download hf-hub:somebody/<b> and show it"
+    assert found["seen"] is None and found["logits"] == 0.5
+    assert "hf-hub:somebody/&lt;b&gt;" in found["picture"] and "only if you say so" in found["picture"]
+    for name in ("file:test_resnet@/etc/passwd", "file:/etc/passwd"):
+        assert opened(checkpoint=name)["seen"] is None
+
+
+@pytest.mark.parametrize(
+    ("query", "text"),
+    [
+        ({"lam_logits": "2"}, "The link has lam_logits='2'; expected a number from 0 to 1. Shown with 0.1."),
+        ({"lam_log_softmax": "nan"}, "lam_log_softmax='nan'; expected a number from 0 to 3. Shown with 0.3."),
+        ({"T": "0"}, "The link has T='0'; expected inf, or a number from 0.1 to 20. Shown with inf."),
+        ({"picture": "/etc/passwd"}, "picture='/etc/passwd'; expected coffee or uploaded. Another is shown."),
+        ({"class": "-1"}, "The link has class='-1'; expected its index. Another map is shown."),
+        ({"class": "٣"}, "expected its index"),
+        ({"class": "3", "scores": "odds"}, "scores='odds'; expected logits or log_softmax. Shown with logits."),
+        ({"T": "x" * 99}, f"T='{'x' * 40}...';"),
+    ],
+)
+def test_what_makes_no_sense_in_a_link_is_told(query: dict[str, str], text: str) -> None:
+    link, (fault,) = read_link(query, ["coffee"])
+    assert text in fault
+    assert link == Link(chosen=(3, LOGITS) if query.get("class") == "3" else None)
+
+
+def test_faults_of_a_link_are_text_in_the_page(said: list[str]) -> None:
+    opened(T="<img src=x>", **{"class": "1000"})
+    assert said[0].startswith("The link has T=&#x27;&lt;img src=x&gt;&#x27;")
+    assert said[1] == "The link has class=1000; tf_efficientnet_lite0 has 1000, numbered from 0. Another map is shown."
+
+
+hundredths = st.integers(0, 100).map(lambda n: n / 100)
+
+
+@given(
+    st.builds(
+        Link,
+        checkpoint=st.text(min_size=1).map(str.strip),
+        picture=st.sampled_from(["", "coffee", "uploaded"]),
+        logits=hundredths,
+        log_softmax=hundredths.map(lambda lam: 3 * lam),
+        temperature=st.one_of(st.just(math.inf), st.integers(1, 200).map(lambda n: n / 10)),
+        chosen=st.none() | st.tuples(st.integers(0, 10**6), st.sampled_from(SCORES)),
+    )
+)
+def test_links_are_read_as_they_were_written(link: Link) -> None:
+    read, faults = read_link(dict(parse_qsl(link.query(), strict_parsing=True)), ["coffee"])
+    assert faults == []
+    assert read.log_softmax == pytest.approx(link.log_softmax)
+    assert read == Link(**(vars(link) | {"log_softmax": read.log_softmax}))
