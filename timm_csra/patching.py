@@ -194,7 +194,7 @@ def score_maps(
         model: a timm classifier, in eval mode.
         x: images as the model takes them, `(N, 3, H, W)`.
         scores: `logits`, or `log_softmax` for log-probabilities over the K classes.
-        return_logits: return the logits of `model(x)`, too, from the same pass through the backbone.
+        return_logits: also return the logits of `model(x)`, from the same pass through the backbone.
 
     Returns:
         `(N, K, rows, columns)`: the score of class k at each location, which the model's own head computes from a
@@ -230,7 +230,7 @@ def score_maps(
     if not return_logits:
         return maps
     reached = model in _reached  # by its own forward, which is not called here
-    logits = cast(Tensor, cast(Any, model).forward_head(features))  # last: a head may work in place
+    logits = cast(Tensor, cast(Any, model).forward_head(features))  # last, as a head may change the features in place
     if not reached:
         _reached.discard(model)
     return maps, logits

@@ -121,7 +121,7 @@ def read_trained(spec: str) -> Trained:
 
 
 def _loss(given: Mapping[str, Any]) -> str:
-    """Read `--bce-loss` of the training; of a script that knows other losses nothing is said."""
+    """Read the loss from `--bce-loss` of the training; return "" for scripts that have other losses, too."""
     if given.get("bce_loss") is True or given.get("multi_label") is True:
         return SIGMOID
     return SOFTMAX if given.get("bce_loss") is False and not (given.get("loss") or given.get("loss_type")) else ""
@@ -221,11 +221,11 @@ def read_class_names(file: Path) -> tuple[str, ...]:
 
 
 def class_names(model: nn.Module) -> tuple[str, ...]:
-    """Name the classes of a timm model: as saved with it (`label_names`, in the words of `label_descriptions`), else as
-    ImageNet does where their number is that of one of its sets of classes, else by their index.
+    """Return the names of a timm model's classes: those saved with it (`label_names`, replaced by
+    `label_descriptions`), else ImageNet's if the number of classes is that of one of its subsets, else the indices.
 
     Raises:
-        ValueError: the model has another number of classes than names.
+        ValueError: the model's number of classes differs from the number of names.
 
     Example:
         >>> class_names(timm.create_model("test_resnet"))[281]
