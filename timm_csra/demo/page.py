@@ -33,7 +33,8 @@ ON_TAG = """element.addEventListener('click', event => {
   if (tag) trigger('choose', {index: Number(tag.dataset.class), scores: tag.dataset.scores});
 });"""
 LINK = """<label for="link-text">Link to this view</label>
-<div class="link"><input id="link-text" readonly value="?${value}"><button type="button">Copy link</button></div>
+<div class="link"><input id="link-text" readonly value="${value ? '?' + value : ''}">
+<button type="button">Copy link</button></div>
 <p class="small" role="status"></p>"""
 ON_LINK = """const field = element.querySelector('input'), status = element.querySelector('[role=status]');
 const update = () => {
@@ -105,23 +106,21 @@ class _Page:
         found = checkpoint(name or "", self.offered)
         return look(found, path, found.class_names(self.offered.get(found.name, ())))
 
-    def changed(self, path: str | None, before: Seen | None, chosen: Any, *settings: Any) -> tuple[Any, ...]:
+    def changed(self, path: str | None, before: Seen | None, chosen: Any, name: str | None) -> tuple[Any, ...]:
         """Answer to another checkpoint. The map stays that of the same class, where it has the same classes."""
-        seen = self.look(settings[0], path)
+        seen = self.look(name, path)
         if before and before.names != seen.names and chosen != NO_MAP:
             chosen = None
-        return gr.Button(visible=False), seen, *self.render(seen, chosen, *settings)
+        return gr.Button(visible=False), seen, chosen
 
-    def example(self, _: Any, *settings: Any) -> tuple[Any, ...]:
+    def example(self, name: str | None, example: str) -> tuple[Any, ...]:
         """Answer to another example."""
-        path = self.examples[settings[1]][1]
-        seen = self.look(settings[0], path)
-        return path, seen, *self.render(seen, None, *settings)
+        path = self.examples[example][1]
+        return path, self.look(name, path), None
 
-    def upload(self, path: str, *settings: Any) -> tuple[Any, ...]:
+    def upload(self, path: str, name: str | None) -> tuple[Any, ...]:
         """Answer to a picture of the visitor's own: no example is chosen any more."""
-        seen = self.look(settings[0], path)
-        return None, path, seen, *self.render(seen, None, settings[0], None, *settings[2:])
+        return None, path, self.look(name, path), None
 
     def choose(self, seen: Seen | None, chosen: Any, event: gr.EventData, *settings: Any) -> tuple[Any, ...]:
         """Answer to a tag: its map, or none where it was shown."""
@@ -179,7 +178,6 @@ def build(offered: Mapping[str, Sequence[str]] | None = None) -> gr.Blocks:
                 example = gr.Radio(choices, label="Example photographs", elem_id="examples", visible=bool(choices))
                 upload = gr.UploadButton("Upload a picture", file_types=["image"], elem_id="upload")
                 download = gr.Button(visible=False, variant="primary", elem_id="download")
-                gr.Markdown("## Kind of head", elem_id="head-title")
                 head = gr.HTML(elem_id="head")
             with gr.Column(scale=3, min_width=280, elem_id="results"):
                 picture = gr.HTML(elem_id="picture")
@@ -212,18 +210,24 @@ def build(offered: Mapping[str, Sequence[str]] | None = None) -> gr.Blocks:
                 link = gr.HTML("", elem_id="link", html_template=LINK, js_on_load=ON_LINK)
         settings = [model, example, lam, lam_log, maximum, temperature]
         rendered = [chosen, plain, logits, log_softmax, picture, head, link]
-        quiet: dict[str, Any] = {"show_progress": "hidden", "trigger_mode": "always_last"}
         blocks.load(page.open, None, [*settings, download, source, seen, *rendered])
-        for asked in (model.input, download.click):
-            asked(
-                page.changed, [source, seen, chosen, *settings], [download, seen, *rendered], show_progress_on=picture
-            )
-        example.input(page.example, [source, *settings], [source, seen, *rendered], show_progress_on=picture)
-        upload.upload(page.upload, [upload, *settings], [example, source, seen, *rendered], show_progress_on=picture)
+        # One after the other, each with the values of that moment: what is shown is what the controls say.
+        quick: dict[str, Any] = {"show_progress": "hidden", "concurrency_id": "render", "concurrency_limit": 1}
+        slow: dict[str, Any] = {"show_progress_on": picture}
+        looked = [
+            *(
+                asked(page.changed, [source, seen, chosen, model], [download, seen, chosen], **slow)
+                for asked in (model.input, download.click)
+            ),
+            example.input(page.example, [model, example], [source, seen, chosen], **slow),
+            upload.upload(page.upload, [upload, model], [example, source, seen, chosen], **slow),
+        ]
+        for event in looked:
+            event.success(page.render, [seen, chosen, *settings], rendered, **quick)
         for control in (lam, lam_log, maximum, temperature):
-            control.input(page.render, [seen, chosen, *settings], rendered, **quiet)
+            control.input(page.render, [seen, chosen, *settings], rendered, trigger_mode="always_last", **quick)
         for tags in (plain, logits, log_softmax):
-            tags.choose(page.choose, [seen, chosen, *settings], rendered, **quiet)
+            tags.choose(page.choose, [seen, chosen, *settings], rendered, trigger_mode="multiple", **quick)
     return blocks
 
 

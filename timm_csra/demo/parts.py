@@ -151,7 +151,7 @@ def head(checkpoint: Checkpoint) -> str:
     _, height, width = found.input_size
     grid = f"{math.prod(found.grid)} locations ({found.grid[0]} x {found.grid[1]})" if found.grid else "no grid"
     return (
-        f"<p>{_HEADS[found.kind]}</p><p>{_LOSSES[checkpoint.loss]} {WHY_NOT_LOG_SOFTMAX}</p>"
+        f"<h2>Kind of head</h2><p>{_HEADS[found.kind]}</p><p>{_LOSSES[checkpoint.loss]} {WHY_NOT_LOG_SOFTMAX}</p>"
         f"<p>{escape(checkpoint.name)}: {found.num_classes:,} classes, input {height} x {width}, {grid}. The whole "
         "picture is squashed to that size, nothing is cropped.</p>"
     )
