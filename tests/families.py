@@ -1,8 +1,9 @@
 """The architectures that stand for the kinds of timm heads, with random weights, and a literal reference for them."""
 
+import copy
 import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import pytest
@@ -74,10 +75,14 @@ def create(name: str, **kwargs: object) -> nn.Module:
     """A fresh, randomised model in eval mode; equal calls give equal weights. Skips what an older timm lacks."""
     if OLDER and not timm.is_model(name):
         pytest.skip(f"timm {timm.__version__} does not have {name}: this did NOT run")
-    template = _template(name, **kwargs)
-    model = timm.create_model(name, **kwargs).eval()
-    model.load_state_dict(template.state_dict())
-    return model
+    return copy.deepcopy(_template(name, **kwargs))
+
+
+def smaller(architecture: str, size: int) -> int:
+    """Pixels that give a model of any size several locations, at a fraction of the cost of its own."""
+    cfg = timm.get_pretrained_cfg(architecture)
+    least = (cfg.min_input_size or (3, 128, 128))[-1]
+    return size if cfg.fixed_input_size else min(size, max(128, least))
 
 
 def images(family: Family, count: int = 2, seed: int = 0) -> Tensor:
@@ -145,15 +150,19 @@ def literal_scores(model: nn.Module, family: Family, features: Any) -> Tensor:
     return torch.stack([model.forward_head(constant) for constant in constant_maps(model, family, features)], dim=1)
 
 
-def literal_logits(model: nn.Module, family: Family, x: Tensor, lam: float, temperatures: tuple[float, ...]) -> Tensor:
-    """base_c + lam * att_c, by the definition, for a plain model."""
+def literal_logits(model: nn.Module, family: Family, x: Tensor) -> Callable[[float, tuple[float, ...]], Tensor]:
+    """base_c + lam * att_c of lam and temperatures, by the definition, for a plain model."""
     features = spatial_features(model, x)
-    scores = literal_scores(model, family, features)
-    attention = torch.zeros_like(scores[:, 0])
+    return functools.partial(paper, model.forward_head(features), literal_scores(model, family, features))
+
+
+def paper(base: Tensor, scores: Tensor, lam: float, temperatures: tuple[float, ...]) -> Tensor:
+    """The formula, of logits `(N, K)` and scores `(N, L, K)`."""
+    attention = torch.zeros_like(base)
     for temperature in temperatures:
         if temperature == float("inf"):
             attention += scores.max(dim=1).values
         else:
             weights = torch.exp(temperature * scores - torch.logsumexp(temperature * scores, dim=1, keepdim=True))
             attention += (weights * scores).sum(dim=1)
-    return model.forward_head(features) + lam * attention / len(temperatures)
+    return base + lam * attention / len(temperatures)

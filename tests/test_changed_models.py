@@ -89,7 +89,7 @@ def test_created_otherwise(changed: Variant) -> None:
     family, arguments = changed
     model = _create(family.name, arguments)
     x = _images(family, arguments)
-    plain, keys, expected = model(x), list(model.state_dict()), literal_logits(model, family, x, 0.3, (math.inf, 2.0))
+    plain, keys, expected = model(x), list(model.state_dict()), literal_logits(model, family, x)(0.3, (math.inf, 2.0))
     timm_csra.wrap(model, lam=0)
     assert torch.equal(model(x), plain)
     model.csra.lam, model.csra.temperature = 0.3, (math.inf, 2.0)
@@ -151,7 +151,7 @@ def test_reset_classifier_may_change_the_pooling_of_a_wrapped_model() -> None:
     family = Family("test_resnet", "NCHW", 0, "nonlinear", 96)
     logits = model(images(family))
     plain = timm_csra.unwrap(model)
-    torch.testing.assert_close(logits, literal_logits(plain, family, images(family), 0.3, (math.inf,)))
+    torch.testing.assert_close(logits, literal_logits(plain, family, images(family))(0.3, (math.inf,)))
 
 
 @pytest.mark.parametrize("name", ["test_resnet", "test_vit", "test_convnext", "test_mambaout", "efficientvim_m1"])

@@ -13,6 +13,8 @@ from torch import nn
 import timm_csra
 from examples.own_labels import batches, main
 
+ROOT = Path(__file__).resolve().parents[1]
+
 
 @pytest.fixture
 def photos(tmp_path: Path) -> Path:
@@ -106,3 +108,23 @@ def test_a_table_of_labels_that_cannot_be_used_is_refused_in_one_line(
     with pytest.raises(SystemExit) as refused:
         main([str(tmp_path)])
     assert said in str(refused.value) and "\n" not in str(refused.value)
+
+
+SCRIPTS = sorted(path.stem for path in (ROOT / "examples").glob("*.py"))
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_every_script_explains_itself(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    script = pytest.importorskip(f"examples.{name}", reason="the extra examples is not installed")
+    with pytest.raises(SystemExit) as stopped:
+        script.main(["--help"])
+    printed = capsys.readouterr().out
+    assert stopped.value.code == 0 and script.__doc__.splitlines()[0] in printed
+    assert f"python examples/{name}.py" in printed and "pip install" in printed
+
+
+def test_the_documentation_has_every_example_and_its_command() -> None:
+    page = (ROOT / "docs" / "examples.md").read_text(encoding="utf-8")
+    for path in (ROOT / "examples").iterdir():
+        if path.suffix in (".py", ".ipynb"):
+            assert f"](../examples/{path.name})" in page and f"examples/{path.name}`" in page.replace(".py ", ".py`")

@@ -13,7 +13,7 @@ from timm.layers import AttentionPool2d
 
 import timm_csra
 
-from .families import EXACT, FAMILIES, Family, create, images, literal_logits, literal_scores, spatial_features
+from .families import EXACT, FAMILIES, Family, create, images, literal_logits, literal_scores, paper, spatial_features
 
 all_families = pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
 SETTINGS = [(0.1, (math.inf,)), (1.0, (1.0,)), (0.37, (5.0,)), (0.2, (1.0, math.inf))]
@@ -72,15 +72,19 @@ def test_equals_the_literal_constant_maps(family: Family) -> None:
     plain = create(family.name)
     wrapped = timm_csra.wrap(create(family.name))
     x = images(family)
+    expected = literal_logits(plain, family, x)
     for lam, temperatures in SETTINGS:
         wrapped.csra.lam, wrapped.csra.temperature = lam, temperatures
-        assert relative_error(wrapped(x), literal_logits(plain, family, x, lam, temperatures)) <= 1e-4
+        assert relative_error(wrapped(x), expected(lam, temperatures)) <= 1e-4
     plain, wrapped, x = plain.double(), wrapped.double(), x.double()
-    assert relative_error(wrapped(x), literal_logits(plain, family, x, lam, temperatures)) <= 1e-12
-    maps = timm_csra.score_maps(plain, x)
-    expected = literal_scores(plain, family, spatial_features(plain, x))
-    assert relative_error(maps.flatten(2).transpose(1, 2), expected) <= 1e-12
+    features, maps = spatial_features(plain, x), timm_csra.score_maps(plain, x)
+    scores = literal_scores(plain, family, features)
+    assert relative_error(wrapped(x), paper(plain.forward_head(features), scores, lam, temperatures)) <= 1e-12
+    assert relative_error(maps.flatten(2).transpose(1, 2), scores) <= 1e-12
     assert torch.equal(maps, timm_csra.score_maps(wrapped, x))
+    for model in (plain, wrapped):
+        in_one_pass, logits = timm_csra.score_maps(model, x, return_logits=True)
+        assert torch.equal(in_one_pass, maps) and relative_error(logits, model(x)) <= 1e-12
 
 
 @pytest.mark.parametrize("family", EXACT, ids=lambda family: family.name)

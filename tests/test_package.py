@@ -144,4 +144,6 @@ def test_importing_takes_at_most_50_ms_beyond_timm() -> None:
     for _ in range(3):
         said = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stderr
         micros.append(int(re.search(r"\| +(\d+) \| timm_csra$", said, re.MULTILINE)[1]))
+        if micros[-1] <= 50_000:
+            break
     assert min(micros) <= 50_000

@@ -184,6 +184,7 @@ def test_a_forward_that_does_not_reach_the_head_is_told_once() -> None:
         warnings.simplefilter("error")
         model(x)
         model.csra.lam = 0.3
+        timm_csra.score_maps(model, x, return_logits=True)  # calls the head, but not the model's forward
         with pytest.raises(
             UserWarning, match="test_resnet: its forward did not call forward_head, so wrapping has no effect"
         ):

@@ -10,10 +10,11 @@ import pytest
 import timm
 import torch
 from safetensors.torch import save_file
+from timm.data import ImageNetInfo
 from timm.utils import CheckpointSaver, ModelEmaV3
 
 import timm_csra
-from timm_csra.trained import read_trained
+from timm_csra.trained import class_names, read_trained
 
 TINY = [name for name in timm.list_models("test_*", pretrained=True) if "clip" not in name]
 
@@ -154,3 +155,52 @@ def test_it_can_be_wrapped_and_saved(tmp_path: Path) -> None:
     card = (tmp_path / "saved" / "README.md").read_text()
     assert "The licence is unknown" in card
     assert "The base checkpoint is unknown" in card
+
+
+def test_from_pretrained_takes_a_file_of_the_train_script(tmp_path: Path) -> None:
+    file, model, _ = train(tmp_path / "run", "test_resnet", 3, img_size=96)
+    names = {"label_names": ["cat", "dog", "horse"]}
+    wrapped = timm_csra.from_pretrained(
+        f"file:test_resnet@{file}", lam=0.2, scores="log_softmax", pretrained_cfg_overlay=names
+    )
+    assert wrapped.csra == timm_csra.CSRAConfig(0.2, scores="log_softmax") and not wrapped.training
+    assert (
+        wrapped.pretrained_cfg["input_size"] == (3, 96, 96)
+        and wrapped.pretrained_cfg["label_names"] == names["label_names"]
+    )
+    x = torch.randn(2, 3, 96, 96)
+    with torch.inference_mode():
+        assert torch.equal(timm_csra.unwrap(wrapped)(x), model(x))
+    timm_csra.save_pretrained(timm_csra.wrap(wrapped), tmp_path / "saved")
+    assert timm_csra.from_pretrained(tmp_path / "saved").pretrained_cfg["label_names"] == names["label_names"]
+    assert timm_csra.from_pretrained(f"file:test_resnet@{file}").csra == timm_csra.CSRAConfig()
+    with pytest.raises(
+        ValueError, match="file:test_resnet@.*: found revision='main' with a file; only a repository has"
+    ):
+        timm_csra.from_pretrained(f"file:test_resnet@{file}", revision="main")
+    with pytest.raises(ValueError, match="file:test_resnet@gone.pth: gone.pth not found"):
+        timm_csra.from_pretrained("file:test_resnet@gone.pth")
+    with pytest.raises(TypeError, match="found the argument checkpoint_path"):
+        timm_csra.from_pretrained(f"file:test_resnet@{file}", checkpoint_path="x")
+
+
+def test_names_of_classes(tmp_path: Path) -> None:
+    def named(classes: int, **config: Any) -> tuple[str, ...]:
+        return class_names(timm.create_model("test_resnet", num_classes=classes, pretrained_cfg_overlay=config))
+
+    descriptions = {"n1": "cat, house cat", "n2": "dog"}
+    assert named(3) == ("0", "1", "2")
+    assert named(2, label_names=["n1", "n2"]) == ("n1", "n2")
+    assert named(2, label_names=["n1", "n2"], label_descriptions=descriptions) == ("cat, house cat", "dog")
+    imagenet = ImageNetInfo("imagenet-1k")
+    assert named(1000)[281] == named(1000, label_names=imagenet.label_names())[281] == "tabby, tabby cat"
+    own = [f"class {index}" for index in range(1000)]
+    assert named(1000, label_names=own) == tuple(own)
+    with pytest.raises(ValueError, match="test_resnet: found 2 names of classes, expected 3"):
+        named(3, label_names=["n1", "n2"])
+    model = timm_csra.wrap(
+        timm.create_model("test_resnet", num_classes=2, pretrained_cfg_overlay={"label_names": ["n1", "n2"]}).eval()
+    )
+    model.pretrained_cfg["label_descriptions"] = descriptions
+    timm_csra.save_pretrained(model, tmp_path)
+    assert class_names(timm_csra.from_pretrained(tmp_path)) == ("cat, house cat", "dog")

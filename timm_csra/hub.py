@@ -29,7 +29,7 @@ from .config import CSRAConfig
 from .errors import describe
 from .misfits import REPARAMETERISED, Misfits, Shape
 from .patching import check_supported, is_wrapped, wrap
-from .trained import read_weights_only
+from .trained import read_trained, read_weights_only
 from .version import __version__
 
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
@@ -179,8 +179,10 @@ def from_pretrained(
     """Load a wrapped model, or load any timm model and wrap it.
 
     Args:
-        name_or_path: `user/repo` or `hf-hub:user/repo@revision` on the Hugging Face Hub, a folder, or
-            `local-dir:PATH`. An existing folder takes precedence over a repository of the same name.
+        name_or_path: `user/repo` or `hf-hub:user/repo@revision` on the Hugging Face Hub, a folder,
+            `local-dir:PATH`, or `file:ARCH@PATH` for a checkpoint of timm's train script, such as
+            `file:resnet50@output/train/model_best.pth.tar`. An existing folder takes precedence over a repository of
+            the same name.
         revision: branch, tag or commit of the repository.
         cache_dir: folder for downloads; huggingface_hub's cache by default.
         token: access token of the Hub; by default the one of `hf auth login` or `HF_TOKEN`.
@@ -206,6 +208,10 @@ def from_pretrained(
             f"{name}: found the argument {refused[0]}, but from_pretrained loads the weights of the folder or "
             "repository. For other weights use timm_csra.create_model."
         )
+    given: dict[str, Any] = {"lam": lam, "temperature": temperature, "scores": scores}
+    given = {key: value for key, value in given.items() if value is not None}
+    if source == "file":  # settings are never stored in one
+        return wrap(read_trained(location).create(**kwargs), **given)
     if source == "local-dir":
         folder = Path(location)
         if not (folder / CONFIG).is_file():
@@ -223,9 +229,8 @@ def from_pretrained(
     elif not (folder / WEIGHTS).is_file():
         _refuse_code(name, folder)
     settings = stored or CSRAConfig()
-    settings.lam = settings.lam if lam is None else lam
-    settings.temperature = settings.temperature if temperature is None else temperature
-    settings.scores = settings.scores if scores is None else scores
+    for key, value in given.items():
+        setattr(settings, key, value)
     if stored is None:
         _logger.warning(f"{name}: {CONFIG} has no settings of timm_csra; wrapped with {settings}.")
     if (folder / WEIGHTS).is_file():
@@ -294,18 +299,19 @@ def _contiguous(model: nn.Module) -> Iterator[None]:
 
 
 def _parse(name_or_path: str | Path, revision: str | None) -> tuple[str, str]:
-    """Return `hf-hub` and `user/repo[@revision]`, or `local-dir` and a folder."""
+    """Return `hf-hub` and `user/repo[@revision]`, `local-dir` and a folder, or `file` and `ARCH@PATH`."""
     text = str(name_or_path)
     source, colon, location = text.partition(":")
-    if not colon or source not in ("hf-hub", "local-dir"):
+    if not colon or source not in ("hf-hub", "local-dir", "file"):
         source, location = ("local-dir" if Path(text).is_dir() else "hf-hub"), text
-    if source == "local-dir":
+    if source != "hf-hub":
         if revision is not None:
-            raise ValueError(f"{text}: found revision={revision!r} with a folder; only a repository has revisions.")
+            what = "file" if source == "file" else "folder"
+            raise ValueError(f"{text}: found revision={revision!r} with a {what}; only a repository has revisions.")
         return source, location
     if location.partition("@")[0].count("/") != 1:
         timm_name = f" For timm's model of this name use create_model({text!r})." if is_model(text) else ""
-        raise ValueError(f"{text}: expected user/repo on the Hub, or an existing folder.{timm_name}")
+        raise ValueError(f"{text}: expected user/repo on the Hub, an existing folder, or file:ARCH@PATH.{timm_name}")
     if revision is not None:
         if "@" in location:
             raise ValueError(f"{text}: found a second revision, revision={revision!r}; give only one of them.")

@@ -59,9 +59,8 @@ class Layout:
         return model.get_classifier() if hasattr(model, "get_classifier") else None
 
     def grid(self, model: Any, features: Any, input_size: tuple[int, int]) -> tuple[int, int] | None:
-        """Return the numbers of rows and columns of the grid of locations, or None where they form no grid. The grid is
-        that of the patch embedding; where it does not report one, the L locations get the aspect ratio of the input
-        `(H, W)`."""
+        """Return the numbers of rows and columns of locations, or None where these form no grid. The grid is that of
+        the patch embedding; where it reports none, the L locations get the aspect ratio of the input `(H, W)`."""
         count = self.locations(features)[0].shape[1]
         embedding: Any = getattr(model, "patch_embed", None)
         if hasattr(embedding, "dynamic_feat_size"):

@@ -3,7 +3,7 @@
 import functools
 import math
 import warnings
-from typing import Any, TypeVar, cast
+from typing import Any, Literal, TypeVar, cast, overload
 from weakref import WeakSet
 
 import torch
@@ -83,9 +83,7 @@ class CSRAMixin:
 def _valid(model: nn.Module, features: Any, masks: dict[str, Any]) -> Tensor | None:
     """Return the mask of the locations that are not padding, `(N, L)`; None where the head got no mask for them."""
     valid = masks.get("patch_valid")
-    if valid is None:
-        return None
-    if valid.shape != layout_of(model, features).locations(features)[0].shape[:2]:
+    if valid is None or valid.shape != layout_of(model, features).locations(features)[0].shape[:2]:
         return None  # the model has pooled its patches to other tokens
     return valid.bool()
 
@@ -181,18 +179,27 @@ def plain_head(model: nn.Module) -> Head:
     return super(CSRAMixin, model).forward_head if is_wrapped(model) else model.forward_head  # type: ignore
 
 
-def score_maps(model: nn.Module, x: Tensor, scores: str = "logits") -> Tensor:
+@overload
+def score_maps(model: nn.Module, x: Tensor, scores: str = ..., *, return_logits: Literal[False] = ...) -> Tensor: ...
+@overload
+def score_maps(
+    model: nn.Module, x: Tensor, scores: str = ..., *, return_logits: Literal[True]
+) -> tuple[Tensor, Tensor]: ...
+def score_maps(
+    model: nn.Module, x: Tensor, scores: str = "logits", *, return_logits: bool = False
+) -> Tensor | tuple[Tensor, Tensor]:
     """Compute the class scores of every location, for a wrapped or plain timm classifier; `lam` does not matter.
 
     Args:
         model: a timm classifier, in eval mode.
         x: images as the model takes them, `(N, 3, H, W)`.
         scores: `logits`, or `log_softmax` for log-probabilities over the K classes.
+        return_logits: also return the logits of `model(x)`, from the same pass through the backbone.
 
     Returns:
         `(N, K, rows, columns)`: the score of class k at each location, which the model's own head computes from a
         feature map in which every location equals that one. For a head that is linear after average pooling, the mean
-        of the per-location logits is the plain logit.
+        of the per-location logits is the plain logit. With `return_logits` a pair: these maps, and the logits `(N, K)`.
 
     Raises:
         UnsupportedModelError: the model cannot be wrapped, or its locations form no grid.
@@ -219,7 +226,14 @@ def score_maps(model: nn.Module, x: Tensor, scores: str = "logits") -> Tensor:
             f"{describe(model)}: {mean_scores.shape[1]} locations form no grid of rows and columns for an input of "
             f"{x.shape[-2]}x{x.shape[-1]} pixels. Use an input whose size is a multiple of the model's patch size."
         )
-    return mean_scores.transpose(1, 2).unflatten(2, grid)
+    maps = mean_scores.transpose(1, 2).unflatten(2, grid)
+    if not return_logits:
+        return maps
+    reached = model in _reached  # by its own forward, which is not called here
+    logits = cast(Tensor, cast(Any, model).forward_head(features))  # last, as a head may change the features in place
+    if not reached:
+        _reached.discard(model)
+    return maps, logits
 
 
 def check_supported(model: Any) -> None:
@@ -242,8 +256,7 @@ def check_supported(model: Any) -> None:
             f"{describe(model)}: found global_pool='', a head that does not pool; expected logits (N, K). "
             "Create the model with pooling, e.g. timm.create_model(..., global_pool='avg')."
         )
-    elsewhere = [name for name, module in model.named_modules() if _has_positions(module) and module is not head]
-    if elsewhere:
+    if elsewhere := [name for name, module in model.named_modules() if _has_positions(module) and module is not head]:
         raise UnsupportedModelError(
             f"{describe(model)}: found an attention pool with a position embedding, `{elsewhere[0]}`; expected none "
             "except `model.head`, because its score of a location depends on the position. Use a pooling without "

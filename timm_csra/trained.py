@@ -9,14 +9,16 @@ import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import timm
 import torch
 from safetensors.torch import load_file
-from timm.data import resolve_data_config
+from timm.data import ImageNetInfo, infer_imagenet_subset, resolve_data_config
 from timm.models import PretrainedCfg, clean_state_dict, is_model, split_model_name_tag
 from torch import Tensor, nn
+
+from .errors import describe
 
 FORM = "ARCH@PATH, such as resnet50@output/train/model_best.pth.tar"
 SOFTMAX, SIGMOID = "softmax", "sigmoid"
@@ -59,14 +61,18 @@ class Trained:
         return f"{self.weights} of {self.file.name}{average}" if self.weights else f"{self.file.name}"
 
     def create(self, **arguments: Any) -> nn.Module:
-        """Create the model with these weights, in eval mode. `arguments` replace those of `self.arguments`.
+        """Create the model with these weights, in eval mode. `arguments` replace those of `self.arguments`; a
+        `pretrained_cfg_overlay` replaces single keys, and never the file.
 
         Raises:
             ValueError: the weights do not fit the architecture.
         """
+        own = self.arguments["pretrained_cfg_overlay"]
+        overlay = {**own, **(arguments.get("pretrained_cfg_overlay") or {}), "file": own["file"], "custom_load": False}
+        arguments = {**self.arguments, **arguments, "pretrained_cfg_overlay": overlay}
         try:
             with torch.serialization.safe_globals([argparse.Namespace]):  # timm 1.0.22 does not allow it itself
-                return timm.create_model(**{**self.arguments, **arguments}, pretrained=True).eval()
+                return timm.create_model(**arguments, pretrained=True).eval()
         except (RuntimeError, KeyError) as error:  # keys or shapes do not fit, or cannot be resized to the image size
             reason = " ".join(line.strip() for line in str(error).splitlines()[:4])
             raise ValueError(
@@ -115,7 +121,7 @@ def read_trained(spec: str) -> Trained:
 
 
 def _loss(given: Mapping[str, Any]) -> str:
-    """Read `--bce-loss` of the training; of a script that knows other losses nothing is said."""
+    """Read the loss from `--bce-loss` of the training; return "" for scripts that have other losses, too."""
     if given.get("bce_loss") is True or given.get("multi_label") is True:
         return SIGMOID
     return SOFTMAX if given.get("bce_loss") is False and not (given.get("loss") or given.get("loss_type")) else ""
@@ -212,3 +218,25 @@ def read_class_names(file: Path) -> tuple[str, ...]:
         if int(number) != expected:
             raise ValueError(f"{file}, line {expected + 1}: found index {number}; expected {expected}.")
     return tuple(name for _, _, name in numbered)
+
+
+def class_names(model: nn.Module) -> tuple[str, ...]:
+    """Return the names of a timm model's classes: those saved with it (`label_names`, replaced by
+    `label_descriptions`), else ImageNet's if the number of classes is that of one of its subsets, else the indices.
+
+    Raises:
+        ValueError: the model's number of classes differs from the number of names.
+
+    Example:
+        >>> class_names(timm.create_model("test_resnet"))[281]
+        'tabby, tabby cat'
+    """
+    count, config = int(cast(Any, model).num_classes), getattr(model, "pretrained_cfg", {})
+    names, descriptions = list(config.get("label_names") or ()), config.get("label_descriptions") or {}
+    if subset := infer_imagenet_subset(model):
+        info = ImageNetInfo(subset)
+        if not names or names == info.label_names():
+            names = [info.index_to_description(index) for index in range(info.num_classes())]
+    if names and len(names) != count:
+        raise ValueError(f"{describe(model)}: found {len(names)} names of classes, expected {count}.")
+    return tuple(descriptions.get(name, name) for name in names or map(str, range(count)))

@@ -21,9 +21,11 @@ from .summary import FIRST_METRIC, Row, task
 from .tables import short
 
 COSTS = ("pictures", "way", "size", "checkpoints", "cost", "gain")  # cost: multiply-accumulates, plain at `OWN` = 1
+VALUES = alt.NamedData("values")  # the rows of a plot; inline, altair would check each against the schema of Vega-Lite
 OWN = "1x"  # the size of the plots by head, by scores and by lam
 SCORES = {"fixed": "logits, lam 0.1", "fixed_log_softmax": "log_softmax, lam 0.3"}
 COLOURS = {"logits, lam 0.1": "#2a6fb0", "log_softmax, lam 0.3": "#d9822b", "plain": "#5b5f66"}
+Figure = tuple[alt.FacetChart | alt.LayerChart, list[dict[str, Any]]]  # a chart and its `VALUES`
 WAYS = {  # names of protocols in the plot of ways to use a checkpoint
     **SCORES,
     "five_crops_mean": "five crops, mean",
@@ -44,9 +46,10 @@ def write_figures(records: Sequence[Record], rows: Sequence[Row], out: Path) -> 
         "compute": _by_compute(list(ways(rows))),
     }
     written = []
-    for name, chart in charts.items():
-        if chart is not None:
-            svg = vl_convert.vegalite_to_svg(chart.to_dict())
+    for name, found in charts.items():
+        if found is not None:
+            chart, values = found
+            svg = vl_convert.vegalite_to_svg(chart.to_dict() | {"datasets": {VALUES.name: values}})
             write_text(out / "figures" / f"{name}.svg", svg)
             (out / "figures" / f"{name}.png").write_bytes(vl_convert.svg_to_png(svg, scale=2))
             written.append(out / "figures" / f"{name}.svg")
@@ -64,7 +67,7 @@ def _pictures(row: Row) -> str:
     return f"{row['data']}, {task(row)}, {row['metric']}"
 
 
-def _by_head(rows: Sequence[Row]) -> alt.FacetChart | None:
+def _by_head(rows: Sequence[Row]) -> Figure | None:
     """Plot the mean gain of each kind of head with its interval over images, and the gain of every checkpoint."""
     own = [row for row in rows if row["requested"] == OWN and row["protocol"] in SCORES]
     means = [
@@ -79,22 +82,23 @@ def _by_head(rows: Sequence[Row]) -> alt.FacetChart | None:
     ]
     if not single:
         return None
-    base = alt.Chart(alt.Data(values=[*means, *single])).encode(
+    base = alt.Chart(VALUES).encode(
         y=alt.Y("scores:N", title=None, axis=None), color=_colour("scores", [*SCORES.values()])
     )
     zero = base.mark_rule(strokeDash=[3, 3], color="#9aa0a8").encode(x=alt.datum(0), y=alt.value(0), y2=alt.value(34))
     each = base.mark_point(size=22, opacity=0.7).encode(x=alt.X("each:Q", title="gain, points"))
     mean = base.mark_tick(thickness=3, size=16).encode(x="gain:Q")
     bars = base.mark_rule(size=2).encode(x="low:Q", x2="high:Q")
-    return (
+    chart = (
         (zero + each + bars + mean)
         .properties(width=190, height=34)
         .facet(row=_facet("pictures"), column=alt.Column("head:N", title="kind of head"))
         .properties(title="Gain by head and pictures: checkpoints (o), mean (|), its 95 % interval over images")
     )
+    return chart, [*means, *single]
 
 
-def _by_scores(rows: Sequence[Row]) -> alt.LayerChart | None:
+def _by_scores(rows: Sequence[Row]) -> Figure | None:
     """Plot the gain with log-probabilities against that with logits, for each checkpoint and data set."""
     gains: dict[tuple[Any, ...], dict[str, float]] = defaultdict(dict)
     verdicts = {}
@@ -118,7 +122,7 @@ def _by_scores(rows: Sequence[Row]) -> alt.LayerChart | None:
             max(v[name] for v in values for name in (LOGITS, LOG_SOFTMAX)) + 0.3]  # fmt: skip
     scale = alt.Scale(domain=ends)
     same = alt.Chart(alt.Data(values=[{"x": end, "y": end} for end in ends])).mark_line(color="#9aa0a8", strokeWidth=1)
-    points = alt.Chart(alt.Data(values=values)).mark_point(size=55, opacity=0.85)
+    points = alt.Chart(VALUES).mark_point(size=55, opacity=0.85)
     shown = points.encode(
         x=alt.X("logits:Q", scale=scale, title="gain on logits, lam 0.1, points"),
         y=alt.Y("log_softmax:Q", scale=scale, title="gain on log-probabilities, lam 0.3, points"),
@@ -128,12 +132,13 @@ def _by_scores(rows: Sequence[Row]) -> alt.LayerChart | None:
         tooltip=["model:N", "pictures:N", alt.Tooltip("logits:Q", format="+.2f"),
                  alt.Tooltip("log_softmax:Q", format="+.2f")],
     )  # fmt: skip
-    return (same.encode(x=alt.X("x:Q", scale=scale), y=alt.Y("y:Q", scale=scale)) + shown).properties(
+    chart = (same.encode(x=alt.X("x:Q", scale=scale), y=alt.Y("y:Q", scale=scale)) + shown).properties(
         width=380, height=380, title="The two kinds of scores; filled: the 95 % interval of their difference excludes 0"
     )
+    return chart, values
 
 
-def _by_lam(records: Sequence[Record]) -> alt.FacetChart | None:
+def _by_lam(records: Sequence[Record]) -> Figure | None:
     """Plot the gain against lam at T = inf, for every checkpoint and for their mean."""
     values = [
         {"pictures": _pictures(record | result), "model": short(record["model"])}
@@ -148,28 +153,27 @@ def _by_lam(records: Sequence[Record]) -> alt.FacetChart | None:
         return None
     colour = alt.Color("scores:N", title=None, scale=alt.Scale(domain=[LOGITS, LOG_SOFTMAX],
                        range=[*COLOURS.values()][:2]))  # fmt: skip
-    base = alt.Chart(alt.Data(values=values)).encode(
-        x=alt.X("lam:Q", scale=alt.Scale(type="sqrt"), title="lam, T = inf"), color=colour
-    )
+    base = alt.Chart(VALUES).encode(x=alt.X("lam:Q", scale=alt.Scale(type="sqrt"), title="lam, T = inf"), color=colour)
     zero = base.mark_rule(strokeDash=[3, 3], color="#9aa0a8").encode(y=alt.datum(0), x=alt.value(0), x2=alt.value(210))
     each = base.mark_line(opacity=0.25, strokeWidth=1).encode(
         y=alt.Y("gain:Q", title="gain, points"), detail=["model:N", "scores:N"]
     )
     mean = base.mark_line(strokeWidth=3).encode(y="mean(gain):Q")
-    return (
+    chart = (
         (zero + each + mean)
         .properties(width=210, height=150)
         .facet(_wrapped("pictures"), columns=3)
         .resolve_scale(y="independent")
         .properties(title="Gain against lam: every checkpoint, and their mean")
     )
+    return chart, values
 
 
-def _by_compute(values: Sequence[Row]) -> alt.FacetChart | None:
+def _by_compute(values: list[Row]) -> Figure | None:
     """Plot the gain of each way to use a checkpoint, over the plain model at its own size, against its compute."""
     if not any(value["way"] not in ("plain", *SCORES.values()) for value in values):
         return None
-    base = alt.Chart(alt.Data(values=values)).encode(
+    base = alt.Chart(VALUES).encode(
         x=alt.X("cost:Q", scale=alt.Scale(type="log", domain=[0.9, 6]), title="multiply-accumulates, plain at 1x = 1"),
         y=alt.Y("gain:Q", title="mean gain, points"),
     )
@@ -177,13 +181,14 @@ def _by_compute(values: Sequence[Row]) -> alt.FacetChart | None:
         color=alt.Color("way:N", title=None), shape=alt.Shape("size:N", title="image size"), tooltip=["way:N", "size:N"]
     )
     zero = base.mark_rule(strokeDash=[3, 3], color="#9aa0a8").encode(y=alt.datum(0), x=alt.value(0), x2=alt.value(230))
-    return (
+    chart = (
         (zero + points)
         .properties(width=230, height=170)
         .facet(_wrapped("pictures"), columns=3)
         .resolve_scale(y="independent")
         .properties(title="Accuracy against compute: means over the same checkpoints")
     )
+    return chart, values
 
 
 def ways(rows: Sequence[Row]) -> Iterator[Row]:

@@ -14,8 +14,8 @@ from .tables import LEGEND, MANY, by_metric, gain, known, number, print_failure,
 EXTREMES = 10  # number of cells with the largest gains, and with the largest losses
 REASONS = 10  # number of reasons for cells without a result
 LEGEND_OF_EXTREMES = (
-    "By the first metric of each task, with the protocol in which a cell gains or loses most. The intervals are not "
-    "corrected for this choice among many; the verdicts are."
+    "By the first metric of each task, with the protocol in which a cell gains or loses most. Intervals are not "
+    "corrected for this choice; verdicts are."
 )
 
 

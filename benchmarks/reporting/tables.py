@@ -19,9 +19,9 @@ from .pooled import Pooled
 from .summary import FIRST_METRIC, OVER_PLAIN, VERDICTS, task, versus
 
 LEGEND = (
-    "Percent, and gains over lam=0 in percentage points with 95 % paired bootstrap intervals over the n images that "
-    "count for the metric. fixed: logits, lam 0.1, T inf, as in the paper. fixed_log_softmax: lam 0.3, T inf. "
-    "crossfit: settings chosen on one half of the images and measured on the other, both ways."
+    "Percent, and gains over lam=0 in points with 95 % paired bootstrap intervals over the n images that count for the "
+    "metric. fixed: logits, lam 0.1, T inf, as in the paper. fixed_log_softmax: lam 0.3, T inf. crossfit: chosen on "
+    "one half, measured on the other, both ways."
 )
 LEGEND_OF_WIDE = (
     "log_softmax_vs_logits: fixed_log_softmax over fixed. best: settings chosen on the test images themselves, "

@@ -203,7 +203,7 @@ def test_kept_scores_keep_the_choice(tmp_path: Path, photos: Path, pictures: Pat
     sweep(out, model, photos, "--img-size", "64", "--keep-scores")
     _, records = sweep(out, model, photos, "--img-size", "64", "--rescore", "--calibration-data", str(pictures))
     (failed,) = (record for record in records if record["status"] == "failed")
-    assert "kept with the scores is no lam chosen without labels; expected one by pictures" in failed["reason"]
+    assert "found no lam chosen without labels with the kept scores; expected lam chosen on" in failed["reason"]
 
 
 def test_what_cannot_be_compared_is_left_out_with_the_reason(photos: Path, pictures: Path) -> None:
@@ -219,7 +219,7 @@ def test_what_cannot_be_compared_is_left_out_with_the_reason(photos: Path, pictu
     row |= {"baseline": 50.0, "gain": 1.0, "ci_low": None, "ci_high": None, "n": 3}
     record = {"model": "m", "data": "d", "task": "single", "img_size": 64, "n": 3, "status": "ok", "results": [row]}
     print_records([record | {"agreement": found}], Console(file=told, width=300))
-    assert "agreement on d: left out, a stream has no list of its pictures, so that" in told.getvalue()
+    assert "agreement on d: left out, a stream has no list of its pictures to compare" in told.getvalue()
 
 
 def test_refused_pictures(tmp_path: Path, photos: Path, pictures: Path, capsys: pytest.CaptureFixture[str]) -> None:

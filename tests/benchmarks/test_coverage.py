@@ -41,7 +41,7 @@ def test_rows_resume_and_counts(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert rows["test_resnet"]["path"] == "kept from before"
     printed = capsys.readouterr()
     assert "2 of the 2 architectures with a classifier can be wrapped" in printed.out
-    assert "1 of 2 are in" in printed.err
+    assert "1 of 2 are already in" in printed.err
 
 
 def test_a_dead_process_is_one_failed_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -57,7 +57,7 @@ def cluster() -> Iterator[Cluster]:
     patch.setenv("PYTHONPATH", str(ROOT))
     head = {"num_cpus": 0, "include_dashboard": False, "node_ip_address": LOOPBACK}
     cluster = Cluster(initialize_head=True, head_node_args=head)
-    for _ in range(3):
+    for _ in range(2):
         add_node(cluster)
     ray.init(address=cluster.address, _node_ip_address=LOOPBACK, log_to_driver=False, logging_level="ERROR")
     cluster.wait_for_nodes()
@@ -214,8 +214,16 @@ def test_failures_and_deaths(engine: Any, tmp_path: Path, where: Any) -> None:
     assert {r["model"]: r["status"] for r in read_records(tmp_path / "out")} == {
         name: record["status"] for name, record in found.items()
     }
-    again = run(tmp_path / "out", trivial(names), engine, compute, retry_failed=True)
-    assert len(again) == len(names)
+
+
+def test_failures_and_deaths_are_tried_again_when_asked(tmp_path: Path) -> None:
+    """By records alone, which no engine reads."""
+    told = tmp_path / "computed"
+    names = ["a", "broken", "dies once", "b", "dies always", "c"]
+    engine = lambda compute: LocalEngine([OPTIONS] * 2, compute=compute)  # noqa: E731
+    for retry_failed in (False, True):
+        records = run(tmp_path / "out", trivial(names), engine, partial(counting, str(told)), retry_failed)
+        assert len(records) == len(names)
     expected = {"a": 1, "b": 1, "c": 1, "broken": 2, "dies once": 2, "dies always": 4}
     assert counted(told) == expected
 

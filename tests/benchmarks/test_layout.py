@@ -39,3 +39,9 @@ def test_the_commands_are_listed() -> None:
     for command in ("sweep", "tune", "show", "report", "overhead", "coverage"):
         assert f"python -m benchmarks.{command}\n" in said
     assert "argument" not in said
+
+
+def test_a_command_ends_without_a_search_for_cycles() -> None:
+    """Handlers run in reverse: the one that looks is the last."""
+    look = "import atexit, gc; atexit.register(lambda: print(gc.get_freeze_count() > 0)); import benchmarks"
+    assert subprocess.run([sys.executable, "-c", look], capture_output=True, text=True).stdout == "True\n"

@@ -12,6 +12,8 @@ from benchmarks.coverage import Row, read_rows
 from timm_csra.accelerators import in_channels_last, is_convolutional
 from timm_csra.evaluation.scoring import DEFAULT, PLAIN, score
 
+from ..families import smaller
+
 TABLE = Path(__file__).parents[2] / "docs" / "coverage.csv"
 MOST_MACS = 2.5e9  # of an image; modules that have only larger ones are left out
 
@@ -32,8 +34,8 @@ def scored(model: nn.Module, x: Tensor) -> Tensor:
 
 
 def images(row: Row, factor: int = 1) -> Tensor:
-    height, width = (factor * int(side) for side in row["input_size"].split("x")[-2:])
-    return torch.randn(1, 3, height, width, generator=torch.Generator().manual_seed(0))
+    sides = (factor * smaller(row["architecture"], int(side)) for side in row["input_size"].split("x")[-2:])
+    return torch.randn(1, 3, *sides, generator=torch.Generator().manual_seed(0))
 
 
 def model_of(row: Row) -> nn.Module:

@@ -154,7 +154,7 @@ def test_the_report_says_it_too(tmp_path: Path) -> None:
     one = measured("one", 79.0, None, **BF16)
     write_record(record_path(tmp_path, one["key"]), one)
     found = read_folder(tmp_path)
-    assert "- Flagged, and measured in bf16 and channels_last: one. Run these" in markdown(found.counted, found.rows)
+    assert "- Flagged, and measured in bf16 and channels_last: one. To see" in markdown(found.counted, found.rows)
 
 
 def _written(file: Path, text: str) -> Path:

@@ -115,7 +115,7 @@ def test_what_goes_wrong_without_labels_is_told(
     model, data = ["--models", save(tmp_path / "model")], ["--data", str(photos)]
     for arguments, text in (
         ([*model, *data, "--task", "single"], "--task: needs labels; leave it out with --without-labels"),
-        ([*model, *data, "--class-map", "coco80-to-imagenet1k"], "--class-map: chooses by labels"),
+        ([*model, *data, "--class-map", "coco80-to-imagenet1k"], "--class-map: needs labels"),
         ([*model, *data, "--lams", "0,0.1"], "lams: found 0, 0.1; expected at least one value, all above 0"),
         ([*model, *data, "--lams", "a"], "--lams: found 'a'; expected numbers separated by ','"),
         ([*model, *data, "--temperatures", "1,inf"], "--temperatures: found 1,inf; expected one with --without-labels"),

@@ -7,6 +7,7 @@ Each comparison follows one protocol:
 - `crossfit`: a setting is chosen on one half of the images and measured on the other half, both ways.
 - `best`: the setting is chosen on the images that it is measured on. This is optimistic, so there is no interval or
   test.
+- `agreement`: lam is chosen without labels on other pictures, see `timm_csra.choose_lam`.
 - `log_softmax_vs_logits`: compares the two fixed settings with each other.
 
 Intervals and tests are paired: both settings are evaluated on the same images. Where a setting is chosen on the data,

@@ -1,0 +1,158 @@
+"""Serve tags over HTTP. Pictures that arrive within a few milliseconds share a forward pass.
+
+    python examples/serve.py my-model
+    curl --data-binary @photo.jpg 'http://127.0.0.1:8000/tags?top=3'
+
+POST /tags takes a picture as the body and answers {"tags": [{"tag": ..., "score": ...}, ...]}, best first; GET /health
+says which model it is and what it has done. What is wrong with a request is answered by 4xx and a sentence in "detail";
+503 means that too many wait. There is no authentication: it listens on this machine alone unless --host says otherwise.
+Needs pip install timm-csra pillow fastapi uvicorn.
+"""
+
+import argparse
+import asyncio
+import io
+import logging
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager, suppress
+from typing import Annotated, Any
+
+import timm
+import torch
+import uvicorn
+from fastapi import FastAPI, HTTPException, Query, Request
+from PIL import Image, ImageOps
+from timm.data import create_transform, resolve_model_data_config
+from torch import Tensor, nn
+
+import timm_csra
+from timm_csra.pictures import in_rgb
+from timm_csra.trained import class_names
+
+logger = logging.getLogger("uvicorn.error")
+
+
+class Batcher:
+    """Collects images for `wait` seconds, or until there are `most`, and gives each its part of one call of `run`."""
+
+    def __init__(self, run: Callable[[Tensor], Tensor], most: int, wait: float) -> None:
+        self.run, self.most, self.wait = run, most, wait
+        self.queue: asyncio.Queue[tuple[Tensor, asyncio.Future[Tensor | None]]] = asyncio.Queue()
+        self.batches = self.images = 0
+
+    async def __call__(self, image: Tensor) -> Tensor | None:
+        """None where `run` failed."""
+        answer: asyncio.Future[Tensor | None] = asyncio.get_running_loop().create_future()
+        self.queue.put_nowait((image, answer))
+        return await answer
+
+    async def work(self) -> None:
+        with ThreadPoolExecutor(1) as thread:  # the event loop goes on taking requests meanwhile
+            while True:
+                images, answers = zip(*await self._collect(), strict=True)
+                try:
+                    found = await asyncio.get_running_loop().run_in_executor(thread, self.run, torch.stack(images))
+                except Exception:  # whatever the model raises: the service goes on
+                    logger.exception("The forward pass of %d pictures failed.", len(images))
+                    found = [None] * len(images)
+                self.batches, self.images = self.batches + 1, self.images + len(images)
+                for answer, result in zip(answers, found, strict=True):
+                    if not answer.done():  # it is where the client has gone
+                        answer.set_result(result)
+
+    async def _collect(self) -> list[tuple[Tensor, asyncio.Future[Tensor | None]]]:
+        found = [await self.queue.get()]
+        with suppress(TimeoutError):
+            async with asyncio.timeout(self.wait):
+                while len(found) < self.most:
+                    found.append(await self.queue.get())
+        return found
+
+
+def decode(body: bytes, transform: Callable[[Image.Image], Tensor], megapixels: float) -> Tensor:
+    """The picture as the model takes it; HTTPException where it is none, or too large."""
+    try:
+        with Image.open(io.BytesIO(body)) as picture:  # which reads the header alone
+            if (found := picture.width * picture.height / 1e6) > megapixels:
+                raise HTTPException(413, f"Found {found:g} million pixels, expected at most {megapixels:g} million.")
+            return transform(in_rgb(ImageOps.exif_transpose(picture)))
+    except Image.DecompressionBombError as error:
+        raise HTTPException(413, str(error)) from error
+    except (OSError, SyntaxError, ValueError) as error:
+        reason = "unknown format" if isinstance(error, Image.UnidentifiedImageError) else error
+        raise HTTPException(415, f"Not read as a picture: {reason}. Expected JPEG, PNG or WebP.") from error
+
+
+def create_app(
+    model: nn.Module, batch: int = 16, wait: float = 0.005, mib: float = 10, megapixels: float = 50
+) -> FastAPI:
+    """`wait` is in seconds; `mib` and `megapixels` are the most that a picture may have."""
+    transform, names = create_transform(**resolve_model_data_config(model)), class_names(model)
+    device = next(model.parameters()).device
+
+    def run(images: Tensor) -> Tensor:
+        with torch.inference_mode():
+            return model(images.to(device)).float().cpu()
+
+    batcher = Batcher(run, batch, wait)
+    threads = ThreadPoolExecutor()  # bounds how many pictures are decoded at a time
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        worker = asyncio.create_task(batcher.work())
+        yield
+        worker.cancel()
+        threads.shutdown()
+
+    app = FastAPI(title="timm-csra", lifespan=lifespan)
+
+    @app.post("/tags")
+    async def tags(request: Request, top: Annotated[int, Query(ge=1)] = 5) -> dict[str, Any]:
+        body = bytearray()
+        async for chunk in request.stream():
+            body += chunk
+            if len(body) > mib * 2**20:
+                raise HTTPException(413, f"Found a picture of more than {mib:g} MiB, the most that is taken.")
+        loop = asyncio.get_running_loop()
+        scores = await batcher(await loop.run_in_executor(threads, decode, bytes(body), transform, megapixels))
+        if scores is None:
+            raise HTTPException(500, "The model failed; the log of the service says why.")
+        best = scores.topk(min(top, len(names)))
+        pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)
+        return {"tags": [{"tag": names[k], "score": score} for k, score in pairs]}
+
+    @app.get("/health")
+    async def health() -> dict[str, Any]:
+        done = {"images": batcher.images, "batches": batcher.batches}
+        return {"model": type(model).__name__, "classes": len(names), "csra": model.csra.to_dict(), **done}
+
+    return app
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", help="a timm name, a folder, hf-hub:USER/NAME or file:ARCH@PATH")
+    parser.add_argument("--lam", type=float, help="default: what the model was saved with, else 0.1")
+    parser.add_argument("--scores", choices=["logits", "log_softmax"], help="default: likewise, else logits")
+    parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0 for everybody (default: %(default)s)")
+    parser.add_argument("--port", type=int, default=8000, help="default: %(default)s")
+    parser.add_argument("--batch", type=int, default=16, help="pictures of a forward pass (default: %(default)s)")
+    parser.add_argument("--wait-ms", type=float, default=5, help="for more of them (default: %(default)s)")
+    parser.add_argument("--max-mib", type=float, default=10, help="of a picture (default: %(default)s)")
+    parser.add_argument("--max-megapixels", type=float, default=50, help="of a picture (default: %(default)s)")
+    parser.add_argument("--max-waiting", type=int, default=256, help="connections; more get 503 (default: %(default)s)")
+    args = parser.parse_args(arguments)
+    given = {key: value for key in ("lam", "scores") if (value := getattr(args, key)) is not None}
+    create = timm_csra.create_model if timm.is_model(args.model) else timm_csra.from_pretrained
+    try:
+        model = create(args.model, **given).eval()
+    except (OSError, RuntimeError, TypeError, ValueError) as error:
+        parser.error(f"{args.model}: {error}")
+    model.to(torch.accelerator.current_accelerator(check_available=True) or "cpu")
+    app = create_app(model, args.batch, args.wait_ms / 1000, args.max_mib, args.max_megapixels)
+    uvicorn.run(app, host=args.host, port=args.port, limit_concurrency=args.max_waiting)
+
+
+if __name__ == "__main__":
+    main()
