@@ -211,8 +211,9 @@ def test_what_cannot_be_shown_is_told(tmp_path: Path, photo: str, monkeypatch: p
     half = tmp_path / "half.png"
     half.write_bytes(Path(photo).read_bytes()[:500])
     for file in (text, half):
-        with pytest.raises(gr.Error, match="This file cannot be read as a picture"):
+        with pytest.raises(gr.Error, match="This file cannot be read as a picture") as told:
             seen.open_picture(str(file))
+        assert str(tmp_path) not in told.value.message
     monkeypatch.setattr(seen, "PIXELS", 1000)
     with pytest.raises(gr.Error, match=r"The picture has 300 x 200 pixels; expected at most"):
         seen.open_picture(photo)

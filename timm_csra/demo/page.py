@@ -92,10 +92,8 @@ class _Page:
                 said = error.message
         if seen:
             if link.chosen and link.chosen[0] >= len(seen.names):
-                gr.Warning(
-                    f"The link has class={link.chosen[0]}; {escape(name)} has {len(seen.names)}, numbered from 0. "
-                    "Another map is shown."
-                )
+                said = f"{escape(seen.checkpoint.name)} has {len(seen.names)}, numbered from 0. Another map is shown."
+                gr.Warning(f"The link has class={link.chosen[0]}; {said}")
             return *settings, download, path, seen, *self.render(seen, chosen, *settings)
         return *settings, download, path, None, chosen, *self.nothing(said)
 

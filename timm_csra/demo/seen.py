@@ -1,6 +1,7 @@
 """From a checkpoint and a picture to what the model says of it, for every lam, T and kind of scores."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import gradio as gr
 import torch
@@ -65,7 +66,8 @@ def open_picture(path: str) -> Image.Image:
                 )
             return in_rgb(file)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise gr.Error(f"This file cannot be read as a picture: {error}. Expected JPEG, PNG or WebP.") from error
+        reason = str(error).replace(path, Path(path).name)  # not where the server keeps it
+        raise gr.Error(f"This file cannot be read as a picture: {reason}. Expected JPEG, PNG or WebP.") from error
 
 
 def look(checkpoint: Checkpoint, path: str, names: tuple[str, ...]) -> Seen:
