@@ -2,10 +2,12 @@
 
     python examples/export_onnx.py my-model --out my-model.onnx --maps
 
-Settings are part of the graph: to change lam, export again. The input is `images`, (N, 3, H, W) with any N; the outputs
-are `scores` (N, K) and, with --maps, `maps` (N, K, rows, columns): the scores of every location, from the same pass
-through the backbone. Settings and names of classes are in the file's metadata. The exit code is 1 where a runtime
-differs from PyTorch by more than the tolerance. Needs pip install timm-csra onnx onnxscript onnxruntime openvino.
+lam and the other settings are constants of the graph: to change them, export again. The input is `images`, (N, 3, H, W)
+with any N; the outputs are `scores` (N, K) and, with --maps, `maps` (N, K, rows, columns), the per-location scores from
+the same pass through the backbone. The file's metadata has the settings and the class names. The exit code is 1 if a
+runtime differs from PyTorch by more than the tolerance.
+
+Needs pip install timm-csra onnx onnxscript onnxruntime openvino.
 """
 
 import argparse
@@ -26,11 +28,11 @@ import timm_csra
 from timm_csra.trained import class_names
 
 Run = Callable[[np.ndarray], list[np.ndarray]]
-TOLERANCE = 1e-3  # of the largest score: float32 sums in another order
+TOLERANCE = 1e-3  # relative to the largest score, since runtimes sum float32 in another order
 
 
 class WithMaps(nn.Module):
-    """Scores of the classes, and of every location."""
+    """Returns the scores of the classes and of every location."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -42,7 +44,7 @@ class WithMaps(nn.Module):
 
 
 def export(model: nn.Module, out: Path, maps: bool = False) -> None:
-    """Write one file, with the weights in it."""
+    """Write one ONNX file that contains the weights."""
     images = torch.zeros(2, *resolve_model_data_config(model)["input_size"])
     program = torch.onnx.export(
         WithMaps(model).eval() if maps else model,
@@ -64,13 +66,13 @@ def onnx_runtime(file: Path) -> Run:
 
 
 def open_vino(file: Path) -> Run:
-    exact = {"INFERENCE_PRECISION_HINT": "f32"}  # without it bfloat16, on CPUs that have it
+    exact = {"INFERENCE_PRECISION_HINT": "f32"}  # the default is bfloat16 on CPUs that support it
     compiled = openvino.Core().compile_model(str(file), "CPU", exact)
     return lambda images: [*compiled({"images": images}).values()]
 
 
 def difference(found: list[np.ndarray], expected: list[np.ndarray]) -> float:
-    """The largest one, as a part of the largest score."""
+    """Return the largest difference relative to the largest score."""
     return max(float(np.abs(a - b).max() / np.abs(b).max()) for a, b in zip(found, expected, strict=True))
 
 
@@ -78,11 +80,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="a timm name, a folder, hf-hub:USER/NAME or file:ARCH@PATH")
     parser.add_argument("--out", type=Path, default=Path("model.onnx"), help="default: %(default)s")
-    parser.add_argument("--lam", type=float, help="default: what the model was saved with, else 0.1")
-    parser.add_argument("--scores", choices=["logits", "log_softmax"], help="default: likewise, else logits")
-    parser.add_argument("--maps", action="store_true", help="the scores of every location as a second output")
+    parser.add_argument("--lam", type=float, help="default: the saved one, else 0.1")
+    parser.add_argument("--scores", choices=["logits", "log_softmax"], help="default: the saved one, else logits")
+    parser.add_argument("--maps", action="store_true", help="add the per-location scores as a second output")
     parser.add_argument(
-        "--tolerance", type=float, default=TOLERANCE, help="of the largest score (default: %(default)s)"
+        "--tolerance", type=float, default=TOLERANCE, help="relative to the largest score (default: %(default)s)"
     )
     args = parser.parse_args(arguments)
     given = {key: value for key in ("lam", "scores") if (value := getattr(args, key)) is not None}

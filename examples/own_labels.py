@@ -1,9 +1,9 @@
-"""Labels of one's own: train only the classifier of a timm model, wrap it, choose lam, save it.
+"""Use your own labels: train only the classifier of a timm model, wrap it, choose lam, and save it.
 
     python examples/own_labels.py photos --model resnet50 --out my-model --push user/my-model
 
-`photos/labels.csv` has the columns `file`, and `labels` with the names of what is in the picture, separated by spaces.
-A name has neither spaces nor commas.
+`photos/labels.csv` has two columns: `file`, and `labels` with the names of the objects in the picture, separated by
+spaces. A name contains neither spaces nor commas.
 Needs pip install 'timm-csra[tune]' pillow.
 """
 
@@ -24,7 +24,7 @@ import timm_csra
 def batches(
     folder: Path, model: nn.Module, names: list[str], rows: list[dict[str, str]], size: int = 32
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Images as the model takes them, with 1 for each class in the picture and 0 for the others."""
+    """Yield batches of transformed images with their targets: 1 for each class in the picture, 0 for the others."""
     transform = create_transform(**resolve_model_data_config(model), is_training=False)
     for some in (rows[start : start + size] for start in range(0, len(rows), size)):
         images = [transform(Image.open(folder / row["file"]).convert("RGB")) for row in some]
@@ -33,7 +33,7 @@ def batches(
 
 
 def train_classifier(model: nn.Module, loader: Iterable[tuple[Tensor, Tensor]], steps: int = 300) -> None:
-    """With a sigmoid for each class. The backbone is not trained: its features are computed once."""
+    """Train the classifier with a sigmoid for each class. The backbone stays fixed: its features are computed once."""
     with torch.no_grad():
         found = [(model.forward_head(model.forward_features(x), pre_logits=True), y) for x, y in loader]
     features, targets = (torch.cat(part) for part in zip(*found, strict=True))
@@ -47,7 +47,7 @@ def train_classifier(model: nn.Module, loader: Iterable[tuple[Tensor, Tensor]], 
 
 
 def read_labels(folder: Path) -> list[dict[str, str]]:
-    """The rows of `labels.csv`; SystemExit with one line that says what is wrong with it."""
+    """Read the rows of `labels.csv`; raise SystemExit with one line that says what is wrong with it."""
     path = folder / "labels.csv"
     if not path.is_file():
         raise SystemExit(f"{path}: no such file; expected a table with the columns file and labels.")

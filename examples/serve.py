@@ -1,11 +1,12 @@
-"""Serve tags over HTTP. Pictures that arrive within a few milliseconds share a forward pass.
+"""Serve tags over HTTP. Pictures that arrive within a few milliseconds share one forward pass.
 
     python examples/serve.py my-model
     curl --data-binary @photo.jpg 'http://127.0.0.1:8000/tags?top=3'
 
-POST /tags takes a picture as the body and answers {"tags": [{"tag": ..., "score": ...}, ...]}, best first; GET /health
-says which model it is and what it has done. What is wrong with a request is answered by 4xx and a sentence in "detail";
-503 means that too many wait. There is no authentication: it listens on this machine alone unless --host says otherwise.
+POST /tags takes a picture as the body and answers {"tags": [{"tag": ..., "score": ...}, ...]}, highest score first.
+GET /health describes the model and counts pictures and batches. A bad request gets 4xx and a sentence in "detail"; 503
+means that too many clients are waiting. There is no authentication, so by default only this machine can connect; see
+--host.
 Needs pip install timm-csra pillow fastapi uvicorn.
 """
 
@@ -34,7 +35,7 @@ logger = logging.getLogger("uvicorn.error")
 
 
 class Batcher:
-    """Collects images for `wait` seconds, or until there are `most`, and gives each its part of one call of `run`."""
+    """Collects images for `wait` seconds, or until there are `most`, and runs them as one batch."""
 
     def __init__(self, run: Callable[[Tensor], Tensor], most: int, wait: float) -> None:
         self.run, self.most, self.wait = run, most, wait
@@ -42,7 +43,7 @@ class Batcher:
         self.batches = self.images = 0
 
     async def __call__(self, image: Tensor) -> Tensor | None:
-        """None where `run` failed."""
+        """Return the row of `run` for one image, or None if `run` failed."""
         answer: asyncio.Future[Tensor | None] = asyncio.get_running_loop().create_future()
         self.queue.put_nowait((image, answer))
         return await answer
@@ -53,12 +54,12 @@ class Batcher:
                 images, answers = zip(*await self._collect(), strict=True)
                 try:
                     found = await asyncio.get_running_loop().run_in_executor(thread, self.run, torch.stack(images))
-                except Exception:  # whatever the model raises: the service goes on
+                except Exception:  # a model may raise anything; the service has to go on
                     logger.exception("The forward pass of %d pictures failed.", len(images))
                     found = [None] * len(images)
                 self.batches, self.images = self.batches + 1, self.images + len(images)
                 for answer, result in zip(answers, found, strict=True):
-                    if not answer.done():  # it is where the client has gone
+                    if not answer.done():  # it is cancelled if the client has disconnected
                         answer.set_result(result)
 
     async def _collect(self) -> list[tuple[Tensor, asyncio.Future[Tensor | None]]]:
@@ -71,9 +72,9 @@ class Batcher:
 
 
 def decode(body: bytes, transform: Callable[[Image.Image], Tensor], megapixels: float) -> Tensor:
-    """The picture as the model takes it; HTTPException where it is none, or too large."""
+    """Decode and transform a picture. Raises HTTPException if the body is not a picture, or too large a one."""
     try:
-        with Image.open(io.BytesIO(body)) as picture:  # which reads the header alone
+        with Image.open(io.BytesIO(body)) as picture:  # reads only the header
             if (found := picture.width * picture.height / 1e6) > megapixels:
                 raise HTTPException(413, f"Found {found:g} million pixels, expected at most {megapixels:g} million.")
             return transform(in_rgb(ImageOps.exif_transpose(picture)))
@@ -81,13 +82,16 @@ def decode(body: bytes, transform: Callable[[Image.Image], Tensor], megapixels: 
         raise HTTPException(413, str(error)) from error
     except (OSError, SyntaxError, ValueError) as error:
         reason = "unknown format" if isinstance(error, Image.UnidentifiedImageError) else error
-        raise HTTPException(415, f"Not read as a picture: {reason}. Expected JPEG, PNG or WebP.") from error
+        raise HTTPException(
+            415, f"This is not a picture that can be read: {reason}. Expected JPEG, PNG or WebP."
+        ) from error
 
 
 def create_app(
     model: nn.Module, batch: int = 16, wait: float = 0.005, mib: float = 10, megapixels: float = 50
 ) -> FastAPI:
-    """`wait` is in seconds; `mib` and `megapixels` are the most that a picture may have."""
+    """Create the service. `batch` pictures at most share a forward pass, which waits at most `wait` seconds for them;
+    `mib` and `megapixels` limit the size of a picture."""
     transform, names = create_transform(**resolve_model_data_config(model)), class_names(model)
     device = next(model.parameters()).device
 
@@ -96,7 +100,7 @@ def create_app(
             return model(images.to(device)).float().cpu()
 
     batcher = Batcher(run, batch, wait)
-    threads = ThreadPoolExecutor()  # bounds how many pictures are decoded at a time
+    threads = ThreadPoolExecutor()  # limits how many pictures are decoded at the same time
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -113,11 +117,11 @@ def create_app(
         async for chunk in request.stream():
             body += chunk
             if len(body) > mib * 2**20:
-                raise HTTPException(413, f"Found a picture of more than {mib:g} MiB, the most that is taken.")
+                raise HTTPException(413, f"Found more than {mib:g} MiB, expected at most that for a picture.")
         loop = asyncio.get_running_loop()
         scores = await batcher(await loop.run_in_executor(threads, decode, bytes(body), transform, megapixels))
         if scores is None:
-            raise HTTPException(500, "The model failed; the log of the service says why.")
+            raise HTTPException(500, "The model failed; the reason is in the log of the service.")
         best = scores.topk(min(top, len(names)))
         pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)
         return {"tags": [{"tag": names[k], "score": score} for k, score in pairs]}
@@ -133,15 +137,23 @@ def create_app(
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="a timm name, a folder, hf-hub:USER/NAME or file:ARCH@PATH")
-    parser.add_argument("--lam", type=float, help="default: what the model was saved with, else 0.1")
-    parser.add_argument("--scores", choices=["logits", "log_softmax"], help="default: likewise, else logits")
-    parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0 for everybody (default: %(default)s)")
+    parser.add_argument("--lam", type=float, help="default: the saved one, else 0.1")
+    parser.add_argument("--scores", choices=["logits", "log_softmax"], help="default: the saved one, else logits")
+    parser.add_argument(
+        "--host", default="127.0.0.1", help="0.0.0.0 to listen on all interfaces (default: %(default)s)"
+    )
     parser.add_argument("--port", type=int, default=8000, help="default: %(default)s")
-    parser.add_argument("--batch", type=int, default=16, help="pictures of a forward pass (default: %(default)s)")
-    parser.add_argument("--wait-ms", type=float, default=5, help="for more of them (default: %(default)s)")
-    parser.add_argument("--max-mib", type=float, default=10, help="of a picture (default: %(default)s)")
-    parser.add_argument("--max-megapixels", type=float, default=50, help="of a picture (default: %(default)s)")
-    parser.add_argument("--max-waiting", type=int, default=256, help="connections; more get 503 (default: %(default)s)")
+    parser.add_argument(
+        "--batch", type=int, default=16, help="pictures per forward pass at most (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--wait-ms", type=float, default=5, help="milliseconds to wait for more pictures (default: %(default)s)"
+    )
+    parser.add_argument("--max-mib", type=float, default=10, help="largest picture (default: %(default)s)")
+    parser.add_argument("--max-megapixels", type=float, default=50, help="largest picture (default: %(default)s)")
+    parser.add_argument(
+        "--max-waiting", type=int, default=256, help="connections at most; others get 503 (default: %(default)s)"
+    )
     args = parser.parse_args(arguments)
     given = {key: value for key in ("lam", "scores") if (value := getattr(args, key)) is not None}
     create = timm_csra.create_model if timm.is_model(args.model) else timm_csra.from_pretrained

@@ -1,13 +1,13 @@
-"""Write the tags of a folder of pictures as a table, with the place where each tag was seen.
+"""Write a CSV table of the tags of all pictures in a folder, with the location of each tag.
 
     python examples/tag_folder.py photos --model resnet50.a1_in1k --lam 0.3 --scores log_softmax --out tags.csv
 
-A row for each tag: file, tag, score, x, y. x and y, from 0 to 1 of the picture's width and height after the rotation
-that its EXIF data asks for, are the centre of the location with the highest score. The whole picture is resized to the
-model's input, so that nothing at its borders is cut off. Scores rank tags; they are no probabilities.
+Each row has file, tag, score, x and y. x and y are the centre of the location with the highest score, from 0 to 1 of
+the picture's width and height after EXIF rotation. The whole picture is resized to the model's input size, so that
+nothing at its borders is cut off. Scores rank the tags of a picture; they are not probabilities.
 
-Pictures that cannot be read are named on stderr and left out, and the exit code is 1; it is 2 where there is no table.
-OUT.part becomes OUT at the end. Needs pip install timm-csra pillow.
+The script names pictures that it cannot read on stderr, skips them, and exits with 1; it exits with 2 if it writes no
+table. It writes OUT.part and renames that to OUT at the end. Needs pip install timm-csra pillow.
 """
 
 import argparse
@@ -34,7 +34,7 @@ UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)  #
 
 
 def load(name: str, names: Path | None = None, **settings: Any) -> nn.Module:
-    """A wrapped model in eval mode: of timm, or whatever `timm_csra.from_pretrained` takes."""
+    """Load a wrapped model in eval mode, by a name of timm or of `timm_csra.from_pretrained`."""
     given = {key: value for key, value in settings.items() if value is not None}
     if names:
         given["pretrained_cfg_overlay"] = {"label_names": read_class_names(names)}
@@ -44,7 +44,7 @@ def load(name: str, names: Path | None = None, **settings: Any) -> nn.Module:
 
 
 def read(file: Path, transform: Any) -> Tensor | str:
-    """The picture as the model takes it, or what is wrong with it."""
+    """Read and transform a picture, `(3, H, W)`; return the reason if that fails."""
     try:
         with Image.open(file) as picture:
             return transform(in_rgb(ImageOps.exif_transpose(picture)))
@@ -53,7 +53,7 @@ def read(file: Path, transform: Any) -> Tensor | str:
 
 
 def tags(model: nn.Module, images: list[Tensor], top: int) -> Iterator[list[tuple[int, float, float, float]]]:
-    """Class, score, x and y of the best `top` classes of each image, from one forward pass."""
+    """Yield class, score, x and y of the `top` highest classes of each image, from one forward pass."""
     x = torch.stack(images).to(next(model.parameters()).device)
     with torch.inference_mode():
         maps, scores = timm_csra.score_maps(model, x, model.csra.scores, return_logits=True)
@@ -67,7 +67,7 @@ def tags(model: nn.Module, images: list[Tensor], top: int) -> Iterator[list[tupl
 
 
 def tag(model: nn.Module, folder: Path, files: Sequence[Path], out: Path, top: int, size: int) -> list[Path]:
-    """Write the table; returns the files that could not be read."""
+    """Write the table; return the files that could not be read."""
     transform = create_transform(**resolve_model_data_config(model) | {"crop_mode": "squash", "crop_pct": 1.0})
     names, broken = class_names(model), []
     part = out.with_name(f"{out.name}.part")
@@ -91,12 +91,12 @@ def tag(model: nn.Module, folder: Path, files: Sequence[Path], out: Path, top: i
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, help="folders in it are searched too")
+    parser.add_argument("folder", type=Path, help="searched recursively")
     parser.add_argument("--model", required=True, help="a timm name, a folder, hf-hub:USER/NAME or file:ARCH@PATH")
-    parser.add_argument("--class-names", type=Path, metavar="FILE", help="one a line, where the model has none")
-    parser.add_argument("--lam", type=float, help="default: what the model was saved with, else 0.1")
-    parser.add_argument("--scores", choices=["logits", "log_softmax"], help="default: likewise, else logits")
-    parser.add_argument("--top", type=int, default=5, help="tags of each picture (default: %(default)s)")
+    parser.add_argument("--class-names", type=Path, metavar="FILE", help="one name per line, in the order of the head")
+    parser.add_argument("--lam", type=float, help="default: the saved one, else 0.1")
+    parser.add_argument("--scores", choices=["logits", "log_softmax"], help="default: the saved one, else logits")
+    parser.add_argument("--top", type=int, default=5, help="tags per picture (default: %(default)s)")
     parser.add_argument("--batch-size", type=int, default=16, help="default: %(default)s")
     parser.add_argument("--out", type=Path, default=Path("tags.csv"), help="default: %(default)s")
     args = parser.parse_args(arguments)

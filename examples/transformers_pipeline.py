@@ -1,11 +1,11 @@
-"""Tag pictures with transformers' image-classification pipeline and a wrapped timm model in it.
+"""Tag pictures with the image-classification pipeline of transformers and a wrapped timm model.
 
     python examples/transformers_pipeline.py timm/resnet50.a1_in1k photo.jpg --lam 0.3 --scores log_softmax --save out
 
-transformers loads timm models as `TimmWrapperForImageClassification`. It holds the timm model as `timm_model`, and that
-is what is wrapped. What --save writes has the settings: this script and `timm_csra.from_pretrained` load it wrapped,
-plain transformers and plain timm as the plain model. Scores rank classes; they are no probabilities, so the pipeline is
-asked for no softmax. Needs pip install timm-csra transformers pillow.
+transformers loads timm models as `TimmWrapperForImageClassification`; this script wraps the timm model inside it
+(`timm_model`). --save writes the settings, too: this script and `timm_csra.from_pretrained` load such a folder wrapped,
+while plain transformers and plain timm load the plain model. The scores rank classes and are not probabilities, so the
+pipeline applies no softmax. Needs pip install timm-csra transformers pillow.
 """
 
 import argparse
@@ -19,12 +19,12 @@ import timm_csra
 
 
 def csra_pipeline(model: str, **settings: Any) -> transformers.ImageClassificationPipeline:
-    """A pipeline whose timm model is wrapped: with the settings it was saved with, or those of `timm_csra.wrap`;
-    `settings` (lam, temperature, scores) replace them.
+    """Create a pipeline with a wrapped timm model. Its settings are the saved ones, else the defaults of
+    `timm_csra.wrap`; `settings` (lam, temperature, scores) override them.
 
     Raises:
-        ValueError: no timm model, or one that cannot be wrapped.
-        OSError: no such folder or repository.
+        ValueError: the model is not a timm model, or cannot be wrapped.
+        OSError: there is no such folder or repository.
     """
     config = AutoConfig.from_pretrained(model)
     (getattr(config, "model_args", None) or {}).pop("num_classes", None)  # timm 1.0.31 saves it twice: TypeError
@@ -40,7 +40,7 @@ def csra_pipeline(model: str, **settings: Any) -> transformers.ImageClassificati
 
 
 def save(pipe: transformers.ImageClassificationPipeline, folder: Path) -> None:
-    """Write weights and configuration, with the settings as they are now."""
+    """Write weights and configuration, with the current settings."""
     pipe.model.config.csra = pipe.model.timm_model.csra.to_dict()
     pipe.save_pretrained(folder)
 
@@ -48,11 +48,11 @@ def save(pipe: transformers.ImageClassificationPipeline, folder: Path) -> None:
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="a timm model on the Hub, such as timm/resnet50.a1_in1k, or a folder")
-    parser.add_argument("photos", nargs="+", help="files or addresses")
-    parser.add_argument("--lam", type=float, help="default: what the model was saved with, else 0.1")
-    parser.add_argument("--scores", choices=["logits", "log_softmax"], help="default: likewise, else logits")
+    parser.add_argument("photos", nargs="+", help="files or URLs")
+    parser.add_argument("--lam", type=float, help="default: the saved one, else 0.1")
+    parser.add_argument("--scores", choices=["logits", "log_softmax"], help="default: the saved one, else logits")
     parser.add_argument("--top", type=int, default=5, help="default: %(default)s")
-    parser.add_argument("--save", type=Path, metavar="FOLDER")
+    parser.add_argument("--save", type=Path, metavar="FOLDER", help="write the model with its settings")
     args = parser.parse_args(arguments)
     given = {key: value for key in ("lam", "scores") if (value := getattr(args, key)) is not None}
     try:

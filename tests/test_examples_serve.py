@@ -102,7 +102,7 @@ def test_a_broken_picture_harms_no_other(service: Service, bodies: list[bytes]) 
             service.check(response, body)
         else:
             assert response.status_code == 415
-            assert response.json()["detail"].startswith("Not read as a picture: ")
+            assert response.json()["detail"].startswith("This is not a picture that can be read: ")
     assert sum(service.batches[before:]) == 5
 
 
@@ -113,7 +113,7 @@ def test_a_failing_pass_is_said_to_those_in_it_and_the_service_goes_on(service: 
     handle = service.model.register_forward_pre_hook(fail)
     try:
         for response in service.at_once(bodies[:3]):
-            failed = {"detail": "The model failed; the log of the service says why."}
+            failed = {"detail": "The model failed; the reason is in the log of the service."}
             assert (response.status_code, response.json()) == (500, failed)
     finally:
         handle.remove()
@@ -132,8 +132,8 @@ def png(width: int, height: int) -> bytes:
 @pytest.mark.parametrize(
     ("body", "status", "said"),
     [
-        (b"", 415, "Not read as a picture: unknown format. Expected JPEG, PNG or WebP."),
-        (b"x" * (2**20 + 1), 413, "Found a picture of more than 1 MiB, the most that is taken."),
+        (b"", 415, "This is not a picture that can be read: unknown format. Expected JPEG, PNG or WebP."),
+        (b"x" * (2**20 + 1), 413, "Found more than 1 MiB, expected at most that for a picture."),
         (png(400, 300), 413, "Found 0.12 million pixels, expected at most 0.1 million."),
         (
             png(40000, 40000),
