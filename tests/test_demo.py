@@ -95,6 +95,16 @@ def test_each_kind_of_scores_has_its_usual_lam() -> None:
 # What it says
 
 
+def test_classes_have_the_given_names_or_those_of_the_model(random: Checkpoint) -> None:
+    assert random.class_names(NAMES) == NAMES
+    assert random.class_names()[281] == "tabby"  # of ImageNet's "tabby, tabby cat"
+    with pytest.raises(gr.Error, match=r"test_resnet: --class-names has 2 names, expected 1000\."):
+        random.class_names(NAMES[:2])
+    random.model.pretrained_cfg = {"label_names": ["cat"]}
+    with pytest.raises(gr.Error, match="found 1 names of classes, expected 1000"):
+        random.class_names()
+
+
 @pytest.mark.parametrize("scores", SCORES)
 def test_a_list_has_the_highest_logits_and_what_moved(scores: str, looked: seen.Seen) -> None:
     torch.manual_seed(0)

@@ -9,13 +9,12 @@ import gradio as gr
 import timm
 import torch
 from huggingface_hub.errors import HfHubHTTPError, HTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
-from timm.data import ImageNetInfo
 from torch import nn
 
 from ..accelerators import default_device, on_accelerator, to_device
 from ..inspection import Explanation, explain
 from ..installed import WHEELS, file_of, installed_wheels
-from ..trained import SIGMOID, SOFTMAX, read_trained
+from ..trained import SIGMOID, SOFTMAX, class_names, read_trained
 
 FILES = "file:"  # and ARCH@PATH
 ONLINE = ("resnet50.a1_in1k", "convnext_tiny.fb_in1k")
@@ -41,13 +40,18 @@ class Checkpoint:
     loss: str
 
     def class_names(self, given: Sequence[str] = ()) -> tuple[str, ...]:
-        """Those given, else from the checkpoint, else ImageNet's for 1,000 classes, else numbers."""
+        """Return the given names, else those of the model, each up to its first comma: `tabby` of `tabby, tabby cat`.
+
+        Raises:
+            gr.Error: there are more or fewer names than classes. The page shows the text.
+        """
         count = self.explanation.num_classes
-        names = given or getattr(self.model, "pretrained_cfg", {}).get("label_names")
-        if not names and count == 1000:
-            info = ImageNetInfo()
-            names = [info.index_to_description(index).split(",")[0] for index in range(count)]
-        return tuple(names) if names and len(names) == count else tuple(map(str, range(count)))
+        if given and len(given) != count:
+            raise gr.Error(f"{self.name}: --class-names has {len(given)} names, expected {count}.")
+        try:
+            return tuple(given) or tuple(name.split(",")[0] for name in class_names(self.model))
+        except ValueError as error:
+            raise gr.Error(str(error)) from error
 
 
 def checkpoint(name: str, offered: Mapping[str, Sequence[str]]) -> Checkpoint:
