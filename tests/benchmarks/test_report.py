@@ -389,7 +389,7 @@ def test_a_thousand_checkpoints_stay_quick(tmp_path: Path, chromium) -> None:
     print(
         f"1,000 checkpoints x 5 tasks: made in {made:.1f} s, {page.stat().st_size / 2**20:.1f} MB, loaded in {loaded:.1f} s, filtered in {filtered:.2f} s"
     )
-    assert tab.evaluate("shown.length") > 20
+    assert tab.evaluate("shown.length") == 20  # names with 19 in them
     assert made < 60
     assert loaded < 8
     assert filtered < 0.5
