@@ -144,4 +144,5 @@ def _create(name: str) -> tuple[nn.Module, str]:
             f"network these work: {offline}."
         ) from error
     except (RuntimeError, ValueError) as error:
-        raise Refused(f"{name} could not be loaded: {str(error).partition('\n')[0]}") from error
+        reason, _, _ = str(error).partition("\n")
+        raise Refused(f"{name} could not be loaded: {reason}") from error

@@ -12,6 +12,7 @@ from ..config import LOG_SOFTMAX, LOGITS, SCORES
 from ..installed import installed_examples, installed_wheels
 from . import parts
 from .checkpoints import ONLINE, check_name, checkpoint, is_here, shown_names
+from .client import LINK, ON_LINK, ON_SPOKEN, ON_TAG, SETTLE, SPOKEN
 from .link import MOST_LAM, NO_MAP, TEMPERATURES, UPLOADED, USUAL_LAM, Link, read_link
 from .seen import Seen, look
 from .told import Refused, answer, note, sentence, warn
@@ -28,44 +29,6 @@ A pretrained classifier scores every location of a picture. Wrapping it adds the
 scores: `logit = plain logit + lam * attention`. It is meant for pictures with several objects; on many pictures it
 changes little, and it can do harm. Logits are for ranking: none of these numbers is a probability.
 """
-# What a tag tells the server: its class, and which scores its map is of.
-ON_TAG = """element.addEventListener('click', event => {
-  const tag = event.target.closest('button.tag');
-  if (tag) trigger('choose', {index: Number(tag.dataset.class), scores: tag.dataset.scores});
-});"""
-LINK = """<label for="link-text">Link to this view</label>
-<div class="link"><input id="link-text" readonly disabled>
-<button type="button" disabled>Copy link</button></div>
-<p class="small" role="status"></p>"""
-ON_LINK = """const field = element.querySelector('input'), button = element.querySelector('button');
-const status = element.querySelector('[role=status]');
-const update = () => {
-  field.disabled = button.disabled = !props.value;
-  status.textContent = '';
-  if (!props.value) { field.value = ''; return; }
-  history.replaceState(history.state, '', '?' + props.value);
-  field.value = location.href;
-  if (new URLSearchParams(props.value).get('picture') === 'uploaded')
-    status.textContent = 'Your picture is not part of the link: who opens it sees these settings on an example.';
-};
-watch('value', update);
-button.addEventListener('click', async () => {
-  field.select();
-  try { await navigator.clipboard.writeText(field.value); status.textContent = 'Copied.'; }
-  catch { status.textContent = 'The browser does not let this page copy: the link is selected, press Ctrl+C.'; }
-});
-update();"""
-# What changed, for those who do not see it.
-SPOKEN = '<p class="spoken" role="status"></p>'
-ON_SPOKEN = """const update = () => { element.querySelector('p').textContent = props.value || ''; };
-watch('value', update);
-update();"""
-# Once a look has ended, controls that still say what was asked say what is shown. Others are those of the next look.
-SETTLE = """(outcome, model, example, upload) => outcome ? [
-  model === outcome.asked[0] ? outcome.shown[0] : model,
-  example === outcome.asked[1] ? outcome.shown[1] : example,
-  upload && upload.path === outcome.asked[2] ? null : upload,
-] : [model, example, upload]"""
 
 
 class _Page:

@@ -46,6 +46,8 @@ def answer(method: Callable[..., Any]) -> Callable[..., Any]:
     def told(*arguments: Any, **named: Any) -> Any:
         try:
             return method(*arguments, **named)
+        except gr.Error:
+            raise
         except Exception as error:
             raise gr.Error(escape(sentence(error)), print_exception=False) from error
 
