@@ -266,7 +266,7 @@ def test_the_button_downloads_and_a_look_follows(monkeypatch: pytest.MonkeyPatch
 def test_a_name_that_cannot_be_one_is_refused_before_any_button(name: str, said: list[str]) -> None:
     found = opened(checkpoint=name)
     assert not found["download"].visible and found["model"] == "tf_efficientnet_lite0" and found["seen"] is not None
-    assert said[0].startswith("The link has another checkpoint: ") and "<" not in said[0] and len(said[0]) < 250
+    assert said[0].startswith("The link&#x27;s checkpoint is not shown: ") and "<" not in said[0] and len(said[0]) < 250
 
 
 @pytest.mark.parametrize(

@@ -38,3 +38,16 @@ SETTLE = """(outcome, model, example, upload) => outcome ? [
   example === outcome.asked[1] ? outcome.shown[1] : example,
   upload && upload.path === outcome.asked[2] ? null : upload,
 ] : [model, example, upload]"""
+# Of the controls that gradio draws: a number beyond the ends of its slider becomes that end before the server learns of
+# it, and the examples are one group for the arrow keys.
+WHOLE_PAGE = """() => {
+  document.addEventListener('input', event => {
+    const field = event.target;
+    if (field.type !== 'number' || field.value === '' || field.max === '') return;
+    const value = Math.min(Math.max(Number(field.value), Number(field.min)), Number(field.max));
+    if (value !== Number(field.value)) field.value = value;
+  }, true);
+  const group = () => document.querySelectorAll('#examples input').forEach(radio => { radio.name = 'examples'; });
+  new MutationObserver(group).observe(document.body, {childList: true, subtree: true});
+  group();
+}"""

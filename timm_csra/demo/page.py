@@ -12,7 +12,7 @@ from ..config import LOG_SOFTMAX, LOGITS, SCORES
 from ..installed import installed_examples, installed_wheels
 from . import parts
 from .checkpoints import ONLINE, check_name, checkpoint, is_here, shown_names
-from .client import LINK, ON_LINK, ON_SPOKEN, ON_TAG, SETTLE, SPOKEN
+from .client import LINK, ON_LINK, ON_SPOKEN, ON_TAG, SETTLE, SPOKEN, WHOLE_PAGE
 from .link import MOST_LAM, NO_MAP, TEMPERATURES, UPLOADED, USUAL_LAM, Link, read_link
 from .seen import Seen, look
 from .told import Refused, answer, note, sentence, warn
@@ -56,7 +56,7 @@ class _Page:
             check_name(name or "", self.offered)
         except Refused as refused:
             if link.checkpoint:
-                faults.append(f"The link has another checkpoint: {refused}")
+                faults.append(f"The link's checkpoint is not shown: {refused}")
             name = usual
         for fault in faults:
             warn(fault)
@@ -229,7 +229,7 @@ def build(offered: Mapping[str, Sequence[str]] | None = None) -> gr.Blocks:
                         elem_id="temperature",
                     )
                 link = gr.HTML("", elem_id="link", html_template=LINK, js_on_load=ON_LINK)
-        settings = [lam, lam_log, maximum, temperature]
+        settings: list[Any] = [lam, lam_log, maximum, temperature]
         rendered = [chosen, plain, logits, log_softmax, picture, spoken, head, link]
         # Visitors do not wait for each other: who downloads a checkpoint keeps only himself waiting.
         slow: dict[str, Any] = {"show_progress_on": picture, "concurrency_limit": None, "api_visibility": "private"}
@@ -249,7 +249,8 @@ def build(offered: Mapping[str, Sequence[str]] | None = None) -> gr.Blocks:
         controls = [model, example, upload]
         settled = looked.then(None, [outcome, *controls], controls, js=SETTLE, api_visibility="private")
         settled.then(page.render, [seen, chosen, *settings], rendered, **quick)
-        changed = [control.input for control in settings] + [slider.release for slider in (lam, lam_log, temperature)]
+        changed = [control.input for control in settings]
+        changed += [slider.release for slider in (lam, lam_log, temperature)]  # also what the reset button sends
         gr.on(changed, page.render, [seen, chosen, *settings], rendered, trigger_mode="always_last", **quick)
         maximum.input(lambda infinite: gr.Slider(interactive=not infinite), maximum, temperature, **quick)
         for tags in (plain, logits, log_softmax):
@@ -274,4 +275,4 @@ def launch(offered: Mapping[str, Sequence[str]] | None = None, **options: Any) -
         files(__package__).joinpath(name).read_text(encoding="utf-8") for name in ("style.css", "whole_page.css")
     )
     head = f"<style>{whole_page}</style>"
-    return build(offered).launch(theme=theme, css=style, head=head, **given | options)
+    return build(offered).launch(theme=theme, css=style, head=head, js=WHOLE_PAGE, **given | options)
