@@ -224,6 +224,8 @@ def test_what_cannot_be_shown_is_told(tmp_path: Path, photo: str, monkeypatch: p
         with pytest.raises(Refused, match="^This file cannot be read as a picture") as told:
             seen.open_picture(str(file))
         assert str(tmp_path) not in str(told.value)
+    with pytest.raises(Refused, match="uploads are deleted after an hour"):
+        seen.open_picture(str(tmp_path / "gone.png"))
     monkeypatch.setattr(seen, "PIXELS", 1000)
     with pytest.raises(Refused, match=r"^The picture has 300 x 200 pixels; expected at most"):
         seen.open_picture(photo)

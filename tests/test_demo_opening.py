@@ -1,6 +1,5 @@
 """How the page to try it is started and opens, and links to what it shows."""
 
-import math
 import runpy
 from html import unescape
 from pathlib import Path
@@ -11,18 +10,16 @@ from urllib.parse import parse_qsl
 import pytest
 import timm
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from PIL import Image
 
 pytest.importorskip("gradio", reason="the extra `demo` is not installed: nothing here says whether the page works")
 import gradio as gr
 
 from benchmarks.checkpoints.find import PYPI
-from timm_csra.config import LOG_SOFTMAX, LOGITS, SCORES
+from timm_csra.config import LOG_SOFTMAX, LOGITS
 from timm_csra.demo import checkpoints, page
 from timm_csra.demo.__main__ import main
-from timm_csra.demo.link import NO_MAP, Link, read_link
+from timm_csra.demo.link import NO_MAP
 from timm_csra.demo.told import Refused
 from timm_csra.installed import WHEELS, installed_examples
 
@@ -269,53 +266,7 @@ def test_a_name_that_cannot_be_one_is_refused_before_any_button(name: str, said:
     assert said[0].startswith("The link&#x27;s checkpoint is not shown: ") and "<" not in said[0] and len(said[0]) < 250
 
 
-@pytest.mark.parametrize(
-    ("query", "text"),
-    [
-        ({"lam_logits": "2"}, "The link has lam_logits='2'; expected a number from 0 to 1. Shown with 0.1."),
-        ({"lam_log_softmax": "nan"}, "lam_log_softmax='nan'; expected a number from 0 to 3. Shown with 0.3."),
-        ({"T": "0"}, "The link has T='0'; expected inf, or a number from 0.1 to 20. Shown with inf."),
-        ({"picture": "/etc/passwd"}, "picture='/etc/passwd'; expected coffee or uploaded. Another is shown."),
-        ({"class": "-1"}, "The link has class='-1'; expected its index. Another map is shown."),
-        ({"class": "٣"}, "expected its index"),
-        ({"class": "3", "scores": "odds"}, "scores='odds'; expected logits or log_softmax. Shown with logits."),
-        ({"T": "x" * 99}, f"T='{'x' * 40}...';"),
-        ({"T": "1_0"}, "The link has T='1_0'"),
-    ],
-)
-def test_what_makes_no_sense_in_a_link_is_told(query: dict[str, str], text: str) -> None:
-    link, (fault,) = read_link(query, ["coffee"])
-    assert text in fault
-    assert link == Link(chosen=(3, LOGITS) if query.get("class") == "3" else None)
-
-
-def test_nothing_in_a_link_is_the_usual_value() -> None:
-    assert read_link(dict.fromkeys(("lam_logits", "T", "picture", "class", "scores"), " "), ["coffee"]) == (Link(), [])
-    assert "lam_logits=0&" in read_link({"lam_logits": "-0"}, ())[0].query()
-
-
 def test_faults_of_a_link_are_text_in_the_page(said: list[str]) -> None:
     opened(T="<img src=x>", **{"class": "1000"})
     assert said[0].startswith("The link has T=&#x27;&lt;img src=x&gt;&#x27;")
     assert said[1] == "The link has class=1000; tf_efficientnet_lite0 has 1000, numbered from 0. Another map is shown."
-
-
-hundredths = st.integers(0, 100).map(lambda n: n / 100)
-
-
-@given(
-    st.builds(
-        Link,
-        checkpoint=st.text(min_size=1).map(str.strip),
-        picture=st.sampled_from(["", "coffee", "uploaded"]),
-        logits=hundredths,
-        log_softmax=hundredths.map(lambda lam: 3 * lam),
-        temperature=st.one_of(st.just(math.inf), st.integers(1, 200).map(lambda n: n / 10)),
-        chosen=st.none() | st.tuples(st.integers(0, 10**6), st.sampled_from(SCORES)),
-    )
-)
-def test_links_are_read_as_they_were_written(link: Link) -> None:
-    read, faults = read_link(dict(parse_qsl(link.query(), strict_parsing=True)), ["coffee"])
-    assert faults == []
-    assert read.log_softmax == pytest.approx(link.log_softmax)
-    assert read == Link(**(vars(link) | {"log_softmax": read.log_softmax}))

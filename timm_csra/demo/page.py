@@ -18,7 +18,7 @@ from .seen import Seen, look
 from .told import Refused, answer, note, sentence, warn
 
 MAX_FILE = "25mb"
-HOUR = 3600  # seconds that an upload is kept
+UPLOADS = (600, 3600)  # every ten minutes those are deleted that are older than an hour
 NO_CHECKPOINT = (
     "No checkpoint is installed. Run pip install 'timm-csra[demo]', which brings one, and start the page again; or "
     "choose a checkpoint above: it is downloaded from the Hugging Face Hub."
@@ -179,7 +179,7 @@ def build(offered: Mapping[str, Sequence[str]] | None = None) -> gr.Blocks:
     Use `launch` to serve it: fonts and style are given there.
     """
     page = _Page(offered or {})
-    with gr.Blocks(title="timm-csra", analytics_enabled=False, delete_cache=(HOUR, HOUR)) as blocks:
+    with gr.Blocks(title="timm-csra", analytics_enabled=False, delete_cache=UPLOADS) as blocks:
         gr.Markdown(INTRODUCTION, elem_id="introduction")
         seen, chosen, waiting, fetched = (gr.State(None) for _ in range(4))
         outcome = gr.JSON(visible="hidden")

@@ -67,6 +67,8 @@ def open_picture(path: str) -> Image.Image:
             if file.width * file.height <= PIXELS:
                 return in_rgb(_on_white(ImageOps.exif_transpose(file)))
             size = f"{file.width} x {file.height}"
+    except FileNotFoundError as error:
+        raise Refused("The picture is no longer here: uploads are deleted after an hour. Upload it again.") from error
     except Image.DecompressionBombError:
         size = "far too many"
     except (OSError, SyntaxError, ValueError) as error:
