@@ -67,7 +67,7 @@ class _Page:
         waiting = name if name and name not in self.installed and not is_here(name) else None
         seen, chosen, said = None, (NO_MAP if link.without_map else link.chosen), ""
         if waiting:
-            said = f"The link names {name}, which is not on this machine. It is downloaded only if you say so."
+            said = f"The link names {name}, which has not been downloaded here. It is downloaded only if you say so."
         elif not name or not path:
             said = NO_PICTURE if name else NO_CHECKPOINT
         else:
