@@ -201,7 +201,7 @@ def test_errors_are_told_in_the_page(page: str, chromium: Any, tmp_path: Path, m
     name.press("Enter")
     expect(tab.locator(".toast-body")).to_contain_text("could not be downloaded", timeout=30_000)
     tab.goto(f"{page}?checkpoint=hf-hub:somebody/something")
-    expect(tab.locator("#picture")).to_contain_text("which this page does not list", timeout=20_000)
+    expect(tab.locator("#picture")).to_contain_text("which is not on this machine", timeout=20_000)
     tab.wait_for_timeout(500)
     shoot(tab, "unlisted")
     tab.get_by_role("button", name="Download hf-hub:somebody/something and show it").click()

@@ -1,11 +1,13 @@
 """From the name of a checkpoint to a model with what can be said of it: its kind of head, its loss, its classes."""
 
 import re
+import threading
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 
-import gradio as gr
 import timm
 import torch
 from huggingface_hub.errors import HfHubHTTPError, HTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
@@ -15,8 +17,12 @@ from ..accelerators import default_device, on_accelerator, to_device
 from ..inspection import Explanation, explain
 from ..installed import WHEELS, file_of, installed_wheels
 from ..trained import SIGMOID, SOFTMAX, class_names, read_trained
+from .told import Refused, quoted
 
 FILES = "file:"  # and ARCH@PATH
+_HUB = "hf-hub:"
+_NAME = re.compile(r"[\w.-]{1,80}", re.ASCII)
+_REPOSITORY = re.compile(rf"{_HUB}[\w.-]{{1,96}}/[\w.-]{{1,96}}(@[\w.-]{{1,96}})?", re.ASCII)
 ONLINE = ("resnet50.a1_in1k", "convnext_tiny.fb_in1k")
 # Known losses: EfficientNet-Lite and ConvNeXt of their publications, the A recipes of "ResNet strikes back".
 _SOFTMAX_TRAINED = {*WHEELS, "convnext_tiny.fb_in1k"}
@@ -43,39 +49,74 @@ class Checkpoint:
         """Return the given names, else those of the model, each up to its first comma: `tabby` of `tabby, tabby cat`.
 
         Raises:
-            gr.Error: there are more or fewer names than classes. The page shows the text.
+            Refused: there are more or fewer names than classes.
         """
         count = self.explanation.num_classes
         if given and len(given) != count:
-            raise gr.Error(f"{self.name}: --class-names has {len(given)} names, expected {count}.")
+            raise Refused(f"{self.name}: --class-names has {len(given)} names, expected {count}.")
         try:
             return tuple(given) or tuple(name.split(",")[0] for name in class_names(self.model))
         except ValueError as error:
-            raise gr.Error(str(error)) from error
+            raise Refused(str(error)) from error
 
 
-def checkpoint(name: str, offered: Mapping[str, Sequence[str]]) -> Checkpoint:
-    """Load a checkpoint by its name. Files are read only where they are offered, so that a visitor learns nothing of
-    what is on this machine.
+def shown_names(offered: Sequence[str]) -> dict[str, str]:
+    """Map the names that the page shows of the offered checkpoints to these: of a file's path, its last part alone."""
+    found: dict[str, str] = {}
+    for spec in offered:
+        architecture, _, path = spec.partition("@")
+        shown = f"{architecture}@{Path(path).name}" if spec.startswith(FILES) else spec
+        same = sum(name.partition(" (")[0] == shown for name in found)
+        found[f"{shown} ({same + 1})" if same else shown] = spec
+    return found
+
+
+def check_name(name: str, offered: Mapping[str, str]) -> None:
+    """Check that a name is one that can be asked for. `offered` is of `shown_names`.
 
     Raises:
-        gr.Error: no such checkpoint, it could not be downloaded, or it cannot be wrapped. The page shows the text.
+        Refused: it is neither offered, nor a name of timm or of a repository on the Hub.
+    """
+    if name in offered or _REPOSITORY.fullmatch(name):
+        return
+    if not name:
+        raise Refused("Choose a checkpoint first.")
+    if name.startswith(FILES):
+        raise Refused("Files are only read where the page was started with them: --model file:ARCH@PATH.")
+    if not _NAME.fullmatch(name) or not timm.is_model(name):
+        raise Refused(f"timm has no model called {quoted(name)}. Try resnet50.a1_in1k, or hf-hub:user/repository.")
+
+
+def checkpoint(name: str, offered: Mapping[str, str]) -> Checkpoint:
+    """Load a checkpoint by its name, once for several visitors. Files are read only where they are offered, so that a
+    visitor learns nothing of what is on this machine. `offered` is of `shown_names`.
+
+    Raises:
+        Refused: no such checkpoint, it could not be downloaded, or it cannot be wrapped.
     """
     name = name.strip()
-    if not name:
-        raise gr.Error("Choose a checkpoint first.")
-    if name.startswith(FILES) and name not in offered:
-        raise gr.Error("Files are only read where the page was started with them: --model file:ARCH@PATH.")
-    return _load(name)
+    check_name(name, offered)
+    with _loading[name]:
+        return _load(name, offered.get(name, name))
+
+
+def is_here(name: str) -> bool:
+    """Return whether a checkpoint has been downloaded since the page was started."""
+    return name in _here
+
+
+_loading: defaultdict[str, threading.Lock] = defaultdict(threading.Lock)
+_here: set[str] = set()
 
 
 @lru_cache(maxsize=2)
-def _load(name: str) -> Checkpoint:
-    model, loss = _create(name)
+def _load(name: str, spec: str) -> Checkpoint:
+    model, loss = _create(spec)
     explanation = explain(model)
     if explanation.unsupported:
-        raise gr.Error(explanation.unsupported)
+        raise Refused(explanation.unsupported)
     device = default_device()
+    _here.add(name)
     return Checkpoint(name, to_device(model, device, on_accelerator(device)), explanation, loss)
 
 
@@ -85,10 +126,9 @@ def _create(name: str) -> tuple[nn.Module, str]:
             trained = read_trained(name.removeprefix(FILES))
             return trained.create(), trained.loss
         except ValueError as error:
-            raise gr.Error(str(error)) from error
+            _, _, path = name.partition("@")
+            raise Refused(str(error).replace(path, Path(path).name)) from error
     wheel = file_of(WHEELS[name], ".pth") if name in WHEELS else None
-    if not timm.is_model(name.removeprefix("hf-hub:")) and not name.startswith("hf-hub:"):
-        raise gr.Error(f"timm has no model called {name!r}. Try resnet50.a1_in1k, or hf-hub:user/repository.")
     loss = SOFTMAX if name in _SOFTMAX_TRAINED else SIGMOID if _SIGMOID_TAG.search(name) else ""
     try:
         if wheel is None:
@@ -99,9 +139,10 @@ def _create(name: str) -> tuple[nn.Module, str]:
         return model.eval(), loss
     except (HfHubHTTPError, HTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, ConnectionError) as error:
         offline = ", ".join(installed_wheels()) or "none is installed"
-        raise gr.Error(
+        raise Refused(
             f"{name} could not be downloaded: the Hugging Face Hub did not give it ({type(error).__name__}). Without "
             f"network these work: {offline}."
         ) from error
     except (RuntimeError, ValueError) as error:
-        raise gr.Error(f"{name} could not be loaded: {str(error).splitlines()[0]}") from error
+        reason, _, _ = str(error).partition("\n")
+        raise Refused(f"{name} could not be loaded: {reason}") from error

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from urllib.parse import urlencode
 
 from ..config import LOG_SOFTMAX, LOGITS, SCORES
+from .told import quoted
 
 UPLOADED = "uploaded"  # a picture that is not part of the link
 NO_MAP = "none"
@@ -57,16 +58,17 @@ def read_link(query: Mapping[str, str], pictures: Iterable[str]) -> tuple[Link, 
         (0.2, inf, ["The link has T='-1'; expected inf, or a number from 0.1 to 20. Shown with inf."])
     """
     faults: list[str] = []
+    query = {name: value.strip() for name, value in query.items() if value.strip()}
 
     def read(name: str, usual: float, low: float, high: float) -> float:
         try:
-            value = float(query.get(name, usual))
+            value = math.nan if "_" in query.get(name, "") else float(query.get(name, usual)) + 0.0  # no -0
         except ValueError:
             value = math.nan
         if low <= value <= high or value == usual:
             return value
         expected = f"{'inf, or ' if math.isinf(usual) else ''}a number from {low:g} to {high:g}"
-        faults.append(f"The link has {name}={_quoted(query[name])}; expected {expected}. Shown with {usual:g}.")
+        faults.append(f"The link has {name}={quoted(query[name])}; expected {expected}. Shown with {usual:g}.")
         return usual
 
     lams = {scores: read(f"lam_{scores}", USUAL_LAM[scores], 0, most) for scores, most in MOST_LAM.items()}
@@ -74,27 +76,22 @@ def read_link(query: Mapping[str, str], pictures: Iterable[str]) -> tuple[Link, 
     picture, known = query.get("picture", ""), {UPLOADED, *pictures}
     if picture and picture not in known:
         faults.append(
-            f"The link has picture={_quoted(picture)}; expected {' or '.join(sorted(known))}. Another is shown."
+            f"The link has picture={quoted(picture)}; expected {' or '.join(sorted(known))}. Another is shown."
         )
         picture = ""
     chosen, without_map = query.get("class", ""), query.get("class") == NO_MAP
     if chosen and not without_map and not (chosen.isascii() and chosen.isdigit() and len(chosen) < 10):
-        faults.append(f"The link has class={_quoted(chosen)}; expected its index. Another map is shown.")
+        faults.append(f"The link has class={quoted(chosen)}; expected its index. Another map is shown.")
         chosen = ""
     scores = query.get("scores", LOGITS)
     if scores not in SCORES:
-        faults.append(f"The link has scores={_quoted(scores)}; expected {' or '.join(SCORES)}. Shown with {LOGITS}.")
+        faults.append(f"The link has scores={quoted(scores)}; expected {' or '.join(SCORES)}. Shown with {LOGITS}.")
         scores = LOGITS
     return Link(
-        checkpoint=query.get("checkpoint", "").strip(),
+        checkpoint=query.get("checkpoint", ""),
         picture=picture,
         **lams,
         temperature=temperature,
         chosen=(int(chosen), scores) if chosen and not without_map else None,
         without_map=without_map,
     ), faults
-
-
-def _quoted(value: str) -> str:
-    """Shorten what a stranger wrote; the caller escapes it where it becomes HTML."""
-    return repr(value if len(value) <= 40 else f"{value[:40]}...")

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from html import escape
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -12,11 +11,14 @@ import gradio as gr
 from ..config import LOG_SOFTMAX, LOGITS, SCORES
 from ..installed import installed_examples, installed_wheels
 from . import parts
-from .checkpoints import ONLINE, checkpoint
+from .checkpoints import ONLINE, check_name, checkpoint, is_here, shown_names
+from .client import LINK, ON_LINK, ON_SPOKEN, ON_TAG, SETTLE, SPOKEN, WHOLE_PAGE
 from .link import MOST_LAM, NO_MAP, TEMPERATURES, UPLOADED, USUAL_LAM, Link, read_link
 from .seen import Seen, look
+from .told import Refused, answer, note, sentence, warn
 
 MAX_FILE = "25mb"
+UPLOADS = (600, 3600)  # every ten minutes those are deleted that are older than an hour
 NO_CHECKPOINT = (
     "No checkpoint is installed. Run pip install 'timm-csra[demo]', which brings one, and start the page again; or "
     "choose a checkpoint above: it is downloaded from the Hugging Face Hub."
@@ -27,111 +29,130 @@ A pretrained classifier scores every location of a picture. Wrapping it adds the
 scores: `logit = plain logit + lam * attention`. It is meant for pictures with several objects; on many pictures it
 changes little, and it can do harm. Logits are for ranking: none of these numbers is a probability.
 """
-# What a tag tells the server: its class, and which scores its map is of.
-ON_TAG = """element.addEventListener('click', event => {
-  const tag = event.target.closest('button.tag');
-  if (tag) trigger('choose', {index: Number(tag.dataset.class), scores: tag.dataset.scores});
-});"""
-LINK = """<label for="link-text">Link to this view</label>
-<div class="link"><input id="link-text" readonly value="${value ? '?' + value : ''}">
-<button type="button">Copy link</button></div>
-<p class="small" role="status"></p>"""
-ON_LINK = """const field = element.querySelector('input'), status = element.querySelector('[role=status]');
-const update = () => {
-  if (!props.value) return;
-  history.replaceState(history.state, '', '?' + props.value);
-  field.value = location.href;
-  status.textContent = new URLSearchParams(props.value).get('picture') === 'uploaded'
-    ? 'Your picture is not part of the link: who opens it sees these settings on an example.' : '';
-};
-watch('value', update);
-element.querySelector('button').addEventListener('click', async () => {
-  field.select();
-  try { await navigator.clipboard.writeText(field.value); status.textContent = 'Copied.'; }
-  catch { status.textContent = 'The browser does not let this page copy: the link is selected, press Ctrl+C.'; }
-});
-update();"""
 
 
 class _Page:
     """What the page offers, and its answers to a visitor.
 
-    `settings` of the answers are the values of the controls: the checkpoint's name, which example (None for an upload),
-    both lam, whether T is infinite, T.
+    A look is asked for by three controls: the checkpoint's name, the example, and an upload that was not looked at yet.
+    What is shown is of `Seen` alone. `settings` are the values of both lam, whether T is infinite, and T.
     """
 
     def __init__(self, offered: Mapping[str, Sequence[str]]) -> None:
-        self.offered = offered
+        self.offered = shown_names(list(offered))
+        self.names = {shown: offered[spec] for shown, spec in self.offered.items()}
         self.examples = {Path(path).stem: (label, path) for label, path in installed_examples().items()}
-        self.installed = [*offered, *installed_wheels()]
+        self.installed = [*self.offered, *installed_wheels()]
         self.checkpoints = [*self.installed, *ONLINE]
 
+    @answer
     def open(self, request: gr.Request) -> tuple[Any, ...]:
-        """Show what the link says, or the first example with the first installed checkpoint."""
+        """Show what the link says, or the first example with the first installed checkpoint. A checkpoint that would
+        have to be downloaded is not shown: a button is offered."""
         link, faults = read_link(request.query_params, self.examples)
+        usual = next(iter(self.installed), None)
+        name = link.checkpoint or usual
+        try:
+            check_name(name or "", self.offered)
+        except Refused as refused:
+            if link.checkpoint:
+                faults.append(f"The link's checkpoint is not shown: {refused}")
+            name = usual
         for fault in faults:
-            gr.Warning(escape(fault))
-        name = link.checkpoint or next(iter(self.installed), None)
+            warn(fault)
         if link.picture == UPLOADED:
-            gr.Info("The picture of this link is not part of it. These are its settings on an example.")
+            note("The picture of this link is not part of it. These are its settings on an example.")
         example = link.picture if link.picture in self.examples else next(iter(self.examples), None)
         path = self.examples[example][1] if example else None
-        maximum = math.isinf(link.temperature)
-        settings = (name, example, link.logits, link.log_softmax, maximum, 1.0 if maximum else link.temperature)
-        unlisted = bool(link.checkpoint) and link.checkpoint not in self.checkpoints
-        download = gr.Button(f"Download {name} and show it" if unlisted else "", visible=unlisted)
+        waiting = name if name and name not in self.installed and not is_here(name) else None
         seen, chosen, said = None, (NO_MAP if link.without_map else link.chosen), ""
-        if unlisted:
-            said = f"The link names {name}, which this page does not list. It is downloaded only if you say so."
+        if waiting:
+            said = f"The link names {name}, which is not on this machine. It is downloaded only if you say so."
         elif not name or not path:
             said = NO_PICTURE if name else NO_CHECKPOINT
         else:
             try:
                 seen = self.look(name, path)
-            except gr.Error as error:
-                said = error.message
-        if seen:
-            if link.chosen and link.chosen[0] >= len(seen.names):
-                said = f"{escape(seen.checkpoint.name)} has {len(seen.names)}, numbered from 0. Another map is shown."
-                gr.Warning(f"The link has class={link.chosen[0]}; {said}")
-            return *settings, download, path, seen, *self.render(seen, chosen, *settings)
-        return *settings, download, path, None, chosen, *self.nothing(said)
+            except Exception as error:
+                said = sentence(error)
+        maximum = math.isinf(link.temperature)
+        settings = (link.logits, link.log_softmax, maximum, 1.0 if maximum else link.temperature)
+        if seen and link.chosen and link.chosen[0] >= len(seen.names):
+            warn(
+                f"The link has class={link.chosen[0]}; {name} has {len(seen.names)}, numbered from 0. Another map is "
+                "shown."
+            )
+        return (
+            usual if waiting else name,
+            example if seen else None,
+            gr.Button(f"Download {waiting} and show it" if waiting else "", visible=bool(waiting)),
+            (waiting, example),
+            seen,
+            *settings[:3],
+            gr.Slider(value=settings[3], interactive=not maximum),
+            gr.Accordion(open=not maximum),
+            *(self.render(seen, chosen, *settings) if seen else (chosen, *self.nothing(said))),
+        )
 
     def look(self, name: str | None, path: str | None) -> Seen:
-        """Run the model, once for a picture. Raises gr.Error, which the page shows."""
+        """Run the model, once for a picture.
+
+        Raises:
+            Refused: there is no such checkpoint, or no such picture.
+        """
         if not path:
-            raise gr.Error("Choose a picture first: upload one, or take an example.")
+            raise Refused("Choose a picture first: upload one, or take an example.")
         found = checkpoint(name or "", self.offered)
-        return look(found, path, found.class_names(self.offered.get(found.name, ())))
+        return look(found, path, found.class_names(self.names.get(found.name, ())))
 
-    def changed(self, path: str | None, before: Seen | None, chosen: Any, name: str | None) -> tuple[Any, ...]:
-        """Answer to another checkpoint. The map stays that of the same class, where it has the same classes."""
-        seen = self.look(name, path)
-        if before and before.names != seen.names and chosen != NO_MAP:
+    @answer
+    def asked(
+        self, name: str | None, example: str | None, upload: str | None, seen: Seen | None, chosen: Any
+    ) -> tuple[Any, ...]:
+        """Answer to another checkpoint, example or upload: what is seen, which map, and what became of the controls.
+        The map stays that of the same class, where the picture is the same and has the same classes."""
+        new = seen
+        try:
+            before = seen.path if seen else None
+            if upload and upload != before:
+                path: str | None = upload
+            else:
+                path = self.examples[example][1] if example in self.examples else before
+            if not seen or (name, path) != (seen.checkpoint.name, before):
+                new = self.look(name, path)
+        except Exception as error:
+            warn(sentence(error))
+        if new and seen and chosen != NO_MAP and (new.path != seen.path or new.names != seen.names):
             chosen = None
-        return gr.Button(visible=False), seen, chosen
+        shown = [new.checkpoint.name, self.example_of(new)] if new else [next(iter(self.installed), None), None]
+        return new, chosen, {"asked": [name, example, upload], "shown": shown}
 
-    def example(self, name: str | None, example: str) -> tuple[Any, ...]:
-        """Answer to another example."""
-        path = self.examples[example][1]
-        return path, self.look(name, path), None
+    def example_of(self, seen: Seen) -> str | None:
+        """Return which example is shown; None for a picture of the visitor's own."""
+        return next((key for key, (_, path) in self.examples.items() if path == seen.path), None)
 
-    def upload(self, path: str, name: str | None) -> tuple[Any, ...]:
-        """Answer to a picture of the visitor's own: no example is chosen any more."""
-        return None, path, self.look(name, path), None
+    @answer
+    def download(self, waiting: tuple[str | None, str | None], seen: Seen | None) -> tuple[Any, ...]:
+        """Answer to the button: fetch the checkpoint of the link. Then it is chosen, and a look follows."""
+        name, example = waiting
+        found = checkpoint(name or "", self.offered)
+        return found.name, gr.skip() if seen else example, gr.Button(visible=False), found.name
 
+    @answer
     def choose(self, seen: Seen | None, chosen: Any, event: gr.EventData, *settings: Any) -> tuple[Any, ...]:
         """Answer to a tag: its map, or none where it was shown."""
         asked = (event.index, event.scores)
         if event.scores not in SCORES or not isinstance(event.index, int):
-            raise gr.Error("A tag of this page is a class and a kind of scores.")
+            raise Refused("A tag of this page is a class and a kind of scores.")
         return self.render(seen, NO_MAP if asked == chosen else asked, *settings)
 
+    @answer
     def render(self, seen: Seen | None, chosen: Any, *settings: Any) -> tuple[Any, ...]:
-        """Everything that follows from what was seen: which map, three lists, the picture, the head, the link."""
-        name, example, lam, lam_log_softmax, maximum, temperature = settings
+        """Everything that follows from what was seen: which map, three lists, the picture, what is said of it, the
+        head, the link. Where nothing was seen, what the page says of that stays."""
         if seen is None:
-            return chosen, *self.nothing(NO_PICTURE if name else NO_CHECKPOINT)
+            return tuple(gr.skip() for _ in range(8))
+        lam, lam_log_softmax, maximum, temperature = settings
         temperature = math.inf if maximum else temperature
         found = {parts.PLAIN: seen.base}
         for scores, weight in ((LOGITS, lam), (LOG_SOFTMAX, lam_log_softmax)):
@@ -141,15 +162,15 @@ class _Page:
         if chosen != NO_MAP and (chosen is None or not 0 <= chosen[0] < len(seen.names)):
             chosen = listed[0]
         shown = None if chosen == NO_MAP else tuple(chosen)
-        link = Link(
-            seen.checkpoint.name, example or UPLOADED, lam, lam_log_softmax, temperature, shown, chosen == NO_MAP
-        )
+        example = self.example_of(seen) or UPLOADED
+        link = Link(seen.checkpoint.name, example, lam, lam_log_softmax, temperature, shown, chosen == NO_MAP)
         lists = [parts.tags(seen, scores, logits, shown) for scores, logits in found.items()]
-        return chosen, *lists, parts.picture(seen, listed, shown), parts.head(seen.checkpoint), link.query()
+        said = parts.spoken(seen, {scores: top[0] for scores, top in tops.items()}, shown)
+        return chosen, *lists, parts.picture(seen, listed, shown), said, parts.head(seen.checkpoint), link.query()
 
     def nothing(self, said: str) -> tuple[str, ...]:
         """A sentence in the place of the picture, and no tags."""
-        return "", "", "", parts.message(said), "", ""
+        return "", "", "", parts.message(said), "", "", ""
 
 
 def build(offered: Mapping[str, Sequence[str]] | None = None) -> gr.Blocks:
@@ -158,9 +179,10 @@ def build(offered: Mapping[str, Sequence[str]] | None = None) -> gr.Blocks:
     Use `launch` to serve it: fonts and style are given there.
     """
     page = _Page(offered or {})
-    with gr.Blocks(title="timm-csra", analytics_enabled=False) as blocks:
+    with gr.Blocks(title="timm-csra", analytics_enabled=False, delete_cache=UPLOADS) as blocks:
         gr.Markdown(INTRODUCTION, elem_id="introduction")
-        source, seen, chosen = gr.State(None), gr.State(None), gr.State(None)
+        seen, chosen, waiting, fetched = (gr.State(None) for _ in range(4))
+        outcome = gr.JSON(visible="hidden")
         with gr.Row(elem_id="page"):
             with gr.Column(scale=1, min_width=280, elem_id="settings"):
                 model = gr.Dropdown(
@@ -179,15 +201,16 @@ def build(offered: Mapping[str, Sequence[str]] | None = None) -> gr.Blocks:
                 head = gr.HTML(elem_id="head")
             with gr.Column(scale=3, min_width=280, elem_id="results"):
                 picture = gr.HTML(elem_id="picture")
+                spoken = gr.HTML("", elem_id="spoken", html_template=SPOKEN, js_on_load=ON_SPOKEN)
                 with gr.Row(elem_id="lists"):
-                    with gr.Column(min_width=230):
+                    with gr.Column(min_width=180):
                         gr.Markdown("## Plain model\nwithout the attention term", elem_classes="heading")
                         gr.HTML("lam = 0", elem_id="plain-lam")
                         plain = gr.HTML(elem_id="plain", js_on_load=ON_TAG)
-                    with gr.Column(min_width=230):
+                    with gr.Column(min_width=180):
                         gr.Markdown("## logits\nthe paper's", elem_classes="heading")
                         lam, logits = _lam(LOGITS), gr.HTML(elem_id="logits", js_on_load=ON_TAG)
-                    with gr.Column(min_width=230):
+                    with gr.Column(min_width=180):
                         gr.Markdown("## log_softmax\nfor softmax-trained classifiers", elem_classes="heading")
                         lam_log, log_softmax = _lam(LOG_SOFTMAX), gr.HTML(elem_id="log_softmax", js_on_load=ON_TAG)
                 gr.Markdown(
@@ -195,7 +218,7 @@ def build(offered: Mapping[str, Sequence[str]] | None = None) -> gr.Blocks:
                     "each list on its own. Compare order, not numbers: those of log_softmax fall with lam.",
                     elem_classes="small",
                 )
-                with gr.Accordion("Advanced: T", open=False, elem_id="advanced"):
+                with gr.Accordion("Advanced: T", open=False, elem_id="advanced") as fold:
                     maximum = gr.Checkbox(True, label="T = infinity: the spatial maximum", elem_id="maximum")
                     temperature = gr.Slider(
                         *TEMPERATURES,
@@ -206,24 +229,30 @@ def build(offered: Mapping[str, Sequence[str]] | None = None) -> gr.Blocks:
                         elem_id="temperature",
                     )
                 link = gr.HTML("", elem_id="link", html_template=LINK, js_on_load=ON_LINK)
-        settings = [model, example, lam, lam_log, maximum, temperature]
-        rendered = [chosen, plain, logits, log_softmax, picture, head, link]
-        blocks.load(page.open, None, [*settings, download, source, seen, *rendered])
-        # One after the other, each with the values of that moment: what is shown is what the controls say.
-        quick: dict[str, Any] = {"show_progress": "hidden", "concurrency_id": "render", "concurrency_limit": 1}
-        slow: dict[str, Any] = {"show_progress_on": picture}
-        looked = [
-            *(
-                asked(page.changed, [source, seen, chosen, model], [download, seen, chosen], **slow)
-                for asked in (model.input, download.click)
-            ),
-            example.input(page.example, [model, example], [source, seen, chosen], **slow),
-            upload.upload(page.upload, [upload, model], [example, source, seen, chosen], **slow),
-        ]
-        for event in looked:
-            event.success(page.render, [seen, chosen, *settings], rendered, **quick)
-        for control in (lam, lam_log, maximum, temperature):
-            control.input(page.render, [seen, chosen, *settings], rendered, trigger_mode="always_last", **quick)
+        settings: list[Any] = [lam, lam_log, maximum, temperature]
+        rendered = [chosen, plain, logits, log_softmax, picture, spoken, head, link]
+        # Visitors do not wait for each other: who downloads a checkpoint keeps only himself waiting.
+        slow: dict[str, Any] = {"show_progress_on": picture, "concurrency_limit": None, "api_visibility": "private"}
+        quick: dict[str, Any] = {"show_progress": "hidden", "concurrency_id": "render", "api_visibility": "private"}
+        blocks.load(page.open, None, [model, example, download, waiting, seen, *settings, fold, *rendered], **slow)
+        download.click(page.download, [waiting, seen], [model, example, download, fetched], **slow)
+        # One event for all that ask for a look: of those that come while it runs, the last follows, with the values
+        # that the controls have then.
+        looked = gr.on(
+            [model.input, example.input, upload.upload, fetched.change],
+            page.asked,
+            [model, example, upload, seen, chosen],
+            [seen, chosen, outcome],
+            trigger_mode="always_last",
+            **slow,
+        )
+        controls = [model, example, upload]
+        settled = looked.then(None, [outcome, *controls], controls, js=SETTLE, api_visibility="private")
+        settled.then(page.render, [seen, chosen, *settings], rendered, **quick)
+        changed = [control.input for control in settings]
+        changed += [slider.release for slider in (lam, lam_log, temperature)]  # also what the reset button sends
+        gr.on(changed, page.render, [seen, chosen, *settings], rendered, trigger_mode="always_last", **quick)
+        maximum.input(lambda infinite: gr.Slider(interactive=not infinite), maximum, temperature, **quick)
         for tags in (plain, logits, log_softmax):
             tags.choose(page.choose, [seen, chosen, *settings], rendered, trigger_mode="multiple", **quick)
     return blocks
@@ -246,4 +275,4 @@ def launch(offered: Mapping[str, Sequence[str]] | None = None, **options: Any) -
         files(__package__).joinpath(name).read_text(encoding="utf-8") for name in ("style.css", "whole_page.css")
     )
     head = f"<style>{whole_page}</style>"
-    return build(offered).launch(theme=theme, css=style, head=head, **given | options)
+    return build(offered).launch(theme=theme, css=style, head=head, js=WHOLE_PAGE, **given | options)

@@ -3,7 +3,7 @@
 import base64
 import io
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 
 from matplotlib import colormaps
@@ -118,11 +118,19 @@ def picture(seen: Seen, listed: Sequence[tuple[int, str]], chosen: tuple[int, st
     )
 
 
+def spoken(seen: Seen, first: Mapping[str, int], chosen: tuple[int, str] | None) -> str:
+    """Say in plain text what is shown: the first tag of each list, and the map."""
+    tags = "; ".join(f"{scores} {seen.names[index]}" for scores, index in first.items())
+    shown = f"Map of {seen.names[chosen[0]]}, {SCORE_NAMES[chosen[1]]}." if chosen else "No map."
+    return f"First tags: {tags}. {shown}"
+
+
 def _mark(image: Image.Image, row: int, column: int, rows: int, columns: int) -> None:
     """Outline one location: white within black, seen on any colour."""
     width, height = image.size
     left, right = round(column * width / columns), round((column + 1) * width / columns) - 1
     top, bottom = round(row * height / rows), round((row + 1) * height / rows) - 1
+    right, bottom = max(right, left + 2), max(bottom, top + 2)  # where a location is smaller than its outline
     pen = ImageDraw.Draw(image)
     pen.rectangle((left, top, right, bottom), outline="black", width=5)
     pen.rectangle((left + 1, top + 1, right - 1, bottom - 1), outline="white", width=3)

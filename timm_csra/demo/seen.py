@@ -1,11 +1,11 @@
 """From a checkpoint and a picture to what the model says of it, for every lam, T and kind of scores."""
 
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 
-import gradio as gr
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from timm.data import create_transform, resolve_data_config
 from torch import Tensor
 
@@ -15,9 +15,12 @@ from ..attention import add_attention, class_attention
 from ..config import LOG_SOFTMAX, LOGITS, CSRAConfig
 from ..pictures import in_rgb
 from .checkpoints import Checkpoint
+from .told import Refused
 
 PIXELS = 50_000_000  # of a picture; more is refused
 SHOWN = 640  # pixels of the longer side
+LEAST = 64  # pixels of the shorter side: longer pictures than 10:1 are shown in these proportions
+_forward = threading.Lock()  # a model is one, its visitors are several
 
 
 @dataclass(frozen=True)
@@ -26,6 +29,7 @@ class Seen:
 
     Attributes:
         picture: for showing, in its own proportions.
+        path: of the picture's file.
         base: the plain model's logits, `(K,)`.
         maps: class scores of every location, logits, `(K, rows, columns)`.
         names: of the classes.
@@ -33,6 +37,7 @@ class Seen:
     """
 
     picture: Image.Image
+    path: str
     base: Tensor
     maps: Tensor
     names: tuple[str, ...]
@@ -52,22 +57,31 @@ class Seen:
 
 
 def open_picture(path: str) -> Image.Image:
-    """Open a picture in RGB.
+    """Open a picture in RGB: upright, as its EXIF orientation says, and on white where it is transparent.
 
     Raises:
-        gr.Error: it is no picture, or too large a one. The page shows the text.
+        Refused: it is no picture, or too large a one.
     """
     try:
         with Image.open(path) as file:
-            if file.width * file.height > PIXELS:
-                raise gr.Error(
-                    f"The picture has {file.width} x {file.height} pixels; expected at most {PIXELS // 10**6} million. "
-                    "Make it smaller first."
-                )
-            return in_rgb(file)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            if file.width * file.height <= PIXELS:
+                return in_rgb(_on_white(ImageOps.exif_transpose(file)))
+            size = f"{file.width} x {file.height}"
+    except FileNotFoundError as error:
+        raise Refused("The picture is no longer here: uploads are deleted after an hour. Upload it again.") from error
+    except Image.DecompressionBombError:
+        size = "far too many"
+    except (OSError, SyntaxError, ValueError) as error:
         reason = str(error).replace(path, Path(path).name)  # not where the server keeps it
-        raise gr.Error(f"This file cannot be read as a picture: {reason}. Expected JPEG, PNG or WebP.") from error
+        raise Refused(f"This file cannot be read as a picture: {reason}. Expected JPEG, PNG or WebP.") from error
+    raise Refused(f"The picture has {size} pixels; expected at most {PIXELS // 10**6} million. Make it smaller first.")
+
+
+def _on_white(picture: Image.Image) -> Image.Image:
+    if not picture.has_transparency_data:
+        return picture
+    picture = picture.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
 
 
 def look(checkpoint: Checkpoint, path: str, names: tuple[str, ...]) -> Seen:
@@ -76,10 +90,18 @@ def look(checkpoint: Checkpoint, path: str, names: tuple[str, ...]) -> Seen:
     device = next(checkpoint.model.parameters()).device
     config = resolve_data_config(model=checkpoint.model) | {"crop_mode": "squash", "crop_pct": 1.0}
     x = create_transform(**config)(as_input(picture, config["input_size"]))[None].to(device)
-    with torch.inference_mode(), autocast(device, precision(AUTO, device)):
+    with _forward, torch.inference_mode(), autocast(device, precision(AUTO, device)):
         base, maps = (found[0].float().cpu() for found in (checkpoint.model(x), score_maps(checkpoint.model, x)))
-    picture.thumbnail((SHOWN, SHOWN), Image.Resampling.LANCZOS)
-    return Seen(picture, base, maps, names, checkpoint)
+    return Seen(for_showing(picture), path, base, maps, names, checkpoint)
+
+
+def for_showing(picture: Image.Image) -> Image.Image:
+    """Scale a picture for the page, so that a location can be outlined in the smallest and the longest one."""
+    scale = SHOWN / max(picture.size)
+    if scale > 1:  # small pictures stay small, but not too small
+        scale = max(1.0, 4 * LEAST / max(picture.size))
+    width, height = (max(LEAST, round(scale * side)) for side in picture.size)
+    return picture.resize((width, height), Image.Resampling.LANCZOS)
 
 
 def as_input(picture: Image.Image, size: tuple[int, int, int]) -> Image.Image:
