@@ -7,7 +7,7 @@ with any N; the outputs are `scores` (N, K) and, with --maps, `maps` (N, K, rows
 the same pass through the backbone. The file's metadata has the settings and the class names. The exit code is 1 if a
 runtime differs from PyTorch by more than the tolerance.
 
-Needs pip install timm-csra onnx onnxscript onnxruntime openvino.
+Needs pip install '.[examples]'.
 """
 
 import argparse
@@ -87,6 +87,11 @@ def main(arguments: list[str] | None = None) -> int:
         "--tolerance", type=float, default=TOLERANCE, help="relative to the largest score (default: %(default)s)"
     )
     args = parser.parse_args(arguments)
+    if args.out.is_dir() or not args.out.parent.is_dir():
+        found = "a folder" if args.out.is_dir() else "no folder that it could be written to"
+        parser.error(f"--out {args.out}: found {found}; expected the name of a file in an existing folder.")
+    if not args.tolerance > 0:
+        parser.error(f"--tolerance {args.tolerance:g}: expected a positive number.")
     given = {key: value for key in ("lam", "scores") if (value := getattr(args, key)) is not None}
     create = timm_csra.create_model if timm.is_model(args.model) else timm_csra.from_pretrained
     try:
@@ -94,7 +99,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"{args.model}: exporting with {model.csra}")
         export(model, args.out, args.maps)
     except (OSError, RuntimeError, TypeError, ValueError) as error:
-        parser.error(f"{args.model}: {error}")
+        parser.error(f"{error}" if args.model in f"{error}" else f"{args.model}: {error}")
 
     images = torch.randn(3, *resolve_model_data_config(model)["input_size"], generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():

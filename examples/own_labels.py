@@ -4,7 +4,7 @@
 
 `photos/labels.csv` has two columns: `file`, and `labels` with the names of the objects in the picture, separated by
 spaces. A name contains neither spaces nor commas.
-Needs pip install 'timm-csra[tune]' pillow.
+Needs pip install '.[examples]'.
 """
 
 import argparse
@@ -19,6 +19,9 @@ from timm.data import create_transform, resolve_model_data_config
 from torch import Tensor, nn
 
 import timm_csra
+from timm_csra.pictures import UNREADABLE, open_upright
+
+FEWEST = 12  # pictures: half of them train the classifier, and tune needs three folds of two
 
 
 def batches(
@@ -27,9 +30,17 @@ def batches(
     """Yield batches of transformed images with their targets: 1 for each class in the picture, 0 for the others."""
     transform = create_transform(**resolve_model_data_config(model), is_training=False)
     for some in (rows[start : start + size] for start in range(0, len(rows), size)):
-        images = [transform(Image.open(folder / row["file"]).convert("RGB")) for row in some]
+        images = [transform(picture(folder / row["file"])) for row in some]
         labels = [[name in row["labels"].split() for name in names] for row in some]
         yield torch.stack(images), torch.tensor(labels).float()
+
+
+def picture(file: Path) -> Image.Image:
+    """Open a picture; raise SystemExit with one line if it cannot be read."""
+    try:
+        return open_upright(file)
+    except UNREADABLE as error:
+        raise SystemExit(f"{file}: not read as a picture: {error}") from error
 
 
 def train_classifier(model: nn.Module, loader: Iterable[tuple[Tensor, Tensor]], steps: int = 300) -> None:
@@ -64,8 +75,9 @@ def read_labels(folder: Path) -> list[dict[str, str]]:
         if not (folder / row["file"]).is_file():
             raise SystemExit(f"{path}, row {number}: no such picture: {folder / row['file']}.")
     names = {name for row in rows for name in row["labels"].split()}
-    if len(rows) < 4 or len(names) < 2:
-        raise SystemExit(f"{path}: found {len(rows)} pictures of {len(names)} labels; expected four or more of two.")
+    if len(rows) < FEWEST or len(names) < 2:
+        found = f"{len(rows)} pictures of {len(names)} labels"
+        raise SystemExit(f"{path}: found {found}; expected {FEWEST} or more pictures of two or more labels.")
     return rows
 
 
@@ -83,7 +95,12 @@ def main(arguments: list[str] | None = None) -> nn.Module:
     order = torch.randperm(len(rows)).tolist()
     train, held_out = ([rows[i] for i in part] for part in (order[::2], order[1::2]))
 
-    model = timm.create_model(args.model, pretrained=True, num_classes=len(names)).eval()  # with a new classifier
+    if args.out.exists() and not args.out.is_dir():
+        raise SystemExit(f"--out {args.out}: found a file; expected a folder, or the name of a new one.")
+    try:
+        model = timm.create_model(args.model, pretrained=True, num_classes=len(names)).eval()  # with a new classifier
+    except (OSError, RuntimeError, ValueError) as error:
+        raise SystemExit(f"--model {args.model}: {error}") from error
     model.pretrained_cfg["label_names"] = names  # saved with the model
     train_classifier(model, batches(args.photos, model, names, train))
 

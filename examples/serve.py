@@ -5,9 +5,8 @@
 
 POST /tags takes a picture as the body and answers {"tags": [{"tag": ..., "score": ...}, ...]}, highest score first.
 GET /health describes the model and counts pictures and batches. A bad request gets 4xx and a sentence in "detail"; 503
-means that too many clients are waiting. There is no authentication, so by default only this machine can connect; see
---host.
-Needs pip install timm-csra pillow fastapi uvicorn.
+means that too many clients are waiting. There is no authentication and no limit on idle connections: only this machine
+can connect, and with --host a proxy in front has to provide both. Needs pip install '.[examples]'.
 """
 
 import argparse
@@ -23,7 +22,10 @@ import timm
 import torch
 import uvicorn
 from fastapi import FastAPI, HTTPException, Query, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
 from PIL import Image, ImageOps
+from starlette.requests import ClientDisconnect
 from timm.data import create_transform, resolve_model_data_config
 from torch import Tensor, nn
 
@@ -31,6 +33,8 @@ import timm_csra
 from timm_csra.pictures import in_rgb
 from timm_csra.trained import class_names
 
+FORMATS = ("JPEG", "PNG", "WEBP")  # of pictures that are accepted; Pillow would start other programs for some formats
+LONGEST = 20  # times the shorter side: timm resizes the shorter side to the model's size, and the longer one with it
 logger = logging.getLogger("uvicorn.error")
 
 
@@ -74,12 +78,15 @@ class Batcher:
 def decode(body: bytes, transform: Callable[[Image.Image], Tensor], megapixels: float) -> Tensor:
     """Decode and transform a picture. Raises HTTPException if the body is not a picture, or too large a one."""
     try:
-        with Image.open(io.BytesIO(body)) as picture:  # reads only the header
+        with Image.open(io.BytesIO(body), formats=FORMATS) as picture:  # reads only the header
             if (found := picture.width * picture.height / 1e6) > megapixels:
                 raise HTTPException(413, f"Found {found:g} million pixels, expected at most {megapixels:g} million.")
+            if max(picture.size) > LONGEST * min(picture.size):
+                size = f"{picture.width} x {picture.height}"
+                raise HTTPException(413, f"Found {size} pixels, expected sides of a ratio of at most {LONGEST}.")
             return transform(in_rgb(ImageOps.exif_transpose(picture)))
     except Image.DecompressionBombError as error:
-        raise HTTPException(413, str(error)) from error
+        raise HTTPException(413, f"Found too many pixels, expected at most {megapixels:g} million.") from error
     except (OSError, SyntaxError, ValueError) as error:
         reason = "unknown format" if isinstance(error, Image.UnidentifiedImageError) else error
         raise HTTPException(
@@ -111,13 +118,25 @@ def create_app(
 
     app = FastAPI(title="timm-csra", lifespan=lifespan)
 
+    @app.exception_handler(RequestValidationError)
+    async def invalid(_: Request, error: RequestValidationError) -> JSONResponse:
+        found = "; ".join(f"{e['loc'][-1]}={e.get('input')}: {e['msg']}" for e in error.errors())
+        return JSONResponse({"detail": f"{found}."}, status_code=422)
+
     @app.post("/tags")
     async def tags(request: Request, top: Annotated[int, Query(ge=1)] = 5) -> dict[str, Any]:
+        if request.headers.get("content-type", "").startswith("multipart/"):
+            raise HTTPException(415, "Found a form, expected the picture itself as the body: curl --data-binary @FILE.")
         body = bytearray()
-        async for chunk in request.stream():
-            body += chunk
-            if len(body) > mib * 2**20:
-                raise HTTPException(413, f"Found more than {mib:g} MiB, expected at most that for a picture.")
+        try:
+            async for chunk in request.stream():
+                body += chunk
+                if len(body) > mib * 2**20:
+                    raise HTTPException(413, f"Found more than {mib:g} MiB, expected at most that for a picture.")
+        except ClientDisconnect:
+            raise HTTPException(400, "The client disconnected.") from None
+        if not body:
+            raise HTTPException(415, "Found no body, expected a picture.")
         loop = asyncio.get_running_loop()
         scores = await batcher(await loop.run_in_executor(threads, decode, bytes(body), transform, megapixels))
         if scores is None:
@@ -155,15 +174,20 @@ def main(arguments: list[str] | None = None) -> None:
         "--max-waiting", type=int, default=256, help="connections at most; others get 503 (default: %(default)s)"
     )
     args = parser.parse_args(arguments)
+    if min(args.batch, args.max_mib, args.max_megapixels, args.max_waiting) <= 0 or not args.wait_ms >= 0:
+        parser.error("expected a positive --batch, --max-mib, --max-megapixels and --max-waiting, and --wait-ms >= 0.")
+    if not 0 <= args.port <= 65535:
+        parser.error(f"--port {args.port}: expected 0 to 65535.")
     given = {key: value for key in ("lam", "scores") if (value := getattr(args, key)) is not None}
     create = timm_csra.create_model if timm.is_model(args.model) else timm_csra.from_pretrained
     try:
         model = create(args.model, **given).eval()
     except (OSError, RuntimeError, TypeError, ValueError) as error:
-        parser.error(f"{args.model}: {error}")
+        parser.error(f"{error}" if args.model in f"{error}" else f"{args.model}: {error}")
     model.to(torch.accelerator.current_accelerator(check_available=True) or "cpu")
     app = create_app(model, args.batch, args.wait_ms / 1000, args.max_mib, args.max_megapixels)
-    uvicorn.run(app, host=args.host, port=args.port, limit_concurrency=args.max_waiting)
+    limits = {"limit_concurrency": args.max_waiting, "timeout_graceful_shutdown": 5}
+    uvicorn.run(app, host=args.host, port=args.port, **limits)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ the picture's width and height after EXIF rotation. The whole picture is resized
 nothing at its borders is cut off. Scores rank the tags of a picture; they are not probabilities.
 
 The script names pictures that it cannot read on stderr, skips them, and exits with 1; it exits with 2 if it writes no
-table. It writes OUT.part and renames that to OUT at the end. Needs pip install timm-csra pillow.
+table. It writes OUT.part and renames that to OUT at the end. Needs pip install '.[examples]'.
 """
 
 import argparse
@@ -21,16 +21,14 @@ from typing import Any
 
 import timm
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from timm.data import create_transform, resolve_model_data_config
 from torch import Tensor, nn
 from tqdm import tqdm
 
 import timm_csra
-from timm_csra.pictures import in_rgb
+from timm_csra.pictures import FORMATS, UNREADABLE, open_upright
 from timm_csra.trained import class_names, read_class_names
-
-UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)  # what Pillow raises for broken files
 
 
 def load(name: str, names: Path | None = None, **settings: Any) -> nn.Module:
@@ -46,8 +44,7 @@ def load(name: str, names: Path | None = None, **settings: Any) -> nn.Module:
 def read(file: Path, transform: Any) -> Tensor | str:
     """Read and transform a picture, `(3, H, W)`; return the reason if that fails."""
     try:
-        with Image.open(file) as picture:
-            return transform(in_rgb(ImageOps.exif_transpose(picture)))
+        return transform(open_upright(file))
     except UNREADABLE as error:
         return str(error)
 
@@ -66,18 +63,23 @@ def tags(model: nn.Module, images: list[Tensor], top: int) -> Iterator[list[tupl
         ]
 
 
-def tag(model: nn.Module, folder: Path, files: Sequence[Path], out: Path, top: int, size: int) -> list[Path]:
+def tag(
+    model: nn.Module, names: Sequence[str], folder: Path, files: Sequence[Path], out: Path, top: int, size: int
+) -> list[Path]:
     """Write the table; return the files that could not be read."""
     transform = create_transform(**resolve_model_data_config(model) | {"crop_mode": "squash", "crop_pct": 1.0})
-    names, broken = class_names(model), []
-    part = out.with_name(f"{out.name}.part")
-    with part.open("w", encoding="utf-8", newline="") as file, ThreadPoolExecutor() as threads, tqdm(files) as progress:
+    broken, part = [], out.with_name(f"{out.name}.part")
+    with (
+        part.open("w", encoding="utf-8", newline="") as file,
+        ThreadPoolExecutor() as threads,
+        tqdm(files, disable=None) as progress,
+    ):
         table = csv.writer(file)
         table.writerow(["file", "tag", "score", "x", "y"])
         for some in (files[start : start + size] for start in range(0, len(files), size)):
             found = dict(zip(some, threads.map(lambda name: read(name, transform), some), strict=True))
             for name in [name for name, image in found.items() if isinstance(image, str)]:
-                progress.write(f"{name}: not read: {found.pop(name)}", file=sys.stderr)
+                tqdm.write(f"{name}: not read: {found.pop(name)}", file=sys.stderr)
                 broken.append(name)
             images = [*found.values()]
             for name, of_image in zip(found, tags(model, images, top) if images else (), strict=True):
@@ -100,18 +102,23 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--batch-size", type=int, default=16, help="default: %(default)s")
     parser.add_argument("--out", type=Path, default=Path("tags.csv"), help="default: %(default)s")
     args = parser.parse_args(arguments)
-    suffixes = Image.registered_extensions()
-    files = sorted(file for file in args.folder.rglob("*") if file.suffix.lower() in suffixes)
+    suffixes = {suffix for suffix, name in Image.registered_extensions().items() if name in FORMATS}
+    files = sorted(file for file in args.folder.rglob("*") if file.suffix.lower() in suffixes and file.is_file())
     if not files:
-        parser.error(f"{args.folder}: found no pictures; expected a folder with files such as .jpg or .png.")
+        found = "no pictures" if args.folder.is_dir() else "a file" if args.folder.exists() else "no such folder"
+        parser.error(f"{args.folder}: found {found}; expected a folder with files such as .jpg or .png.")
+    if args.out.is_dir() or not args.out.parent.is_dir():
+        found = "a folder" if args.out.is_dir() else "no folder that it could be written to"
+        parser.error(f"--out {args.out}: found {found}; expected the name of a file in an existing folder.")
     if min(args.top, args.batch_size) < 1:
         parser.error(f"found --top {args.top} --batch-size {args.batch_size}; expected at least 1 of each.")
     try:
         model = load(args.model, args.class_names, lam=args.lam, scores=args.scores)
-        model.to(torch.accelerator.current_accelerator(check_available=True) or "cpu")
-        broken = tag(model, args.folder, files, args.out, args.top, args.batch_size)
+        names = class_names(model)
     except (OSError, RuntimeError, TypeError, ValueError) as error:
-        parser.error(f"{args.model}: {error}")
+        parser.error(f"{error}" if args.model in f"{error}" else f"{args.model}: {error}")
+    model.to(torch.accelerator.current_accelerator(check_available=True) or "cpu")
+    broken = tag(model, names, args.folder, files, args.out, args.top, args.batch_size)
     print(f"{args.out}: tags of {len(files) - len(broken)} pictures; {len(broken)} could not be read")
     return 1 if broken else 0
 

@@ -5,17 +5,21 @@
 transformers loads timm models as `TimmWrapperForImageClassification`; this script wraps the timm model inside it
 (`timm_model`). --save writes the settings, too: this script and `timm_csra.from_pretrained` load such a folder wrapped,
 while plain transformers and plain timm load the plain model. The scores rank classes and are not probabilities, so the
-pipeline applies no softmax. Needs pip install timm-csra transformers pillow.
+pipeline applies no softmax. Needs pip install '.[examples]'.
 """
 
 import argparse
+import sys
 from pathlib import Path
 from typing import Any
 
 import transformers
-from transformers import AutoConfig, AutoModelForImageClassification, TimmWrapperForImageClassification
+from PIL import Image
+from transformers import AutoConfig, AutoModelForImageClassification
+from transformers.image_utils import load_image
 
 import timm_csra
+from timm_csra.pictures import UNREADABLE, open_upright
 
 
 def csra_pipeline(model: str, **settings: Any) -> transformers.ImageClassificationPipeline:
@@ -28,9 +32,9 @@ def csra_pipeline(model: str, **settings: Any) -> transformers.ImageClassificati
     """
     config = AutoConfig.from_pretrained(model)
     (getattr(config, "model_args", None) or {}).pop("num_classes", None)  # timm 1.0.31 saves it twice: TypeError
+    if config.model_type != "timm_wrapper":
+        raise ValueError(f"found a {config.model_type} model, expected a timm model, such as timm/resnet50.a1_in1k.")
     loaded = AutoModelForImageClassification.from_pretrained(model, config=config)
-    if not isinstance(loaded, TimmWrapperForImageClassification):
-        raise ValueError(f"found a {type(loaded).__name__}, expected a timm model, such as timm/resnet50.a1_in1k.")
     stored = getattr(loaded.config, "csra", None)
     csra = timm_csra.CSRAConfig.from_dict(stored) if stored else timm_csra.CSRAConfig()
     for name, value in settings.items():
@@ -45,7 +49,12 @@ def save(pipe: transformers.ImageClassificationPipeline, folder: Path) -> None:
     pipe.save_pretrained(folder)
 
 
-def main(arguments: list[str] | None = None) -> None:
+def open_picture(place: str) -> Image.Image:
+    """Open a file or URL. The pipeline itself would clip pictures of 16 bits to white."""
+    return load_image(place) if place.startswith(("http://", "https://")) else open_upright(place)
+
+
+def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="a timm model on the Hub, such as timm/resnet50.a1_in1k, or a folder")
     parser.add_argument("photos", nargs="+", help="files or URLs")
@@ -55,17 +64,27 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--save", type=Path, metavar="FOLDER", help="write the model with its settings")
     args = parser.parse_args(arguments)
     given = {key: value for key in ("lam", "scores") if (value := getattr(args, key)) is not None}
+    if args.top < 1:
+        parser.error(f"--top {args.top}: expected at least 1.")
     try:
         pipe = csra_pipeline(args.model, **given)
-        found = pipe(args.photos, top_k=args.top, function_to_apply="none")
     except (OSError, TypeError, ValueError) as error:
-        parser.error(f"{args.model}: {error}")
-    for photo, tags in zip(args.photos, found, strict=True):
+        parser.error(f"{error}" if args.model in f"{error}" else f"{args.model}: {error}")
+    broken = 0
+    for photo in args.photos:
+        try:
+            picture = open_picture(photo)
+        except UNREADABLE as error:
+            print(f"{photo}: not read: {error}", file=sys.stderr)
+            broken += 1
+            continue
+        tags = pipe(picture, top_k=args.top, function_to_apply="none")
         print(photo, *(f"  {tag['score']:8.3f}  {tag['label']}" for tag in tags), sep="\n")
     if args.save:
         save(pipe, args.save)
         print(f"{args.save}: saved with {pipe.model.timm_model.csra}")
+    return 1 if broken else 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

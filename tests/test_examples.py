@@ -92,8 +92,8 @@ def test_the_classifier_learns_and_the_backbone_stays(tmp_path: Path, photos: Pa
     ("file,label\n0.png,cat\n", "found the columns file, label; expected file,labels."),
     ("file;labels\n0.png;cat\n", "found the columns file;labels; expected file,labels."),
     ("", "found the columns none; expected file,labels."),
-    ("file,labels\n", "found 0 pictures of 0 labels; expected four or more of two."),
-    ("file,labels\n0.png,cat\n", "found 1 pictures of 1 labels; expected four or more of two."),
+    ("file,labels\n", "found 0 pictures of 0 labels; expected 12 or more pictures of two or more labels."),
+    ("file,labels\n0.png,cat\n", "found 1 pictures of 1 labels; expected 12 or more pictures of two or more labels."),
     ("\ufefffile,labels\nmissing.png,cat\n", "row 2: no such picture: "),
     ('file,labels\n0.png,cat\n0.png,"cat,dog"\n', "row 3: found the labels 'cat,dog'; expected spaces between them."),
     ("file,labels\n0.png,cat,dog\n", "row 2: found ['0.png', 'cat', ['dog']]; expected a file and its labels."),
@@ -108,6 +108,23 @@ def test_a_table_of_labels_that_cannot_be_used_is_refused_in_one_line(
     with pytest.raises(SystemExit) as refused:
         main([str(tmp_path)])
     assert said in str(refused.value) and "\n" not in str(refused.value)
+
+
+def test_what_own_labels_cannot_read_is_named_before_anything_is_trained(
+    tmp_path: Path, photos: Path, checkpoint: str
+) -> None:
+    out = tmp_path / "a file"
+    out.touch()
+    for arguments, said in {
+        ("--out", str(out)): "a file: found a file; expected a folder",
+        ("--model", "nosuch"): "--model nosuch: Unknown model",
+    }.items():
+        with pytest.raises(SystemExit, match=said):
+            main([str(photos), *arguments])
+    file = next(photos.glob("*.png"))
+    file.write_bytes(file.read_bytes()[:60])
+    with pytest.raises(SystemExit, match=f"{file.name}: not read as a picture: "):
+        main([str(photos), "--model", checkpoint, "--out", str(tmp_path / "out")])
 
 
 SCRIPTS = sorted(path.stem for path in (ROOT / "examples").glob("*.py"))

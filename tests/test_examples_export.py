@@ -77,3 +77,10 @@ def test_a_model_that_cannot_be_had(tmp_path: Path) -> None:
         main(["my-modle"])
     with refused("lam must be finite and at least 0"):
         main([saved(tmp_path)[0], "--lam", "-1"])
+    for arguments, said in {
+        ("--out", str(tmp_path)): "found a folder; expected the name of a file",
+        ("--out", str(tmp_path / "no" / "model.onnx")): "found no folder that it could be written to",
+        ("--tolerance", "nan"): "--tolerance nan: expected a positive number",
+    }.items():
+        with refused(said):
+            main(["test_resnet", *arguments])

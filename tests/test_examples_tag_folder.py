@@ -103,6 +103,10 @@ def test_names_for_a_model_that_has_none(tmp_path: Path, capsys: pytest.CaptureF
     ("arguments", "said"),
     [
         (["empty", "--model", "test_resnet"], "empty: found no pictures; expected a folder with files such as .jpg"),
+        (["nowhere", "--model", "test_resnet"], "nowhere: found no such folder; expected a folder"),
+        (["photos/0.png", "--model", "test_resnet"], "0.png: found a file; expected a folder"),
+        (["photos", "--model", "test_resnet", "--out", "empty"], "--out empty: found a folder; expected the name of"),
+        (["photos", "--model", "test_resnet", "--out", "no/t.csv"], "--out no/t.csv: found no folder that it could be"),
         (
             ["photos", "--model", "test_resnet", "--top", "0"],
             "found --top 0 --batch-size 16; expected at least 1 of each",
@@ -112,6 +116,8 @@ def test_names_for_a_model_that_has_none(tmp_path: Path, capsys: pytest.CaptureF
 def test_wrong_arguments(arguments: list[str], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     pictures(tmp_path / "photos", 1)
+    (tmp_path / "empty" / "a folder.jpg").mkdir(parents=True)
+    (tmp_path / "empty" / "vectors.eps").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n")
     with refused(said):
         main(arguments)
 

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -93,15 +94,30 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert timm_csra.from_pretrained(tmp_path / "out").csra.lam == 0.2
     with refused("model: lam must be finite and at least 0"):
         main([folder, str(file), "--lam", "-1"])
-    with refused(r"gone\.png"):
-        main([folder, str(tmp_path / "gone.png")])
+    with refused("--top 0: expected at least 1"):
+        main([folder, str(file), "--top", "0"])
+
+
+def test_pictures_that_cannot_be_read_and_those_of_16_bits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder, plain = saved(tmp_path / "model", 0.2, "logits")
+    (file,) = pictures(tmp_path / "photos", 1)
+    grey = Image.open(file).convert("L")
+    Image.fromarray(np.asarray(grey).astype(np.uint16) << 8).save(tmp_path / "16.png")
+    (tmp_path / "cut.png").write_bytes(file.read_bytes()[:200])
+    gone = tmp_path / "gone.png"
+    assert main([folder, str(tmp_path / "cut.png"), str(gone), str(tmp_path / "16.png"), "--top", "1"]) == 1
+    x = create_transform(**resolve_model_data_config(plain))(grey.convert("RGB"))[None]
+    best = scores_of_classes(plain, x, 0.2, "logits")[0].max(dim=0)
+    printed = capsys.readouterr()
+    assert printed.out.splitlines() == [str(tmp_path / "16.png"), f"  {best.values:8.3f}  {NAMES[best.indices]}"]
+    assert all(f"{tmp_path / name}: not read: " in printed.err for name in ("cut.png", "gone.png"))
 
 
 def test_a_model_that_is_not_of_timm_is_refused(tmp_path: Path) -> None:
     sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}
     transformers.ViTForImageClassification(transformers.ViTConfig(**sizes)).save_pretrained(tmp_path)
     transformers.ViTImageProcessor().save_pretrained(tmp_path)
-    with refused("found a ViTForImageClassification, expected a timm model, such as timm/resnet50"):
+    with refused("found a vit model, expected a timm model, such as timm/resnet50"):
         main([str(tmp_path), "photo.jpg"])
 
 

@@ -455,8 +455,8 @@ def test_pickles_are_not_read(tmp_path: Path) -> None:
 
 
 NAMES = {
-    "resnet50": "expected user/repo on the Hub, an existing folder, or file:ARCH@PATH. For timm's model of this name use create_model",
-    "no/such/folder": "expected user/repo on the Hub, an existing folder, or file:ARCH@PATH",
+    "resnet50": "found no such folder; expected user/repo on the Hub, an existing folder, or file:ARCH@PATH. For timm's model of this name use create_model",
+    "no/such/folder": "found no such folder; expected user/repo on the Hub, an existing folder, or file:ARCH@PATH",
     "hf-hub:user/repo@one": "found a second revision, revision='two'",
 }
 

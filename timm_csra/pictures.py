@@ -1,7 +1,24 @@
-"""Convert pictures to RGB, for the benchmarks and the demo alike."""
+"""Open pictures and convert them to RGB, for the benchmarks, the demo and the examples alike."""
+
+from pathlib import Path
+from typing import IO
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
+
+# Formats that Pillow decodes itself; to read an EPS file it would start Ghostscript.
+FORMATS = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")
+UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)  # what Pillow raises for a broken file
+
+
+def open_upright(source: str | Path | IO[bytes]) -> Image.Image:
+    """Open a picture of one of `FORMATS` in RGB, rotated as its EXIF orientation says.
+
+    Raises:
+        OSError, SyntaxError, ValueError, PIL.Image.DecompressionBombError: it cannot be read as a picture.
+    """
+    with Image.open(source, formats=FORMATS) as picture:
+        return in_rgb(ImageOps.exif_transpose(picture))
 
 
 def in_rgb(picture: Image.Image) -> Image.Image:

@@ -246,7 +246,7 @@ def test_n_is_that_of_the_metric(tmp_path: Path) -> None:
     rows = {(row["task"], row["metric"]): row["n"] for row in csv.DictReader((report / "results.csv").open())}
     assert (rows["real", "lrap"], rows["real", "top1"], rows["single", "top1"]) == ("44", "498", "500")
     page = (report / "index.html").read_text()
-    assert "<b>n</b>: the images that count for the metric" in page
+    assert "<dt>n</dt><dd>the images that count for the metric" in page
     data = json.loads(page.split('id="data" type="application/json">')[1].split("</script>")[0])
     real, lrap = data["names"].index("photos · real · 1x"), data["names"].index("lrap")
     assert {row[5] for row in data["rows"] if (row[1], row[2]) == (real, lrap)} == {44}
