@@ -220,6 +220,10 @@ def test_what_cannot_be_shown_is_told(tmp_path: Path, photo: str, monkeypatch: p
     text.write_text("no picture")
     half = tmp_path / "half.png"
     half.write_bytes(Path(photo).read_bytes()[:500])
+    vectors = tmp_path / "vectors.png"  # which Pillow would give to Ghostscript
+    vectors.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n")
+    with pytest.raises(Refused, match="cannot identify image file"):
+        seen.open_picture(str(vectors))
     for file in (text, half):
         with pytest.raises(Refused, match="^This file cannot be read as a picture") as told:
             seen.open_picture(str(file))

@@ -311,7 +311,8 @@ def _parse(name_or_path: str | Path, revision: str | None) -> tuple[str, str]:
         return source, location
     if location.partition("@")[0].count("/") != 1:
         timm_name = f" For timm's model of this name use create_model({text!r})." if is_model(text) else ""
-        raise ValueError(f"{text}: found no such folder; expected user/repo on the Hub, an existing folder, or file:ARCH@PATH.{timm_name}")
+        expected = "expected user/repo on the Hub, an existing folder, or file:ARCH@PATH"
+        raise ValueError(f"{text}: found no such folder; {expected}.{timm_name}")
     if revision is not None:
         if "@" in location:
             raise ValueError(f"{text}: found a second revision, revision={revision!r}; give only one of them.")

@@ -17,6 +17,7 @@ from ..pictures import in_rgb
 from .checkpoints import Checkpoint
 from .told import Refused
 
+FORMATS = ("JPEG", "PNG", "WEBP")  # that are accepted; Pillow would start other programs for some formats
 PIXELS = 50_000_000  # of a picture; more is refused
 SHOWN = 640  # pixels of the longer side
 LEAST = 64  # pixels of the shorter side: longer pictures than 10:1 are shown in these proportions
@@ -63,7 +64,7 @@ def open_picture(path: str) -> Image.Image:
         Refused: it is no picture, or too large a one.
     """
     try:
-        with Image.open(path) as file:
+        with Image.open(path, formats=FORMATS) as file:
             if file.width * file.height <= PIXELS:
                 return in_rgb(_on_white(ImageOps.exif_transpose(file)))
             size = f"{file.width} x {file.height}"
