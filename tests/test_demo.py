@@ -251,12 +251,8 @@ def test_the_smallest_and_the_longest_pictures_are_shown(
     for index in range(0, 1000, 99):
         assert "<img" in parts.picture(found, [(index, LOGITS)], (index, LOGITS))
     assert min(found.picture.size) >= seen.LEAST and max(found.picture.size) <= seen.SHOWN
-
-
-def test_a_location_smaller_than_its_outline_is_marked() -> None:
-    image = Image.new("RGB", (5, 5), "red")
-    for place in range(49):
-        parts._mark(image, *divmod(place, 7), 7, 7)
+    for place in range(49):  # where a location is smaller than its outline
+        parts._mark(Image.new("RGB", (5, 5)), *divmod(place, 7), 7, 7)
 
 
 def test_a_picture_is_upright_and_on_white(tmp_path: Path) -> None:

@@ -166,7 +166,9 @@ def test_finite_t_is_in_sight_and_infinite_t_has_no_slider(page: str, chromium: 
     tab.close()
 
 
-@pytest.mark.parametrize("size", [(1050, 900), (1000, 900), (768, 900), (740, 360)], ids=lambda size: f"{size[0]}px")
+@pytest.mark.parametrize(
+    "size", [(1270, 900), (1050, 900), (1000, 900), (768, 900), (740, 360)], ids=lambda size: f"{size[0]}px"
+)
 def test_three_lists_side_by_side_and_the_picture_in_sight(page: str, chromium: Any, size: tuple[int, int]) -> None:
     from playwright.sync_api import expect
 
@@ -177,7 +179,11 @@ def test_three_lists_side_by_side_and_the_picture_in_sight(page: str, chromium: 
     tag = tab.locator("#log_softmax button.tag").nth(2)
     tag.click()
     expect(tag).to_have_attribute("aria-pressed", "true")
-    if size[0] <= 1000:
-        box = tab.locator("#picture").bounding_box()
-        assert 0 <= box["y"] < 10 and box["height"] < size[1] / 2
+    image, pressed = tab.locator("#picture img").bounding_box(), tag.bounding_box()
+    assert 0 <= image["y"] < image["y"] + image["height"] <= pressed["y"] < size[1]
+    tab.locator("#log_softmax button.tag").last.scroll_into_view_if_needed()
+    tab.mouse.wheel(0, 100)
+    tab.wait_for_timeout(300)
+    picture = tab.locator("#picture").bounding_box()
+    assert 0 <= picture["y"] and picture["height"] <= size[1] / 2
     tab.close()
