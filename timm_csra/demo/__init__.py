@@ -1,8 +1,8 @@
-"""A page to try the library on photographs: `python -m timm_csra.demo`. Extra `demo`; also the app of a Hugging Face
-Space.
+"""Try the library on photographs in a browser: `python -m timm_csra.demo` (extra `demo`); also the app of a Hugging
+Face Space.
 
-A picture runs through the model once. Its per-location scores are kept, and lam and T only recombine them, so the tags
-follow a slider at once.
+The model runs once on each picture. lam and T only recombine its per-location scores, so the tags follow the sliders
+immediately.
 """
 
 from importlib.util import find_spec

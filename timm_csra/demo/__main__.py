@@ -1,4 +1,4 @@
-"""`python -m timm_csra.demo`."""
+"""Serve the demo: `python -m timm_csra.demo`."""
 
 import argparse
 from pathlib import Path
@@ -10,23 +10,25 @@ from .checkpoints import FILES
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Serve the page."""
+    """Parse the arguments, check the files that they name, and serve the page."""
     parser = argparse.ArgumentParser(prog="python -m timm_csra.demo", description=description)
-    parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0 for everybody (default: %(default)s)")
+    parser.add_argument(
+        "--host", default="127.0.0.1", help="0.0.0.0 to listen on all interfaces (default: %(default)s)"
+    )
     parser.add_argument("--port", type=int, default=7860, help="default: %(default)s")
     parser.add_argument(
         "--model",
         action="append",
         default=[],
         metavar="SPEC",
-        help="offered first: a timm name, hf-hub:USER/REPO, or file:ARCH@PATH, what timm's train script saves, such as "
-        f"{FILES}{FORM.rpartition(' ')[2]} (may be given several times)",
+        help="checkpoint to list first: a timm name, hf-hub:USER/REPO, or file:ARCH@PATH of timm's train script, as "
+        f"{FILES}{FORM.rpartition(' ')[2]} (can be given several times)",
     )
     parser.add_argument(
         "--class-names",
         type=Path,
         metavar="FILE",
-        help="names of the classes of --model, one a line in the head's order",
+        help="class names of --model, one per line in the order of the head",
     )
     args = parser.parse_args(arguments)
     try:

@@ -1,4 +1,4 @@
-"""From the name of a checkpoint to a model with what can be said of it: its kind of head, its loss, its classes."""
+"""Load a checkpoint by its name, with its kind of head, its training loss and its class names."""
 
 import re
 import threading
@@ -24,7 +24,7 @@ _HUB = "hf-hub:"
 _NAME = re.compile(r"[\w.-]{1,80}", re.ASCII)
 _REPOSITORY = re.compile(rf"{_HUB}[\w.-]{{1,96}}/[\w.-]{{1,96}}(@[\w.-]{{1,96}})?", re.ASCII)
 ONLINE = ("resnet50.a1_in1k", "convnext_tiny.fb_in1k")
-# Known losses: EfficientNet-Lite and ConvNeXt of their publications, the A recipes of "ResNet strikes back".
+# Training losses from publications: of EfficientNet-Lite, ConvNeXt, and the A recipes of "ResNet strikes back".
 _SOFTMAX_TRAINED = {*WHEELS, "convnext_tiny.fb_in1k"}
 _SIGMOID_TAG = re.compile(r"\.(rsb_)?a[123]h?_in1k$")
 
@@ -34,10 +34,10 @@ class Checkpoint:
     """A pretrained model in eval mode, on the accelerator if there is one.
 
     Attributes:
-        name: as it was asked for.
-        model: plain.
-        explanation: of `explain`: the kind of head and the grid of locations.
-        loss: `softmax` or `sigmoid`, what it was trained with; "" where that is not known.
+        name: the name that the page shows.
+        model: the plain model.
+        explanation: result of `explain`, with the kind of head and the grid of locations.
+        loss: training loss, `softmax` or `sigmoid`; "" if it is unknown.
     """
 
     name: str
@@ -49,7 +49,7 @@ class Checkpoint:
         """Return the given names, else those of the model, each up to its first comma: `tabby` of `tabby, tabby cat`.
 
         Raises:
-            Refused: there are more or fewer names than classes.
+            Refused: the number of names differs from the number of classes.
         """
         count = self.explanation.num_classes
         if given and len(given) != count:
@@ -61,7 +61,7 @@ class Checkpoint:
 
 
 def shown_names(offered: Sequence[str]) -> dict[str, str]:
-    """Map the names that the page shows of the offered checkpoints to these: of a file's path, its last part alone."""
+    """Map the names that the page shows to the offered checkpoints. The name of a file has no folder in it."""
     found: dict[str, str] = {}
     for spec in offered:
         architecture, _, path = spec.partition("@")
@@ -72,10 +72,10 @@ def shown_names(offered: Sequence[str]) -> dict[str, str]:
 
 
 def check_name(name: str, offered: Mapping[str, str]) -> None:
-    """Check that a name is one that can be asked for. `offered` is of `shown_names`.
+    """Check the name of a checkpoint. `offered` is the result of `shown_names`.
 
     Raises:
-        Refused: it is neither offered, nor a name of timm or of a repository on the Hub.
+        Refused: the name is neither offered, nor a model name of timm, nor a repository on the Hub.
     """
     if name in offered or _REPOSITORY.fullmatch(name):
         return
@@ -88,11 +88,11 @@ def check_name(name: str, offered: Mapping[str, str]) -> None:
 
 
 def checkpoint(name: str, offered: Mapping[str, str]) -> Checkpoint:
-    """Load a checkpoint by its name, once for several visitors. Files are read only where they are offered, so that a
-    visitor learns nothing of what is on this machine. `offered` is of `shown_names`.
+    """Load a checkpoint by its name, once for all visitors. Only offered files are read, so a visitor learns nothing
+    about other files on this machine. `offered` is the result of `shown_names`.
 
     Raises:
-        Refused: no such checkpoint, it could not be downloaded, or it cannot be wrapped.
+        Refused: there is no such checkpoint, it could not be downloaded, or it cannot be wrapped.
     """
     name = name.strip()
     check_name(name, offered)
@@ -101,7 +101,7 @@ def checkpoint(name: str, offered: Mapping[str, str]) -> Checkpoint:
 
 
 def is_here(name: str) -> bool:
-    """Return whether a checkpoint has been downloaded since the page was started."""
+    """Return whether this process has already loaded a checkpoint."""
     return name in _here
 
 

@@ -1,6 +1,6 @@
-"""What runs in the browser: scripts of the page's own parts, and of the controls after a look."""
+"""Scripts that run in the browser, and the HTML that they belong to."""
 
-# What a tag tells the server: its class, and which scores its map is of.
+# A pressed tag sends its class and the kind of scores of its map to the server.
 ON_TAG = """element.addEventListener('click', event => {
   const tag = event.target.closest('button.tag');
   if (tag) trigger('choose', {index: Number(tag.dataset.class), scores: tag.dataset.scores});
@@ -27,19 +27,20 @@ button.addEventListener('click', async () => {
   catch { status.textContent = 'The browser does not let this page copy: the link is selected, press Ctrl+C.'; }
 });
 update();"""
-# What changed, for those who do not see it.
+# A screen reader announces this text when it changes.
 SPOKEN = '<p class="spoken" role="status"></p>'
 ON_SPOKEN = """const update = () => { element.querySelector('p').textContent = props.value || ''; };
 watch('value', update);
 update();"""
-# Once a look has ended, controls that still say what was asked say what is shown. Others are those of the next look.
+# After a forward pass, controls that still have the values of its request are set to what is shown; that differs if the
+# request failed. Controls that the visitor has changed meanwhile belong to the next request.
 SETTLE = """(outcome, model, example, upload) => outcome ? [
   model === outcome.asked[0] ? outcome.shown[0] : model,
   example === outcome.asked[1] ? outcome.shown[1] : example,
   upload && upload.path === outcome.asked[2] ? null : upload,
 ] : [model, example, upload]"""
-# Of the controls that gradio draws: a number beyond the ends of its slider becomes that end before the server learns of
-# it, and the examples are one group for the arrow keys.
+# For controls that gradio draws: clamp a typed number to the range of its slider before it reaches the server, and make
+# the examples one group of radio buttons, so that the arrow keys work.
 WHOLE_PAGE = """() => {
   document.addEventListener('input', event => {
     const field = event.target;

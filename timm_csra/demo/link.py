@@ -1,4 +1,4 @@
-"""From what the page shows to the query of a link, and back; nothing in a link is trusted."""
+"""Convert the state of the page to the query of a link, and back; every value of a link is validated."""
 
 import math
 from collections.abc import Iterable, Mapping
@@ -8,7 +8,7 @@ from urllib.parse import urlencode
 from ..config import LOG_SOFTMAX, LOGITS, SCORES
 from .told import quoted
 
-UPLOADED = "uploaded"  # a picture that is not part of the link
+UPLOADED = "uploaded"  # stands for an uploaded picture, which is not part of the link
 NO_MAP = "none"
 USUAL_LAM = {LOGITS: 0.1, LOG_SOFTMAX: 0.3}
 MOST_LAM = {LOGITS: 1.0, LOG_SOFTMAX: 3.0}  # of the sliders: the usual lam is at a tenth of each
@@ -17,16 +17,16 @@ TEMPERATURES = (0.1, 20.0)
 
 @dataclass(frozen=True)
 class Link:
-    """What a link says.
+    """The state of the page in a link.
 
     Attributes:
-        checkpoint: its name; "" for the page's first.
-        picture: of an example, or `UPLOADED`; "" for the page's first.
-        logits: lam of the paper's scores.
-        log_softmax: lam of the log-probabilities.
+        checkpoint: name of the checkpoint; "" for the first on the page.
+        picture: key of an example, or `UPLOADED`; "" for the first on the page.
+        logits: lam for logits.
+        log_softmax: lam for log-probabilities.
         temperature: T.
-        chosen: index of the class whose map is shown, and the kind of its scores; None for the first tag's.
-        without_map: whether the picture is shown without a map.
+        chosen: index of the class whose map is shown, and the kind of scores; None for the first tag.
+        without_map: whether no map is shown over the picture.
     """
 
     checkpoint: str = ""
@@ -50,7 +50,7 @@ class Link:
 
 
 def read_link(query: Mapping[str, str], pictures: Iterable[str]) -> tuple[Link, list[str]]:
-    """Read a query. Whatever in it makes no sense is replaced by the usual value and named in the sentences returned.
+    """Read a query. Invalid values are replaced by the defaults, and the returned sentences name them.
 
     Example:
         >>> link, faults = read_link({"lam_logits": "0.2", "T": "-1"}, ())

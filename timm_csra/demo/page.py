@@ -1,4 +1,4 @@
-"""The page: which parts it has, and what changes when a visitor does something."""
+"""Lay out the page, and handle its events."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -18,7 +18,7 @@ from .seen import Seen, look
 from .told import Refused, answer, note, sentence, warn
 
 MAX_FILE = "25mb"
-UPLOADS = (600, 3600)  # every ten minutes those are deleted that are older than an hour
+UPLOADS = (600, 3600)  # in seconds: every ten minutes, uploads older than an hour are deleted
 NO_CHECKPOINT = (
     "No checkpoint is installed. Run pip install 'timm-csra[demo]', which brings one, and start the page again; or "
     "choose a checkpoint above: it is downloaded from the Hugging Face Hub."
@@ -32,10 +32,10 @@ changes little, and it can do harm. Logits are for ranking: none of these number
 
 
 class _Page:
-    """What the page offers, and its answers to a visitor.
+    """The checkpoints and examples that the page offers, and the handlers of its events.
 
-    A look is asked for by three controls: the checkpoint's name, the example, and an upload that was not looked at yet.
-    What is shown is of `Seen` alone. `settings` are the values of both lam, whether T is infinite, and T.
+    Three controls request a forward pass: the checkpoint's name, the example, and a new upload. Everything shown
+    comes from its result, `Seen`. `settings` are both lam, whether T is infinite, and T.
     """
 
     def __init__(self, offered: Mapping[str, Sequence[str]]) -> None:
@@ -47,8 +47,8 @@ class _Page:
 
     @answer
     def open(self, request: gr.Request) -> tuple[Any, ...]:
-        """Show what the link says, or the first example with the first installed checkpoint. A checkpoint that would
-        have to be downloaded is not shown: a button is offered."""
+        """Show the state of the link, or the first example with the first installed checkpoint. If the checkpoint would
+        have to be downloaded, show a button for that instead."""
         link, faults = read_link(request.query_params, self.examples)
         usual = next(iter(self.installed), None)
         name = link.checkpoint or usual
@@ -95,10 +95,10 @@ class _Page:
         )
 
     def look(self, name: str | None, path: str | None) -> Seen:
-        """Run the model, once for a picture.
+        """Run a checkpoint on a picture.
 
         Raises:
-            Refused: there is no such checkpoint, or no such picture.
+            Refused: the checkpoint cannot be loaded, or the picture cannot be read.
         """
         if not path:
             raise Refused("Choose a picture first: upload one, or take an example.")
@@ -109,8 +109,8 @@ class _Page:
     def asked(
         self, name: str | None, example: str | None, upload: str | None, seen: Seen | None, chosen: Any
     ) -> tuple[Any, ...]:
-        """Answer to another checkpoint, example or upload: what is seen, which map, and what became of the controls.
-        The map stays that of the same class, where the picture is the same and has the same classes."""
+        """Handle another checkpoint, example or upload. Return the result, the class of the map, and the values of the
+        controls as requested and as shown. The class stays the same if the picture and the class names do."""
         new = seen
         try:
             before = seen.path if seen else None
@@ -128,19 +128,19 @@ class _Page:
         return new, chosen, {"asked": [name, example, upload], "shown": shown}
 
     def example_of(self, seen: Seen) -> str | None:
-        """Return which example is shown; None for a picture of the visitor's own."""
+        """Return the key of the shown example; None for an upload."""
         return next((key for key, (_, path) in self.examples.items() if path == seen.path), None)
 
     @answer
     def download(self, waiting: tuple[str | None, str | None], seen: Seen | None) -> tuple[Any, ...]:
-        """Answer to the button: fetch the checkpoint of the link. Then it is chosen, and a look follows."""
+        """Handle the button: download the checkpoint of the link and select it, which requests a forward pass."""
         name, example = waiting
         found = checkpoint(name or "", self.offered)
         return found.name, gr.skip() if seen else example, gr.Button(visible=False), found.name
 
     @answer
     def choose(self, seen: Seen | None, chosen: Any, event: gr.EventData, *settings: Any) -> tuple[Any, ...]:
-        """Answer to a tag: its map, or none where it was shown."""
+        """Handle a pressed tag: show its map, or hide it if it is shown."""
         asked = (event.index, event.scores)
         if event.scores not in SCORES or not isinstance(event.index, int):
             raise Refused("A tag of this page is a class and a kind of scores.")
@@ -148,8 +148,8 @@ class _Page:
 
     @answer
     def render(self, seen: Seen | None, chosen: Any, *settings: Any) -> tuple[Any, ...]:
-        """Everything that follows from what was seen: which map, three lists, the picture, what is said of it, the
-        head, the link. Where nothing was seen, what the page says of that stays."""
+        """Return all parts that follow from the result: the class of the map, three lists, the picture, the text for
+        screen readers, the text on the head, and the link. Without a result, leave the page as it is."""
         if seen is None:
             return tuple(gr.skip() for _ in range(8))
         lam, lam_log_softmax, maximum, temperature = settings
@@ -169,12 +169,12 @@ class _Page:
         return chosen, *lists, parts.picture(seen, listed, shown), said, parts.head(seen.checkpoint), link.query()
 
     def nothing(self, said: str) -> tuple[str, ...]:
-        """A sentence in the place of the picture, and no tags."""
+        """Return the parts of a page without a result: a sentence instead of the picture, and no tags."""
         return "", "", "", parts.message(said), "", "", ""
 
 
 def build(offered: Mapping[str, Sequence[str]] | None = None) -> gr.Blocks:
-    """Lay out the page. `offered` are checkpoints to offer first, with the names of their classes, if there are any.
+    """Lay out the page. `offered` maps the checkpoints to list first to their class names, which may be empty.
 
     Use `launch` to serve it: fonts and style are given there.
     """
@@ -231,13 +231,13 @@ def build(offered: Mapping[str, Sequence[str]] | None = None) -> gr.Blocks:
                 link = gr.HTML("", elem_id="link", html_template=LINK, js_on_load=ON_LINK)
         settings: list[Any] = [lam, lam_log, maximum, temperature]
         rendered = [chosen, plain, logits, log_softmax, picture, spoken, head, link]
-        # Visitors do not wait for each other: who downloads a checkpoint keeps only himself waiting.
+        # Without a limit, a visitor does not wait for the downloads of others.
         slow: dict[str, Any] = {"show_progress_on": picture, "concurrency_limit": None, "api_visibility": "private"}
         quick: dict[str, Any] = {"show_progress": "hidden", "concurrency_id": "render", "api_visibility": "private"}
         blocks.load(page.open, None, [model, example, download, waiting, seen, *settings, fold, *rendered], **slow)
         download.click(page.download, [waiting, seen], [model, example, download, fetched], **slow)
-        # One event for all that ask for a look: of those that come while it runs, the last follows, with the values
-        # that the controls have then.
+        # One event for all requests of a forward pass: of those that arrive while it runs, only the last one follows,
+        # with the values that the controls have then.
         looked = gr.on(
             [model.input, example.input, upload.upload, fetched.change],
             page.asked,

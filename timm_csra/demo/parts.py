@@ -1,4 +1,4 @@
-"""From what was seen to the HTML of the page's parts: lists of tags, the picture with its map, the kind of head."""
+"""Create the HTML of the page's parts: lists of tags, the picture with a map, the kind of head."""
 
 import base64
 import io
@@ -44,13 +44,13 @@ WHY_NOT_LOG_SOFTMAX = (
 
 
 def ranking(logits: Tensor) -> list[int]:
-    """Return the classes, the highest logit first."""
+    """Return the class indices, sorted by logit, highest first."""
     return logits.argsort(descending=True, stable=True).tolist()
 
 
 def tags(seen: Seen, scores: str, logits: Tensor, chosen: tuple[int, str] | None) -> str:
-    """Return the list of the highest logits as buttons. `scores` is `PLAIN`, or the kind of a wrapped model, whose
-    tags say how their places differ from the plain model's."""
+    """Return the `TOP` classes as a list of buttons. `scores` is `PLAIN`, or the kind of scores of a wrapped model,
+    whose tags also show by how many places they moved from the plain model's list."""
     order, plain_order = ranking(logits), ranking(seen.base)
     plain_places = {index: place for place, index in enumerate(plain_order, 1)}
     top, plain_top = order[:TOP], plain_order[:TOP]
@@ -92,8 +92,8 @@ def _summary(seen: Seen, scores: str, order: Sequence[int], plain_top: Sequence[
 
 
 def picture(seen: Seen, listed: Sequence[tuple[int, str]], chosen: tuple[int, str] | None) -> str:
-    """Return the picture with the map of the chosen class. `listed` are the tags of that page: the maps of one kind of
-    scores share the scale that holds all of these."""
+    """Return the picture with the map of the chosen class. `listed` are the tags of the page: all maps of one kind of
+    scores share a colour scale that covers the maps of these tags."""
     if chosen is None:
         return _figure(seen.picture, "The picture, without a map", "No map. Press a tag to see its map.")
     index, scores = chosen
@@ -119,14 +119,14 @@ def picture(seen: Seen, listed: Sequence[tuple[int, str]], chosen: tuple[int, st
 
 
 def spoken(seen: Seen, first: Mapping[str, int], chosen: tuple[int, str] | None) -> str:
-    """Say in plain text what is shown: the first tag of each list, and the map."""
+    """Return a plain text for screen readers: the first tag of each list, and which map is shown."""
     tags = "; ".join(f"{scores} {seen.names[index]}" for scores, index in first.items())
     shown = f"Map of {seen.names[chosen[0]]}, {SCORE_NAMES[chosen[1]]}." if chosen else "No map."
     return f"First tags: {tags}. {shown}"
 
 
 def _mark(image: Image.Image, row: int, column: int, rows: int, columns: int) -> None:
-    """Outline one location: white within black, seen on any colour."""
+    """Outline one location, in white within black, which is visible on any colour."""
     width, height = image.size
     left, right = round(column * width / columns), round((column + 1) * width / columns) - 1
     top, bottom = round(row * height / rows), round((row + 1) * height / rows) - 1
@@ -148,12 +148,12 @@ def _figure(image: Image.Image, alternative: str, caption: str) -> str:
 
 
 def message(text: str) -> str:
-    """Return a sentence in the place of the picture. Escaped: parts of it may come from a link."""
+    """Return an escaped sentence to show instead of the picture."""
     return f'<p class="message" role="status">{escape(text)}</p>'
 
 
 def head(checkpoint: Checkpoint) -> str:
-    """Say what kind of head a checkpoint has, what it was trained with, and what to expect."""
+    """Return the text about a checkpoint's kind of head, its training loss, and what to expect."""
     found = checkpoint.explanation
     assert found.kind is not None and found.input_size is not None
     _, height, width = found.input_size

@@ -1,4 +1,4 @@
-"""From a checkpoint and a picture to what the model says of it, for every lam, T and kind of scores."""
+"""Run a checkpoint on a picture once, and compute its logits for every lam, T and kind of scores."""
 
 import threading
 from dataclasses import dataclass
@@ -17,24 +17,24 @@ from ..pictures import in_rgb
 from .checkpoints import Checkpoint
 from .told import Refused
 
-FORMATS = ("JPEG", "PNG", "WEBP")  # that are accepted; Pillow would start other programs for some formats
-PIXELS = 50_000_000  # of a picture; more is refused
-SHOWN = 640  # pixels of the longer side
-LEAST = 64  # pixels of the shorter side: longer pictures than 10:1 are shown in these proportions
-_forward = threading.Lock()  # a model is one, its visitors are several
+FORMATS = ("JPEG", "PNG", "WEBP")  # accepted ones; Pillow would start other programs for some formats
+PIXELS = 50_000_000  # largest picture
+SHOWN = 640  # longer side of the shown picture, in pixels
+LEAST = 64  # shorter side in pixels: pictures longer than 10:1 are shown as 10:1
+_forward = threading.Lock()  # visitors share the models, which run one picture at a time
 
 
 @dataclass(frozen=True)
 class Seen:
-    """What one forward pass says of one picture.
+    """The result of one forward pass on one picture.
 
     Attributes:
-        picture: for showing, in its own proportions.
-        path: of the picture's file.
+        picture: the picture at the size of the page, in its own proportions.
+        path: file of the picture.
         base: the plain model's logits, `(K,)`.
-        maps: class scores of every location, logits, `(K, rows, columns)`.
-        names: of the classes.
-        checkpoint: that said it.
+        maps: per-location logits, `(K, rows, columns)`.
+        names: the K class names.
+        checkpoint: the checkpoint that was run.
     """
 
     picture: Image.Image
@@ -58,10 +58,10 @@ class Seen:
 
 
 def open_picture(path: str) -> Image.Image:
-    """Open a picture in RGB: upright, as its EXIF orientation says, and on white where it is transparent.
+    """Open a picture in RGB, rotated by its EXIF orientation, and on white where it is transparent.
 
     Raises:
-        Refused: it is no picture, or too large a one.
+        Refused: the file is not a picture that can be read, or has too many pixels.
     """
     try:
         with Image.open(path, formats=FORMATS) as file:
@@ -86,7 +86,7 @@ def _on_white(picture: Image.Image) -> Image.Image:
 
 
 def look(checkpoint: Checkpoint, path: str, names: tuple[str, ...]) -> Seen:
-    """Run a picture through the model once, squashed to its input size, so that the maps cover the whole picture."""
+    """Run the model once on a picture, squashed to the input size, so that the maps cover the whole picture."""
     picture = open_picture(path)
     device = next(checkpoint.model.parameters()).device
     config = resolve_data_config(model=checkpoint.model) | {"crop_mode": "squash", "crop_pct": 1.0}
@@ -97,15 +97,15 @@ def look(checkpoint: Checkpoint, path: str, names: tuple[str, ...]) -> Seen:
 
 
 def for_showing(picture: Image.Image) -> Image.Image:
-    """Scale a picture for the page, so that a location can be outlined in the smallest and the longest one."""
+    """Scale a picture for the page. Very small and very long pictures get a minimum size, to outline a location."""
     scale = SHOWN / max(picture.size)
-    if scale > 1:  # small pictures stay small, but not too small
+    if scale > 1:  # enlarge small pictures only to the minimum
         scale = max(1.0, 4 * LEAST / max(picture.size))
     width, height = (max(LEAST, round(scale * side)) for side in picture.size)
     return picture.resize((width, height), Image.Resampling.LANCZOS)
 
 
 def as_input(picture: Image.Image, size: tuple[int, int, int]) -> Image.Image:
-    """Squash a picture to `(C, H, W)`."""
+    """Resize a picture to an input size `(C, H, W)`, without keeping its proportions."""
     _, height, width = size
     return picture.resize((width, height), Image.Resampling.BICUBIC)

@@ -1,4 +1,4 @@
-"""What a visitor is told. Texts may hold what a stranger wrote, and toasts are HTML: all of them are escaped here."""
+"""Show messages to a visitor. They may contain text from a link, and toasts are HTML, so all are escaped here."""
 
 import functools
 import logging
@@ -13,26 +13,26 @@ _UNEXPECTED = "Something went wrong that this page did not expect. Its server ha
 
 
 class Refused(Exception):
-    """What the page cannot do, in plain text for its visitor."""
+    """Raised for what the page cannot do; the message is plain text for the visitor."""
 
 
 def quoted(value: str) -> str:
-    """Quote and shorten what a stranger wrote."""
+    """Quote and shorten text from a link or a visitor."""
     return repr(value if len(value) <= _LONGEST else f"{value[:_LONGEST]}...")
 
 
 def note(text: str) -> None:
-    """Tell something in passing."""
+    """Show an informative toast."""
     gr.Info(escape(text))
 
 
 def warn(text: str) -> None:
-    """Tell that something is not as it was asked for; what is shown stays."""
+    """Show a warning toast, for a request that cannot be fulfilled; the rest of the page stays as it is."""
     gr.Warning(escape(text))
 
 
 def sentence(error: Exception) -> str:
-    """Return what to tell of an error: its text if it was meant for the visitor. Any other goes to the server's log."""
+    """Return the message of an error if it is meant for the visitor; log any other error and return a general text."""
     if isinstance(error, Refused):
         return str(error)
     logging.getLogger(__name__).error(_UNEXPECTED, exc_info=error)
@@ -40,7 +40,7 @@ def sentence(error: Exception) -> str:
 
 
 def answer(method: Callable[..., Any]) -> Callable[..., Any]:
-    """Decorate an answer to a visitor, so that whatever it raises is told in the page."""
+    """Decorate an event handler, so that the page shows every exception that it raises."""
 
     @functools.wraps(method)
     def told(*arguments: Any, **named: Any) -> Any:
