@@ -9,7 +9,7 @@ from rich.table import Table
 
 from ..records.files import Record
 from .summary import FIRST_METRIC, OVER_PLAIN, Row, task
-from .tables import LEGEND, MANY, by_metric, gain, known, number, print_failure, print_notes, print_prose, short
+from .tables import MANY, by_metric, gain, known, legend, number, print_failure, print_notes, print_prose, short
 
 EXTREMES = 10  # number of cells with the largest gains, and with the largest losses
 REASONS = 10  # number of reasons for cells without a result
@@ -45,7 +45,7 @@ def print_overview(records: Sequence[Record], rows: Iterable[Row], folder: Path,
     _print_extremes("Largest gains", [row for row in counted if row["gain"] > 0], -1, console)
     _print_extremes("Largest losses", [row for row in counted if row["gain"] < 0], 1, console)
     if tested:
-        print_prose(f"{LEGEND_OF_EXTREMES} {LEGEND}", console)
+        print_prose(f"{LEGEND_OF_EXTREMES} {legend(finished, OVER_PLAIN)}", console)
     if flagged := {row["model"] for row in tested} - {row["model"] for row in counted}:
         print_prose(f"Flagged, and left out here: {', '.join(sorted(flagged))}.", console)
     print_notes(finished, console)

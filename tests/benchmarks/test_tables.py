@@ -80,8 +80,21 @@ def test_every_number_is_printed(width: int) -> None:
     assert "failed: resnet50.a1_in1k on photos, single, 224x320 px: OSError: [Errno 28] no space" in text
     assert "fixed: logits, lam 0.1, T inf, as in the paper. fixed_log_softmax: lam 0.3, T inf." in text
     assert "over the n images that count for the metric" in text
-    best = "best: settings chosen on the test images themselves, optimistic. Other columns: the plain model with"
-    assert (best in text) == (width == 200)
+    assert ("Other columns: the plain model with another pooling." in text) == (width == 200)
+    assert "best:" not in text  # which these records lack
+
+
+def test_the_legend_explains_what_the_table_has() -> None:
+    ok = RECORDS[0]
+    results = [
+        {**result, "ci_low": None, "ci_high": None, "protocol": protocol}
+        for result, protocol in zip(ok["results"], ("fixed", "best"), strict=False)  # type: ignore[arg-type]
+    ]
+    out = io.StringIO()
+    print_records([{**ok, "results": results}], Console(file=out, width=200))
+    text = " ".join(out.getvalue().split())
+    assert "gains over lam=0 in points of the n images" in text and "bootstrap" not in text
+    assert "best: settings chosen on the test images themselves, optimistic." in text and "crossfit" not in text
 
 
 def test_a_metric_takes_one_line_of_120_columns() -> None:
