@@ -92,7 +92,8 @@ def look(checkpoint: Checkpoint, path: str, names: tuple[str, ...]) -> Seen:
     config = resolve_data_config(model=checkpoint.model) | {"crop_mode": "squash", "crop_pct": 1.0}
     x = create_transform(**config)(as_input(picture, config["input_size"]))[None].to(device)
     with _forward, torch.inference_mode(), autocast(device, precision(AUTO, device)):
-        base, maps = (found[0].float().cpu() for found in (checkpoint.model(x), score_maps(checkpoint.model, x)))
+        both = score_maps(checkpoint.model, x, return_logits=True)
+    maps, base = (tensor[0].float().cpu() for tensor in both)
     return Seen(for_showing(picture), path, base, maps, names, checkpoint)
 
 
