@@ -30,10 +30,9 @@ from timm.data import create_transform, resolve_model_data_config
 from torch import Tensor, nn
 
 import timm_csra
-from timm_csra.pictures import in_rgb
+from timm_csra.pictures import UNREADABLE, WEB_FORMATS, in_rgb
 from timm_csra.trained import class_names
 
-FORMATS = ("JPEG", "PNG", "WEBP")  # of pictures that are accepted; Pillow would start other programs for some formats
 LONGEST = 20  # times the shorter side: timm resizes the shorter side to the model's size, and the longer one with it
 logger = logging.getLogger("uvicorn.error")
 
@@ -78,7 +77,7 @@ class Batcher:
 def decode(body: bytes, transform: Callable[[Image.Image], Tensor], megapixels: float) -> Tensor:
     """Decode and transform a picture. Raises HTTPException if the body is not a picture, or too large a one."""
     try:
-        with Image.open(io.BytesIO(body), formats=FORMATS) as picture:  # reads only the header
+        with Image.open(io.BytesIO(body), formats=WEB_FORMATS) as picture:  # reads only the header
             if (found := picture.width * picture.height / 1e6) > megapixels:
                 raise HTTPException(413, f"Found {found:g} million pixels, expected at most {megapixels:g} million.")
             if max(picture.size) > LONGEST * min(picture.size):
@@ -87,7 +86,7 @@ def decode(body: bytes, transform: Callable[[Image.Image], Tensor], megapixels: 
             return transform(in_rgb(ImageOps.exif_transpose(picture)))
     except Image.DecompressionBombError as error:
         raise HTTPException(413, f"Found too many pixels, expected at most {megapixels:g} million.") from error
-    except (OSError, SyntaxError, ValueError) as error:
+    except UNREADABLE as error:
         reason = "unknown format" if isinstance(error, Image.UnidentifiedImageError) else error
         raise HTTPException(
             415, f"This is not a picture that can be read: {reason}. Expected JPEG, PNG or WebP."

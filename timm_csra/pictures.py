@@ -8,6 +8,7 @@ from PIL import Image, ImageOps
 
 # Formats that Pillow decodes itself; to read an EPS file it would start Ghostscript.
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")
+WEB_FORMATS = ("JPEG", "PNG", "WEBP")  # accepted from visitors of a server
 UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)  # what Pillow raises for a broken file
 
 

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from timm.data import ImageNetInfo, IterableImageDataset
 
-from timm_csra.pictures import in_rgb
+from timm_csra.pictures import UNREADABLE, in_rgb
 
 from .classes import NotApplicableError
 
@@ -122,7 +122,7 @@ class ImageSet:
             image = Image.open(path) if self.store is None else self.store.open(index)
             with image if isinstance(image, Image.Image) else Image.open(image) as opened:
                 yield opened
-        except (OSError, UnidentifiedImageError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        except UNREADABLE as error:
             raise DataError(f"{path}: cannot be read as an image: {error}") from error
 
     def sample(self, count: int | None, seed: int) -> "ImageSet":

@@ -13,11 +13,10 @@ from .. import score_maps
 from ..accelerators import AUTO, autocast, precision
 from ..attention import add_attention, class_attention
 from ..config import LOG_SOFTMAX, LOGITS, CSRAConfig
-from ..pictures import in_rgb
+from ..pictures import UNREADABLE, WEB_FORMATS, in_rgb
 from .checkpoints import Checkpoint
 from .told import Refused
 
-FORMATS = ("JPEG", "PNG", "WEBP")  # accepted ones; Pillow would start other programs for some formats
 PIXELS = 50_000_000  # largest picture
 SHOWN = 640  # longer side of the shown picture, in pixels
 LEAST = 64  # shorter side in pixels: pictures longer than 10:1 are shown as 10:1
@@ -64,7 +63,7 @@ def open_picture(path: str) -> Image.Image:
         Refused: the file is not a picture that can be read, or has too many pixels.
     """
     try:
-        with Image.open(path, formats=FORMATS) as file:
+        with Image.open(path, formats=WEB_FORMATS) as file:
             if file.width * file.height <= PIXELS:
                 return in_rgb(_on_white(ImageOps.exif_transpose(file)))
             size = f"{file.width} x {file.height}"
@@ -72,7 +71,7 @@ def open_picture(path: str) -> Image.Image:
         raise Refused("The picture is no longer here: uploads are deleted after an hour. Upload it again.") from error
     except Image.DecompressionBombError:
         size = "far too many"
-    except (OSError, SyntaxError, ValueError) as error:
+    except UNREADABLE as error:
         reason = str(error).replace(path, Path(path).name)  # not where the server keeps it
         raise Refused(f"This file cannot be read as a picture: {reason}. Expected JPEG, PNG or WebP.") from error
     raise Refused(f"The picture has {size} pixels; expected at most {PIXELS // 10**6} million. Make it smaller first.")
