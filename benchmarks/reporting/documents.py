@@ -6,12 +6,13 @@ from timm_csra.evaluation.statistics import AGREEMENT, FIXED, VERSUS
 
 from ..records.files import Record
 from .expected import precision_notes
+from .legends import LEGEND_OF_AGREEMENT
 from .nominal import deficits
 from .page import failures
 from .pooled import LEGEND as LEGEND_OF_POOLED
 from .pooled import pooled
 from .summary import OVER_PLAIN, VERDICTS, Row, group_name, headline, versus
-from .tables import LEGEND_OF_AGREEMENT, agreement_notes, by_metric, known, left_out, number, short
+from .tables import agreement_notes, by_metric, known, left_out, number, short
 
 TIMM_COLUMNS = ("model", "img_size", "top1", "top1_err", "top5", "top5_err", "param_count", "crop_pct", "interpolation")
 GAINS = {  # columns of protocols that choose nothing on the test images

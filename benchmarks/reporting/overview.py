@@ -8,8 +8,9 @@ from rich.console import Console
 from rich.table import Table
 
 from ..records.files import Record
+from .legends import legend
 from .summary import FIRST_METRIC, OVER_PLAIN, Row, task
-from .tables import MANY, by_metric, gain, known, legend, number, print_failure, print_notes, print_prose, short
+from .tables import MANY, by_metric, gain, known, number, print_failure, print_notes, print_prose, short
 
 EXTREMES = 10  # number of cells with the largest gains, and with the largest losses
 REASONS = 10  # number of reasons for cells without a result

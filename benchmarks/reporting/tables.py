@@ -1,7 +1,7 @@
 """Print the results of a sweep: a line for each cell and metric, verdicts, and pooled gains."""
 
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 from rich.console import Console
@@ -13,22 +13,12 @@ from timm_csra.agreement import FEW
 from timm_csra.evaluation.statistics import AGREEMENT, FIXED, VERSUS
 
 from ..records.files import Record
+from .legends import LEGEND_OF_AGREEMENT, LEGEND_OF_NARROW, legend
 from .nominal import deficits
 from .pooled import LEGEND as LEGEND_OF_POOLED
 from .pooled import Pooled
 from .summary import FIRST_METRIC, OVER_PLAIN, VERDICTS, task, versus
 
-TERMS = {
-    "fixed": "logits, lam 0.1, T inf, as in the paper",
-    "fixed_log_softmax": "lam 0.3, T inf",
-    "crossfit": "chosen on one half, measured on the other, both ways",
-    VERSUS: "fixed_log_softmax over fixed",
-    "best": "settings chosen on the test images themselves, optimistic",
-}
-LEGEND_OF_NARROW = "summary.csv has the settings of crossfit, and the other protocols: "
-LEGEND_OF_AGREEMENT = (
-    "agreement: log_softmax, T inf, lam chosen without labels on other pictures; its intervals treat that lam as fixed."
-)
 PROTOCOLS = (*FIXED, VERSUS, AGREEMENT, "crossfit", "best")
 MANY = 50  # largest number of rows of a table
 PROSE = 120  # width of texts, in columns
@@ -62,16 +52,6 @@ def print_records(records: Iterable[Record], console: Console) -> None:
         if record["status"] != "ok":
             where = f"{record['model']} on {record['data']}, {task(record)}, {record['img_size']} px"
             print_failure(record["status"], f"{where}: {record['reason']}", console)
-
-
-def legend(finished: Iterable[Record], protocols: Collection[str]) -> str:
-    """Explain the protocols of a table, and its intervals if it has any."""
-    intervals = any(result["ci_low"] is not None for record in finished for result in record["results"])
-    means = "with 95 % paired bootstrap intervals over" if intervals else "of"
-    text = f"Percent, and gains over lam=0 in points {means} the n images that count for the metric."
-    text += "".join(f" {name}: {meaning}." for name, meaning in TERMS.items() if name in protocols)
-    others = set(protocols) - {*TERMS, AGREEMENT}
-    return f"{text} Other columns: the plain model with another pooling." if others else text
 
 
 def print_prose(text: str, console: Console) -> None:
