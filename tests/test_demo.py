@@ -289,6 +289,20 @@ def test_what_cannot_be_wrapped_is_told(monkeypatch: pytest.MonkeyPatch) -> None
         checkpoints.checkpoint("headless", {"headless": "headless"})
 
 
+def test_visitors_cannot_load_the_largest_models(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An offered one is loaded whatever its size."""
+    monkeypatch.setattr(checkpoints, "_load", lambda name, spec: spec)
+    name = "vit_giant_patch14_dinov2"
+    with pytest.raises(
+        Refused,
+        match=r"^vit_giant_patch14_dinov2 has 1,136 million parameters; visitors can load models of up to 700 million. "
+        r"Whoever runs this page can offer it with --model.$",
+    ):
+        checkpoints.checkpoint(name, {})
+    assert checkpoints.checkpoint(name, {name: name}) == name
+    assert checkpoints.checkpoint("test_resnet", {}) == "test_resnet"
+
+
 def test_without_network_the_wheels_are_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))

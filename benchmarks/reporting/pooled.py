@@ -12,7 +12,7 @@ from scipy.stats import norm, t
 from timm_csra.evaluation.statistics import CONFIDENCE, VERSUS
 
 from ..records.resampled import unpacked
-from .summary import OVER_PLAIN, Row, group_name, over
+from .summary import OVER_PLAIN, Row, group_name, over, some_of
 
 LEGEND = (
     "Pooled gains: unweighted means over checkpoints with the same kind of head and the same number of classes, with "
@@ -125,10 +125,10 @@ def unpooled(rows: Iterable[Row]) -> list[str]:
     lines = []
     for (where, n, most), found in other.items():
         metrics = ", ".join(dict.fromkeys(metric for of in found.values() for metric in of))
-        said = f"{where}: not pooled: {', '.join(sorted(found))} with {n} images for {metrics}"
+        said = f"{where}: not pooled: {some_of(sorted(found))} with {n} images for {metrics}"
         lines.append(f"{said}, where others have {most}.")
     lines += [
-        f"{where}: not pooled: {', '.join(sorted(models))}, whose records lack head_classes, kind or as many resampled "
+        f"{where}: not pooled: {some_of(sorted(models))}, whose records lack head_classes, kind or as many resampled "
         "gains as others: measure them again."
         for where, models in lacking.items()
     ]

@@ -208,6 +208,11 @@ def group_name(row: Record) -> str:
     return f"{row['data']} · {task(row)} · {requested}"
 
 
+def some_of(names: Sequence[str], most: int = 3) -> str:
+    """Return the first names as a list in words, and how many more there are."""
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
 def versus(counts: Mapping[tuple[str, ...], Mapping[str, int]]) -> list[str]:
     """Return a line for each count of `headline` that compares the two fixed settings with each other."""
     lines = []

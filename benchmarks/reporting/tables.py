@@ -17,7 +17,7 @@ from .legends import LEGEND_OF_AGREEMENT, LEGEND_OF_NARROW, legend
 from .nominal import deficits
 from .pooled import LEGEND as LEGEND_OF_POOLED
 from .pooled import Pooled
-from .summary import FIRST_METRIC, OVER_PLAIN, VERDICTS, task, versus
+from .summary import FIRST_METRIC, OVER_PLAIN, VERDICTS, some_of, task, versus
 
 PROTOCOLS = (*FIXED, VERSUS, AGREEMENT, "crossfit", "best")
 MANY = 50  # largest number of rows of a table
@@ -172,13 +172,9 @@ def origins(records: Sequence[Record]) -> list[str]:
             if record.get(field):
                 found.setdefault(record[field], {})[short(record["model"])] = None
         for source, models in found.items():
-            who = f" ({_some(list(models))})" if len(found) > 1 else ""
+            who = f" ({some_of(list(models))})" if len(found) > 1 else ""
             lines.append(f"{what} {source}{who}.")
     return lines
-
-
-def _some(names: Sequence[str], most: int = 3) -> str:
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def left_out(records: Iterable[Record]) -> list[str]:
@@ -194,8 +190,7 @@ def agreement_notes(records: Iterable[Record]) -> list[str]:
         if found := record.get("agreement"):
             where = f"agreement on {record['data']}"
             names = found["left_out"]
-            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-            told = f"; {len(names)} left out, which are also measured: {', '.join(names[:3])}{more}" if names else ""
+            told = f"; {len(names)} left out, which are also measured: {some_of(names)}" if names else ""
             if found["reason"]:
                 notes[f"{where}: left out, {found['reason']}."] = None
             else:

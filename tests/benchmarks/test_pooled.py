@@ -122,3 +122,10 @@ def test_what_cannot_be_pooled_with_the_others_is_said() -> None:
         "d \u00b7 single \u00b7 1x: not pooled: d, e, f, whose records lack head_classes, kind or as many resampled gains as "
         "others: measure them again.",
     ]
+    many = [record(f"m{number}", 1.0, number) for number in range(60)]
+    for each in many:
+        each.pop("head_classes")
+    assert unpooled(rows_of(many)) == [
+        "d \u00b7 single \u00b7 1x: not pooled: m0, m1, m10 and 57 more, whose records lack head_classes, kind or as many "
+        "resampled gains as others: measure them again.",
+    ]

@@ -356,6 +356,20 @@ def test_a_person_reads_it(tmp_path: Path, chromium) -> None:
         "[...document.querySelectorAll('figure canvas')].every(c => c.clientHeight > 100 && c.clientWidth <= 390)"
     )
     tab.screenshot(path=SCREENSHOTS / "report-phone.png", full_page=True)
+
+    def selection() -> list[str]:
+        return [tab.locator(f"#{id}").input_value() for id in ("group", "metric", "protocol", "verdict", "search")]
+
+    kept = ["photos · mosaic 2x2 · 1x", "mAP", "log_softmax_vs_logits", "", ""]
+    assert selection() == kept  # after the reload
+    expect(tab.locator("#curve-shown")).to_contain_text("checkpoint0042.tag")
+    expect(tab.locator("#table th[aria-sort=ascending]")).to_have_text("gain")
+    tab.evaluate("location.hash = 'protocol=fixed&search=0042&sort=-n&page=x'")  # a link sent by somebody
+    expect(rows).to_have_count(1)
+    assert selection() == [*kept[:2], "fixed", "", "0042"]
+    tab.evaluate("location.hash = 'group=<b>&metric=no&sort=%26&page=-3&model=nobody'")
+    expect(tab.locator("#curve-shown")).to_have_text("")
+    assert selection() == [*kept[:2], "fixed", "", "0042"]  # what does not exist changes nothing
     assert errors == []
     tab.close()
 

@@ -3,7 +3,8 @@
 import re
 import threading
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -24,6 +25,9 @@ _HUB = "hf-hub:"
 _NAME = re.compile(r"[\w.-]{1,80}", re.ASCII)
 _REPOSITORY = re.compile(rf"{_HUB}[\w.-]{{1,96}}/[\w.-]{{1,96}}(@[\w.-]{{1,96}})?", re.ASCII)
 ONLINE = ("resnet50.a1_in1k", "convnext_tiny.fb_in1k")
+# Visitors can name any model. This many float32 parameters are 2.8 GB, twice that while they are loaded, and two
+# checkpoints are kept: a free Space has 16 GB.
+MOST_PARAMETERS = 700e6
 # Training losses from publications: of EfficientNet-Lite, ConvNeXt, and the A recipes of "ResNet strikes back".
 _SOFTMAX_TRAINED = {*WHEELS, "convnext_tiny.fb_in1k"}
 _SIGMOID_TAG = re.compile(r"\.(rsb_)?a[123]h?_in1k$")
@@ -92,11 +96,14 @@ def checkpoint(name: str, offered: Mapping[str, str]) -> Checkpoint:
     about other files on this machine. `offered` is the result of `shown_names`.
 
     Raises:
-        Refused: there is no such checkpoint, it could not be downloaded, or it cannot be wrapped.
+        Refused: there is no such checkpoint, it could not be downloaded, it cannot be wrapped, or it is not offered and
+            has more than `MOST_PARAMETERS`.
     """
     name = name.strip()
     check_name(name, offered)
     with _loading[name]:
+        if name not in offered:
+            _check_size(name)
         return _load(name, offered.get(name, name))
 
 
@@ -130,13 +137,20 @@ def _create(name: str) -> tuple[nn.Module, str]:
             raise Refused(str(error).replace(path, Path(path).name)) from error
     wheel = file_of(WHEELS[name], ".pth") if name in WHEELS else None
     loss = SOFTMAX if name in _SOFTMAX_TRAINED else SIGMOID if _SIGMOID_TAG.search(name) else ""
-    try:
+    with _failures(name):
         if wheel is None:
             return timm.create_model(name, pretrained=True).eval(), loss
         model = timm.create_model(name)
         tensors = torch.load(wheel, map_location="cpu", weights_only=True)
         model.load_state_dict(dict(zip(model.state_dict(), tensors.values(), strict=True)))
         return model.eval(), loss
+
+
+@contextmanager
+def _failures(name: str) -> Iterator[None]:
+    """Turn errors of timm, torch and the Hub into sentences for the visitor."""
+    try:
+        yield
     except (HfHubHTTPError, HTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, ConnectionError) as error:
         offline = ", ".join(installed_wheels()) or "none is installed"
         raise Refused(
@@ -146,3 +160,15 @@ def _create(name: str) -> tuple[nn.Module, str]:
     except (RuntimeError, ValueError) as error:
         reason, _, _ = str(error).partition("\n")
         raise Refused(f"{name} could not be loaded: {reason}") from error
+
+
+@lru_cache(maxsize=256)
+def _check_size(name: str) -> None:
+    """Count the parameters before memory is allocated and weights are downloaded."""
+    with _failures(name), torch.device("meta"):
+        found = sum(parameter.numel() for parameter in timm.create_model(name).parameters())
+    if found > MOST_PARAMETERS:
+        raise Refused(
+            f"{name} has {found / 1e6:,.0f} million parameters; visitors can load models of up to "
+            f"{MOST_PARAMETERS / 1e6:,.0f} million. Whoever runs this page can offer it with --model."
+        )
