@@ -18,7 +18,7 @@ class Family(NamedTuple):
     features: str  # layout of what forward_features returns
     prefix: int  # prefix tokens
     kind: str
-    size: int  # pixels, the smallest that the architecture takes with several locations
+    size: int  # pixels, the smallest that `create` takes with several locations
 
 
 FAMILIES = [
@@ -40,15 +40,27 @@ FAMILIES = [
     Family("levit_128s", "NLC", 0, "exact", 224),
     # Families whose head needs an adapter.
     Family("resnet50_clip", "NCHW", 0, "token", 96),
-    Family("coat_lite_tiny", "NLC", 1, "token", 224),
-    Family("coat_tiny", "branches", 1, "token", 224),
+    Family("coat_lite_tiny", "NLC", 1, "token", 96),
+    Family("coat_tiny", "branches", 1, "token", 64),
     Family("crossvit_tiny_240", "branches", 1, "token", 240),
     Family("efficientvim_m1", "states", 0, "exact", 224),
     Family("efficientvim_m1_dist", "states", 0, "exact", 224),
     Family("pit_ti_224", "NLC", 1, "token", 224),
     Family("pit_ti_distilled_224", "NLC", 2, "token", 224),
-    Family("volo_d1_224", "NLC", 1, "nonlinear", 224),
+    Family("volo_d1_224", "NLC", 1, "nonlinear", 64),
 ]
+# Fewer blocks and pixels than by default, which change nothing of the head but the number of locations;
+# `benchmarks/test_kinds.py` takes the architectures as they are.
+FEWER: dict[str, dict[str, Any]] = {
+    "deit_tiny_distilled_patch16_224": {"depth": 2},
+    "swin_tiny_patch4_window7_224": {"depths": (1, 1, 2, 1)},
+    "xcit_nano_12_p16_224": {"depth": 2},
+    "levit_128s": {"depth": (1, 1, 1)},
+    "coat_lite_tiny": {"serial_depths": (1, 1, 1, 1), "img_size": 96},
+    "coat_tiny": {"serial_depths": (1, 1, 1, 1), "parallel_depth": 1, "img_size": 64},
+    "crossvit_tiny_240": {"depth": ((1, 1, 0),)},
+    "volo_d1_224": {"img_size": 64},
+}
 # The tables of tests and docs are about timm 1.0.31; an older one lacks some architectures and arguments.
 OLDER = tuple(map(int, timm.__version__.split(".")[:3])) < (1, 0, 31)
 EXACT = [family for family in FAMILIES if family.kind == "exact" and family.features != "states"]  # one map
@@ -72,10 +84,11 @@ def _template(name: str, **kwargs: object) -> nn.Module:
 
 
 def create(name: str, **kwargs: object) -> nn.Module:
-    """A fresh, randomised model in eval mode; equal calls give equal weights. Skips what an older timm lacks."""
+    """A fresh, randomised model in eval mode, with `FEWER` blocks; equal calls give equal weights. Skips what an older
+    timm lacks."""
     if OLDER and not timm.is_model(name):
         pytest.skip(f"timm {timm.__version__} does not have {name}: this did NOT run")
-    return copy.deepcopy(_template(name, **kwargs))
+    return copy.deepcopy(_template(name, **FEWER.get(name, {}) | kwargs))
 
 
 def smaller(architecture: str, size: int) -> int:

@@ -36,7 +36,7 @@ POOLS = [
     variant("test_byobnet", "NCHW", 0, "nonlinear", 96, global_pool="fastcatavgmax"),
     variant("test_convnext", "NCHW", 0, "nonlinear", 96, global_pool="max"),
     variant("test_mambaout", "NHWC", 0, "nonlinear", 96, global_pool="avgmax"),
-    variant("swin_tiny_patch4_window7_224", "NHWC", 0, "nonlinear", 224, global_pool="max"),
+    variant("swin_tiny_patch4_window7_224", "NHWC", 0, "nonlinear", 224, global_pool="max", depths=(1, 1, 2, 1)),
     variant("test_vit", "NLC", 1, "nonlinear", 160, global_pool="avg"),
     variant("test_vit", "NLC", 1, "exact", 160, global_pool="avg", fc_norm=False),
     variant("test_vit", "NLC", 1, "nonlinear", 160, global_pool="max"),
@@ -48,16 +48,16 @@ POOLS = [
     variant("vit_small_patch16_rope_224", "NLC", 1, "token", 224, global_pool="map", depth=2),
     variant("vit_small_patch16_rope_224", "NLC", 1, "nonlinear", 224, global_pool="avg", depth=2),
     variant("beit_base_patch16_224", "NLC", 1, "token", 224, global_pool="token", depth=2, embed_dim=96, num_heads=2),
-    variant("xcit_nano_12_p16_224", "NLC", 1, "exact", 224, global_pool="avg"),
+    variant("xcit_nano_12_p16_224", "NLC", 1, "exact", 224, global_pool="avg", depth=2),
     variant("cait_xxs24_224", "NLC", 1, "exact", 224, global_pool="avg", depth=2),
     variant("convit_tiny", "NLC", 1, "exact", 224, global_pool="avg"),
     variant("deit_tiny_distilled_patch16_224", "NLC", 2, "token", 224, global_pool="token"),
-    variant("coat_lite_tiny", "NLC", 1, "exact", 224, global_pool="avg"),
-    variant("coat_tiny", "branches", 1, "exact", 224, global_pool="avg"),
+    variant("coat_lite_tiny", "NLC", 1, "exact", 96, global_pool="avg", img_size=96),
+    variant("coat_tiny", "branches", 1, "exact", 64, global_pool="avg", img_size=64),
     # 20 x 20 and 14 x 14 tokens: the nearest token of the coarse grid serves one or two of the fine one.
     variant("crossvit_tiny_240", "branches", 1, "nonlinear", 240, global_pool="avg"),
-    variant("volo_d1_224", "NLC", 1, "nonlinear", 224, global_pool="avg"),
-    variant("volo_d1_224", "NLC", 1, "token", 224, use_aux_head=False),
+    variant("volo_d1_224", "NLC", 1, "nonlinear", 96, global_pool="avg", img_size=96),
+    variant("volo_d1_224", "NLC", 1, "token", 96, use_aux_head=False, img_size=96),
     variant("mvitv2_small_cls", "NLC", 1, "exact", 224, global_pool="avg"),
     variant("samvit_base_patch16_224", "NCHW", 0, "nonlinear", 224, global_pool="max", depth=2, embed_dim=96),
 ]
@@ -65,15 +65,15 @@ POOLS = [
 CHANGES = [
     variant("test_resnet", "NCHW", 0, "exact", 96, num_classes=20),
     variant("test_vit", "NLC", 1, "token", 160, num_classes=1),
-    variant("resnet50_clip", "NCHW", 0, "token", 256, img_size=256, num_classes=20),
+    variant("resnet50_clip", "NCHW", 0, "token", 128, img_size=128, num_classes=20),
     variant("test_resnet", "NCHW", 0, "exact", 96, in_chans=1),
     variant("test_vit", "NLC", 1, "token", 96, img_size=96),
     variant("test_vit", "NLC", 1, "token", 224, dynamic_img_size=True),
-    variant("swin_tiny_patch4_window7_224", "NHWC", 0, "exact", 288, img_size=288),
+    variant("swin_tiny_patch4_window7_224", "NHWC", 0, "exact", 288, img_size=288, depths=(1, 1, 2, 1)),
     variant("crossvit_tiny_240", "branches", 1, "token", 120, img_size=120),
-    variant("coat_tiny", "branches", 1, "token", 256, img_size=256),
+    variant("coat_tiny", "branches", 1, "token", 96, img_size=96),
     variant("pit_ti_224", "NLC", 1, "token", 160, img_size=160),
-    variant("volo_d1_224", "NLC", 1, "nonlinear", 288, img_size=288),
+    variant("volo_d1_224", "NLC", 1, "nonlinear", 128, img_size=128),
     variant("efficientvim_m1", "states", 0, "exact", 320),
     variant("test_resnet", "NCHW", 0, "exact", 96, output_stride=16),
     variant("test_resnet", "NCHW", 0, "exact", 96, scriptable=True),
@@ -120,6 +120,7 @@ def _images(family: Family, arguments: dict[str, Any], count: int = 2) -> Tensor
 RESET = ["test_resnet", "test_convnext", "test_mambaout", "test_vit", "test_vit3", "levit_128s", "resnet50_clip"]
 RESET += ["coat_tiny", "crossvit_tiny_240", "efficientvim_m1_dist", "pit_ti_distilled_224", "volo_d1_224"]
 SIZES = {"levit_128s": 224, "resnet50_clip": 224, "crossvit_tiny_240": 240, "test_resnet": 96, "test_convnext": 96}
+SIZES |= {"coat_tiny": 64, "volo_d1_224": 64}  # as `create` makes them
 
 
 @pytest.mark.parametrize("name", RESET)
@@ -206,7 +207,7 @@ def test_int8_weights_before_and_after_wrapping(name: str) -> None:
         pytest.skip(f"torch {torch.__version__} is too old for torchao: this test did NOT run")
     from torchao import quantization
 
-    size = 224 if name in ("coat_tiny", "resnet50_clip") else 160
+    size = SIZES.get(name, 160)
     x = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0))
     model = create(name)
     exact = timm_csra.wrap(copy.deepcopy(model), lam=0.3)
