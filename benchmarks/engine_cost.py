@@ -122,6 +122,12 @@ def measure(name: str, workers: int, count: int, seconds: float) -> Cost:
     )
 
 
+def _in_process(name: str, workers: int, count: int, seconds: float) -> Cost:
+    """Measure in a new process, to measure the driver's memory. No `Pool`, whose processes may not have children."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(measure, name, workers, count, seconds).result()
+
+
 def _start(name: str, workers: int, compute: Any) -> Any:
     if name == "local":
         return LocalEngine([OPTIONS] * workers, compute=compute)
@@ -161,9 +167,7 @@ def main(arguments: list[str] | None = None) -> int:
     ]
     costs = []
     for plan in plans:
-        # A new process, to measure the driver's memory. No `Pool`, whose processes may not have children.
-        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-            costs.append(pool.submit(measure, *plan).result())
+        costs.append(_in_process(*plan))
         log.print(str(costs[-1]), highlight=False, soft_wrap=True)
     screen.print(_table(costs))
     machine = f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}"

@@ -19,25 +19,19 @@ import timm
 import torch
 from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi, hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
-from safetensors import SafetensorError, safe_open
 from timm.models import is_model
-from timm.utils import reparameterize_model
 from torch import nn
 
 from .card import Record, model_card
 from .config import CSRAConfig
 from .errors import describe
-from .misfits import REPARAMETERISED, Misfits, Shape
 from .patching import check_supported, is_wrapped, wrap
-from .trained import read_trained, read_weights_only
+from .stored import CONFIG, FOREIGN_WEIGHTS, WEIGHTS, check_weights, no_weights, read_config, refuse_code
+from .trained import read_trained
 from .version import __version__
 
-CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
-FOREIGN_WEIGHTS = (WEIGHTS, "pytorch_model.bin", "open_clip_model.safetensors", "open_clip_pytorch_model.bin")
-PICKLES = (".bin", ".pth", ".pt", ".tar", ".ckpt")
+CARD = "README.md"
 LABELS = ("label_names", "label_descriptions")
-RECORDS_ARGUMENTS = hasattr(timm.models, "resolve_model_input_args")  # this timm writes `model_args` such as img_size
-SHOWN = 4  # how many weights of each kind the error of saving lists: a reparameterised model has hundreds
 CLIENT: dict[str, Any] = {"library_name": "timm_csra", "library_version": __version__}
 
 _logger = logging.getLogger(__name__)
@@ -216,18 +210,18 @@ def from_pretrained(
         folder = Path(location)
         if not (folder / CONFIG).is_file():
             raise ValueError(f"{name}: found no {CONFIG}; expected a folder in timm's format.")
-        config, stored = _read_config(folder / CONFIG, name)
+        config, stored = read_config(folder / CONFIG, name)
     else:
         hub: dict[str, Any] = {"cache_dir": cache_dir, "token": token, **CLIENT}
         repo, _, revision = location.partition("@")
         file = Path(hf_hub_download(repo, CONFIG, revision=revision or None, **hub))
-        config, stored = _read_config(file, name)
+        config, stored = read_config(file, name)
         folder = file.parent  # its name is the commit, from which the weights are downloaded, too
         _download_weights(name, repo, folder.name, stored is not None, hub)
     if stored is not None:
-        _check_weights(name, folder / WEIGHTS, config)
+        check_weights(name, folder / WEIGHTS, config)
     elif not (folder / WEIGHTS).is_file():
-        _refuse_code(name, folder)
+        refuse_code(name, folder)
     settings = stored or CSRAConfig()
     for key, value in given.items():
         setattr(settings, key, value)
@@ -279,8 +273,8 @@ def _write(model: nn.Module, folder: Path, name: str, results: Record | Sequence
         if (value := config["pretrained_cfg"].pop(key, None)) is not None:
             config.setdefault(key, value)
     (folder / CONFIG).write_text(json.dumps(config, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-    config, _ = _read_config(folder / CONFIG, describe(model))
-    _check_weights(describe(model), folder / WEIGHTS, config, saving=True)
+    config, _ = read_config(folder / CONFIG, describe(model))
+    check_weights(describe(model), folder / WEIGHTS, config, saving=True)
     card.save(folder / CARD)
 
 
@@ -320,34 +314,6 @@ def _parse(name_or_path: str | Path, revision: str | None) -> tuple[str, str]:
     return source, location
 
 
-def _read_config(file: Path, name: str) -> tuple[dict[str, Any], CSRAConfig | None]:
-    """Read and validate a configuration; return it with its settings of timm_csra, or None where it has none."""
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{name}: {CONFIG} is not valid JSON: {error}") from error
-    if not isinstance(config, dict):
-        raise ValueError(f"{name}: {CONFIG} holds a {type(config).__name__}, expected an object.")
-    try:
-        stored = CSRAConfig.from_dict(config["csra"]) if "csra" in config else None
-    except (TypeError, ValueError) as error:
-        raise type(error)(f"{name}: {CONFIG}, csra: {error}") from error
-    if not isinstance(config.get("pretrained_cfg", {}), dict):
-        raise ValueError(f"{name}: {CONFIG} has pretrained_cfg {config['pretrained_cfg']!r}; expected an object.")
-    architecture = config.get("architecture")
-    if not isinstance(architecture, str):
-        raise ValueError(f"{name}: {CONFIG} has no architecture; expected the name of a timm model.")
-    if not is_model(architecture):
-        raise ValueError(
-            f"{name}: {CONFIG} names the architecture {architecture!r}, which timm {timm.__version__} does not have. A "
-            "newer timm may have it."
-        )
-    arguments = config.get("model_args", {})
-    if not isinstance(arguments, dict) or any(key.startswith(("pretrained", "checkpoint")) for key in arguments):
-        raise ValueError(f"{name}: {CONFIG} has model_args {arguments!r}; expected arguments of the architecture.")
-    return config, stored
-
-
 def _download_weights(name: str, repo: str, commit: str, ours: bool, hub: dict[str, Any]) -> None:
     failed: EntryNotFoundError | None = None
     for file in (WEIGHTS,) if ours else FOREIGN_WEIGHTS:
@@ -358,65 +324,4 @@ def _download_weights(name: str, repo: str, commit: str, ours: bool, hub: dict[s
             failed = failed or error
     if isinstance(failed, FileNotFoundError):  # offline, and not in the cache
         raise failed
-    raise ValueError(f"{name}: {_no_weights(ours)}")
-
-
-def _no_weights(ours: bool) -> str:
-    if not ours:
-        return f"found no weights; expected one of {', '.join(FOREIGN_WEIGHTS)}."
-    return (
-        f"found no {WEIGHTS}, which has to be there because {CONFIG} holds settings of timm_csra: pickled weights are "
-        "not read. Save the model again with timm_csra.save_pretrained."
-    )
-
-
-def _refuse_code(name: str, folder: Path) -> None:
-    """Raise ValueError if a pickle of weights contains code, which older timm versions would run."""
-    for file in sorted(file for file in folder.iterdir() if file.suffix in PICKLES):
-        try:
-            read_weights_only(file, "meta")
-        except ValueError as error:
-            raise ValueError(f"{name}: {error}") from error
-
-
-def _check_weights(name: str, file: Path, config: dict[str, Any], saving: bool = False) -> None:
-    """Raise ValueError for weights that do not fit the architecture in the configuration: before loading, and, with
-    `saving`, before files are replaced or pushed."""
-    if not file.is_file():
-        raise ValueError(f"{name}: {_no_weights(ours=True)}")
-    try:
-        with safe_open(file, "pt") as stored:
-            found = {key: tuple(stored.get_slice(key).get_shape()) for key in stored.keys()}  # noqa: SIM118
-    except SafetensorError as error:
-        raise ValueError(f"{name}: {WEIGHTS} is damaged: {error}. Download or save it again.") from error
-    arguments = dict(config.get("model_args") or {})
-    classes = config.get("num_classes", config.get("pretrained_cfg", {}).get("num_classes"))
-    if classes is not None:
-        arguments["num_classes"] = classes
-    try:
-        with torch.device("meta"):
-            model = timm.create_model(config["architecture"], pretrained=False, **arguments)
-    except (TypeError, ValueError, RuntimeError, AssertionError) as error:  # architectures raise different errors
-        raise ValueError(f"{name}: timm cannot build the model that {CONFIG} describes: {error}") from error
-    misfits = Misfits.of(found, _shapes(model))
-    if misfits and saving:
-        raise ValueError(
-            f"{name}: cannot be saved, because from_pretrained could not load it: its weights are not those of "
-            f"{config['architecture']} with {classes} classes as timm builds it. {misfits.listed(SHOWN)}. "
-            f"{_remedy(misfits, model, found, cast(int, classes))}"
-        )
-    if misfits:
-        raise ValueError(f"{name}: the weights do not fit {config['architecture']}. {misfits.listed()}.")
-
-
-def _remedy(misfits: Misfits, expected: nn.Module, found: dict[str, Shape], classes: int) -> str:
-    with torch.device("meta"):
-        fused = reparameterize_model(expected.eval())
-    if not Misfits.of(found, _shapes(fused)):
-        return REPARAMETERISED
-    older = f" timm {timm.__version__} does not record arguments of the model such as img_size; timm 1.0.31 does."
-    return misfits.remedy(classes) + ("" if RECORDS_ARGUMENTS else older)
-
-
-def _shapes(model: nn.Module) -> dict[str, Shape]:
-    return {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
+    raise ValueError(f"{name}: {no_weights(ours)}")

@@ -133,18 +133,6 @@ def test_records_are_the_same_and_bit_identical(engine: Any, tmp_path: Path, pho
     assert all(len(record["environment"]["commit"]) >= 40 for record in records)
 
 
-def test_begun_on_one_engine_and_finished_on_the_other(cluster: Cluster, tmp_path: Path, photos: Path) -> None:
-    model = Checkpoint("local-dir", save(tmp_path / "m").removeprefix("local-dir:"))
-    cells = cells_of([model], photos)
-    run(tmp_path / "out", cells[:2], lambda _: LocalEngine([OPTIONS]))
-    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out" / "records").iterdir()}
-    assert len(before) == 2
-    records = run(tmp_path / "out", cells, lambda _: RayEngine(OPTIONS, cpus=1))
-    after = {path: path.stat().st_mtime_ns for path in (tmp_path / "out" / "records").iterdir()}
-    assert before.items() <= after.items(), "a finished cell was computed again"
-    assert len(after) == len(records) == 4
-
-
 def counting(folder: str, cell: Cell, options: Options, models: Models, track: Any) -> dict:
     """A cell that only tells that it has been computed, where, and, by its checkpoint's name, may fail or die."""
     with open(folder, "a") as file:
@@ -201,6 +189,8 @@ def test_failures_and_deaths(engine: Any, tmp_path: Path, where: Any) -> None:
     told = tmp_path / "computed"
     compute = partial(where, str(told))
     names = ["a", "broken", "dies once", "b", "dies always", "c"]
+    if isinstance(engine(), RayEngine):
+        names.remove("dies once")  # as somebody kills it below; a new worker of Ray takes ten seconds
     records = run(tmp_path / "out", trivial(names), engine, compute)
     found = {record["model"]: record for record in records}
     assert {name: record["status"] for name, record in found.items()} == {
@@ -228,7 +218,7 @@ def test_failures_and_deaths_are_tried_again_when_asked(tmp_path: Path) -> None:
     assert counted(told) == expected
 
 
-@pytest.mark.parametrize(("engine", "where"), WHERE, indirect=["engine"])
+@pytest.mark.parametrize(("engine", "where"), WHERE[:3], indirect=["engine"])
 def test_a_worker_that_somebody_kills(engine: Any, tmp_path: Path, where: Any) -> None:
     told = tmp_path / "computed"
     cells = trivial([f"slow {i}" for i in range(4)])
@@ -274,14 +264,15 @@ def test_metrics_beside_a_worker_that_dies_twice(tmp_path: Path) -> None:
     assert counted(tmp_path / "computed")["dies always"] == 2
 
 
-@pytest.mark.parametrize("name", ["local", "ray"])
-def test_ctrl_c_loses_nothing(name: str, tmp_path: Path, photos: Path) -> None:
+@pytest.mark.parametrize(("begun", "finished"), [("local", "ray"), ("ray", "local")])
+def test_ctrl_c_loses_nothing(begun: str, finished: str, tmp_path: Path, photos: Path) -> None:
+    """What one engine has computed before Ctrl-C the other does not compute again."""
+    engines = {"local": ["--engine", "local", "--jobs", "2"], "ray": ["--engine", "ray", "--cpus-per-cell", "1"]}
     models = ",".join(save(tmp_path / f"m{i}", i) for i in range(3))
     command = [sys.executable, "-m", "benchmarks.sweep", "--models", models, "--data", str(photos), "--workers", "0"]
-    command += ["--device", "cpu", "--out", str(tmp_path / "out"), "--img-size", "64,96,128,160", "--engine", name]
-    command += ["--jobs", "2"] if name == "local" else ["--cpus-per-cell", "1"]
+    command += ["--device", "cpu", "--out", str(tmp_path / "out"), "--img-size", "64,96,128,160"]
     process = subprocess.Popen(
-        command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+        command + engines[begun], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a job in the background ignores it
     )  # fmt: skip
     records = tmp_path / "out" / "records"
@@ -297,7 +288,8 @@ def test_ctrl_c_loses_nothing(name: str, tmp_path: Path, photos: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in records.glob("[!.]*.json")}
     assert 2 <= len(before) < 12
     assert all(json.loads(path.read_text())["status"] == "ok" for path in before)
-    assert subprocess.run(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE).returncode == 0
+    again = subprocess.run(command + engines[finished], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    assert again.returncode == 0, again.stderr.decode()
     after = {path: path.stat().st_mtime_ns for path in records.glob("[!.]*.json")}
     assert before.items() <= after.items()
     assert len(after) == 12
