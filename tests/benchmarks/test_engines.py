@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -272,7 +273,7 @@ def test_ctrl_c_loses_nothing(begun: str, finished: str, tmp_path: Path, photos:
     command = [sys.executable, "-m", "benchmarks.sweep", "--models", models, "--data", str(photos), "--workers", "0"]
     command += ["--device", "cpu", "--out", str(tmp_path / "out"), "--img-size", "64,96,128,160"]
     process = subprocess.Popen(
-        command + engines[begun], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+        command + engines[begun], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a job in the background ignores it
     )  # fmt: skip
     records = tmp_path / "out" / "records"
@@ -282,12 +283,14 @@ def test_ctrl_c_loses_nothing(begun: str, finished: str, tmp_path: Path, photos:
         assert time.monotonic() < deadline
         time.sleep(0.02)
     process.send_signal(signal.SIGINT)
-    told = process.communicate(timeout=60)[1].decode()
+    shown, told = (stream.decode() for stream in process.communicate(timeout=120))
     assert process.returncode == 130, told
-    assert "start again to do the rest" in told
+    assert "start again to do the rest" in told and "Traceback" not in told
     before = {path: path.stat().st_mtime_ns for path in records.glob("[!.]*.json")}
     assert 2 <= len(before) < 12
     assert all(json.loads(path.read_text())["status"] == "ok" for path in before)
+    assert (tmp_path / "out" / "summary.csv").is_file() and f"{len(before)} records" in shown
+    assert re.search(r"s of computing: loading checkpoints \d+%, .*forward passes and attention \d+%", shown)
     again = subprocess.run(command + engines[finished], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     assert again.returncode == 0, again.stderr.decode()
     after = {path: path.stat().st_mtime_ns for path in records.glob("[!.]*.json")}

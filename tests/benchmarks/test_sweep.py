@@ -5,10 +5,8 @@ import importlib.resources
 import json
 import os
 import re
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -333,32 +331,6 @@ def test_no_hub_and_nothing_cached(tmp_path: Path, photos: Path, checkpoint: str
     assert "Traceback" not in result.stderr
     statuses = sorted(json.loads(path.read_text())["status"] for path in (tmp_path / "out" / "records").iterdir())
     assert statuses == ["failed", "ok"]
-
-
-def test_ctrl_c_keeps_what_is_done(tmp_path: Path, photos: Path, checkpoint: str) -> None:
-    sizes = ",".join(str(64 + 32 * i) for i in range(60))
-    process = subprocess.Popen(
-        [sys.executable, "-m", "benchmarks.sweep", "--models", checkpoint, "--data", str(photos)]
-        + ["--img-size", sizes, "--out", str(tmp_path), "--workers", "0"],
-        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a job in the background ignores it
-    )  # fmt: skip
-    deadline = time.monotonic() + 120
-    while len(list((tmp_path / "records").glob("[!.]*"))) < 2:
-        assert process.poll() is None
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=120)
-    assert process.returncode == 130
-    assert "Traceback" not in err
-    assert "start again to do the rest" in err
-    records = list((tmp_path / "records").iterdir())
-    assert 2 <= len(records) < 60
-    assert all(json.loads(path.read_text())["status"] == "ok" for path in records)
-    assert (tmp_path / "summary.csv").is_file()
-    assert f"{len(records)} records" in out
-    assert re.search(r"s of computing: loading checkpoints \d+%, .*forward passes and attention \d+%", out)
 
 
 def test_real_checkpoint_agrees_with_plain_timm(real_data: Path, real_weights: Path, tmp_path: Path) -> None:
