@@ -59,6 +59,8 @@ FEWER: dict[str, dict[str, Any]] = {
     "coat_lite_tiny": {"serial_depths": (1, 1, 1, 1), "img_size": 96},
     "coat_tiny": {"serial_depths": (1, 1, 1, 1), "parallel_depth": 1, "img_size": 64},
     "crossvit_tiny_240": {"depth": ((1, 1, 0),)},
+    "efficientvim_m1": {"depths": (1, 1, 1)},
+    "efficientvim_m1_dist": {"depths": (1, 1, 1)},
     "volo_d1_224": {"img_size": 64},
 }
 # The tables of tests and docs are about timm 1.0.31; an older one lacks some architectures and arguments.
