@@ -369,8 +369,74 @@ def test_a_person_reads_it(tmp_path: Path, chromium) -> None:
     assert selection() == [*kept[:2], "fixed", "", "0042"]
     tab.evaluate("location.hash = 'group=<b>&metric=no&sort=%26&page=-3&model=nobody'")
     expect(tab.locator("#curve-shown")).to_have_text("")
-    assert selection() == [*kept[:2], "fixed", "", "0042"]  # what does not exist changes nothing
+    assert selection() == [*kept[:2], "fixed", "", ""]  # what does not exist changes nothing
+    expect(tab.locator("#absent")).to_have_text(
+        "The link names what this report does not have, or not for this data: <b>, no, nobody."
+    )
+    tab.get_by_label("model", exact=True).fill("0042")
+    expect(tab.locator("#absent")).to_have_text("")
     assert errors == []
+    tab.close()
+
+
+@pytest.mark.browser
+@pytest.mark.slow
+def test_a_link_shows_the_same_to_everybody(tmp_path: Path, chromium) -> None:
+    """In a new tab, in one that has filters of its own, after going back, and in a frame of another page."""
+    from playwright.sync_api import expect
+
+    synthetic(tmp_path, 3)
+    assert main([str(tmp_path), "--no-plots"]) == 0
+    page = tmp_path / "report" / "index.html"
+    tab, errors = chromium.new_page(), []
+    tab.on("pageerror", lambda error: errors.append(str(error)))
+    tab.goto(page.as_uri())
+    rows = tab.locator("#table tbody tr")
+    tab.wait_for_function("location.hash.includes('sort=-gain')")
+    link = tab.evaluate("location.hash")
+    tab.get_by_role("button", name="show the curve of checkpoint0001.tag").click()
+    tab.get_by_label("model", exact=True).fill("0002")
+    expect(tab.locator("#curve-shown")).to_have_text("")  # no row of the table, so no curve
+    expect(rows).to_have_count(1)
+    tab.get_by_label("verdict").select_option("not tested")
+    tab.wait_for_function("location.hash.includes('verdict')")
+    tab.evaluate(f"location.hash = {link!r}")
+    expect(rows).to_have_count(3)
+    assert tab.get_by_label("verdict").input_value() == ""
+
+    tab.get_by_label("The next two tables for all data").check()
+    tab.wait_for_function("location.hash.includes('everything')")
+    count = tab.locator("#headline tbody tr").count()
+    tab.goto("about:blank")
+    tab.go_back()
+    expect(tab.get_by_label("The next two tables for all data")).to_be_checked()
+    expect(tab.locator("#headline tbody tr")).to_have_count(count)
+    tab.evaluate(f"location.hash = {link!r}")
+    expect(tab.get_by_label("The next two tables for all data")).not_to_be_checked()
+    assert tab.locator("#headline tbody tr").count() < count
+
+    tab.goto("about:blank")
+    tab.set_content("<iframe sandbox=allow-scripts></iframe>")
+    tab.evaluate("page => { document.querySelector('iframe').srcdoc = page; }", page.read_text())
+    expect(tab.frame_locator("iframe").locator("#table tbody tr")).to_have_count(3)
+    tab.wait_for_timeout(500)  # the address is written after a pause
+    assert errors == []
+    tab.close()
+
+
+@pytest.mark.browser
+@pytest.mark.slow
+def test_a_key_that_is_held_writes_the_address_once(tmp_path: Path, chromium) -> None:
+    """Safari and Firefox raise an error at more than 10 or 20 changes of the address a second."""
+    synthetic(tmp_path, 1)
+    assert main([str(tmp_path), "--no-plots"]) == 0
+    tab = chromium.new_page()
+    tab.goto((tmp_path / "report" / "index.html").as_uri())
+    tab.wait_for_function("location.hash.includes('sort=-gain')")
+    tab.evaluate("history.replaceState = (state, title, url) => { written.push(url); }; window.written = []")
+    tab.evaluate("for (let i = 0; i < 50; i++) { by('search').value += 'a'; by('search').oninput(); }")
+    tab.wait_for_function("written.length > 0")
+    assert tab.evaluate("written.length") == 1 and "a" * 50 in tab.evaluate("written[0]")
     tab.close()
 
 
