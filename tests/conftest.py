@@ -11,6 +11,9 @@ from typing import Any
 
 import pytest
 import torch
+from huggingface_hub import constants
+
+from .hub import Hub
 
 AXE = "4.14.1"  # of axe-core
 SHARED = Path(__file__).resolve().parents[2] / "shared"
@@ -46,6 +49,20 @@ def chromium() -> Iterator[Any]:
         browser = playwright.chromium.launch(executable_path=executable, args=[*quiet, "--disable-sync"])
         yield browser
         browser.close()
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
+    """A Hub on loopback instead of the one on the internet."""
+    hub = Hub()
+    with hub.serve() as url:
+        monkeypatch.setattr(constants, "ENDPOINT", url)
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", url + "/{repo_id}/resolve/{revision}/{filename}")
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
+        monkeypatch.delenv("HF_TOKEN", raising=False)
+        yield hub
 
 
 @pytest.fixture(scope="session")

@@ -123,7 +123,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def info(self, _: bytes, repo: Repo, revision: str = "main") -> None:
         if (at := repo.find(revision)) is None:
             return self._send(404, {}, {"X-Error-Code": "RevisionNotFound"})
-        siblings = [{"rfilename": name} for name in repo.commits[at]]
+        siblings = [{"rfilename": name, "size": len(content)} for name, content in repo.commits[at].items()]
         self._send(200, {"id": "?", "sha": repo.sha(at), "siblings": siblings, "private": repo.private, "tags": []})
 
     def tree(self, _: bytes, repo: Repo, revision: str) -> None:

@@ -211,7 +211,9 @@ def test_the_loss_of_a_training_is_read(arguments: dict[str, Any], loss: str, tm
 def test_the_loss_of_published_checkpoints_where_it_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
     create = timm.create_model
     monkeypatch.setattr(timm, "create_model", lambda name, **_: create("test_resnet"))
-    losses = {name: checkpoints._create(name)[1] for name in ("resnet50.a1_in1k", "convnext_tiny.fb_in1k", "resnet18")}
+    losses = {
+        name: checkpoints._create(name, name)[1] for name in ("resnet50.a1_in1k", "convnext_tiny.fb_in1k", "resnet18")
+    }
     assert losses == {"resnet50.a1_in1k": SIGMOID, "convnext_tiny.fb_in1k": SOFTMAX, "resnet18": ""}
 
 
@@ -284,14 +286,16 @@ def test_what_changed_is_said(looked: seen.Seen) -> None:
 
 def test_what_cannot_be_wrapped_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     model = timm.create_model("test_resnet", num_classes=0)
-    monkeypatch.setattr(checkpoints, "_create", lambda name: (model, ""))
+    monkeypatch.setattr(checkpoints, "_create", lambda name, source: (model, ""))
     with pytest.raises(Refused, match="num_classes"):
         checkpoints.checkpoint("headless", {"headless": "headless"})
 
 
 def test_visitors_cannot_load_the_largest_models(monkeypatch: pytest.MonkeyPatch) -> None:
     """An offered one is loaded whatever its size."""
-    monkeypatch.setattr(checkpoints, "_load", lambda name, spec: spec)
+    model = timm.create_model("test_resnet").eval()
+    monkeypatch.setattr(checkpoints, "_create", lambda name, source: (model, ""))
+    checkpoints._load.cache_clear()
     name = "vit_giant_patch14_dinov2"
     with pytest.raises(
         Refused,
@@ -299,8 +303,9 @@ def test_visitors_cannot_load_the_largest_models(monkeypatch: pytest.MonkeyPatch
         r"Whoever runs this page can offer it with --model.$",
     ):
         checkpoints.checkpoint(name, {})
-    assert checkpoints.checkpoint(name, {name: name}) == name
-    assert checkpoints.checkpoint("test_resnet", {}) == "test_resnet"
+    assert checkpoints.checkpoint(name, {name: name}).model is model
+    assert checkpoints.checkpoint("test_resnet", {}).model is model
+    checkpoints._load.cache_clear()
 
 
 def test_without_network_the_wheels_are_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -80,14 +80,14 @@ def test_who_downloads_keeps_nobody_else_waiting(page: str, chromium: Any, monke
     create, arrived = checkpoints._create, threading.Event()
     name = "hf-hub:somebody/slow"
 
-    def slow(asked: str) -> Any:
+    def slow(asked: str, source: str) -> Any:
         if asked != name:
-            return create(asked)
+            return create(asked, source)
         assert arrived.wait(60)
         return timm.create_model("test_resnet").eval(), SOFTMAX
 
     monkeypatch.setattr(checkpoints, "_create", slow)
-    monkeypatch.setattr(checkpoints, "_check_size", lambda name: None)  # which asks the Hub
+    monkeypatch.setattr(checkpoints, "_checked", lambda name: name)  # which asks the Hub
     linked = chromium.new_context(viewport=DESKTOP).new_page()
     linked.goto(f"{page}?checkpoint={name}&picture=astronaut")
     expect(linked.locator("#picture")).to_contain_text("It is downloaded only if you say so", timeout=20_000)

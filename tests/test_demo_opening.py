@@ -222,7 +222,7 @@ def test_a_link_to_a_picture_of_ones_own_says_that_it_has_none(said: list[str]) 
 
 @pytest.mark.parametrize("name", ["hf-hub:somebody/something", "resnet50.a1_in1k", "resnet18"])
 def test_a_link_downloads_nothing_unasked(name: str, monkeypatch: pytest.MonkeyPatch, said: list[str]) -> None:
-    monkeypatch.setattr(checkpoints, "_create", lambda name: pytest.fail(f"{name} was loaded"))
+    monkeypatch.setattr(checkpoints, "_create", lambda name, source: pytest.fail(f"{name} was loaded"))
     found = opened(checkpoint=name, picture="astronaut", lam_logits="0.5")
     assert found["download"].visible and found["download"].value == f"Download {name} and show it"
     assert found["waiting"] == (name, "astronaut") and (found["model"], found["example"]) == (

@@ -5,7 +5,7 @@ import logging
 import math
 import pickle
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,19 +28,6 @@ from .hub import READER, WRITER, Hub
 HAS_MODEL_ARGS = hasattr(timm.models, "resolve_model_input_args")  # timm 1.0.31 records how a model was made
 TORCHAO_LOADS = hasattr(nn.functional, "ScalingType")  # torchao 0.18 wants it, and transformers imports torchao
 IMAGES = torch.randn(2, 3, 96, 96, generator=torch.Generator().manual_seed(1))
-
-
-@pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
-    hub = Hub()
-    with hub.serve() as url:
-        monkeypatch.setattr(constants, "ENDPOINT", url)
-        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", url + "/{repo_id}/resolve/{revision}/{filename}")
-        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
-        monkeypatch.delenv("HF_TOKEN", raising=False)
-        yield hub
 
 
 def make(
@@ -375,6 +362,7 @@ BAD_CONFIGS = {
     "no architecture": ({"architecture": None}, "config.json has no architecture; expected the name of a timm model"),
     "an unknown one": ({"architecture": "resnet_of_tomorrow"}, "names the architecture 'resnet_of_tomorrow', which timm .* does not have"),
     "arguments that load files": ({"model_args": {"checkpoint_path": "/etc/passwd"}}, "has model_args {'checkpoint_path'"),
+    "a device, where it is only counted": ({"model_args": {"device": "cpu"}}, "has model_args {'device': 'cpu'}"),
     "arguments no model has": ({"model_args": {"depth_of_field": 3}}, "timm cannot build the model that config.json describes: .*depth_of"),
     "other weights": ({"num_classes": 7}, r"of another shape: fc.bias \(found \(1000,\), expected \(7,\)\), fc.weight"),
     "another architecture": ({"architecture": "test_vit"}, "missing: .*blocks.0.attn.proj.bias.*; unexpected: bn1.bias"),

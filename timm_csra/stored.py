@@ -45,7 +45,9 @@ def read_config(file: Path, name: str) -> tuple[dict[str, Any], CSRAConfig | Non
             "newer timm may have it."
         )
     arguments = config.get("model_args", {})
-    if not isinstance(arguments, dict) or any(key.startswith(("pretrained", "checkpoint")) for key in arguments):
+    # A device would allocate the memory of a model that is only to be looked at.
+    refused = ("pretrained", "checkpoint", "device")
+    if not isinstance(arguments, dict) or any(key.startswith(refused) for key in arguments):
         raise ValueError(f"{name}: {CONFIG} has model_args {arguments!r}; expected arguments of the architecture.")
     return config, stored
 

@@ -4,19 +4,21 @@ import re
 import threading
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
 import timm
 import torch
+from huggingface_hub import HfApi, hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, HTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 from torch import nn
 
 from ..accelerators import default_device, on_accelerator, to_device
 from ..inspection import Explanation, explain
 from ..installed import WHEELS, file_of, installed_wheels
+from ..stored import CONFIG, FOREIGN_WEIGHTS, read_config
 from ..trained import SIGMOID, SOFTMAX, class_names, read_trained
 from .told import Refused, quoted
 
@@ -28,6 +30,7 @@ ONLINE = ("resnet50.a1_in1k", "convnext_tiny.fb_in1k")
 # Visitors can name any model. This many float32 parameters are 2.8 GB, twice that while they are loaded, and two
 # checkpoints are kept: a free Space has 16 GB.
 MOST_PARAMETERS = 700e6
+MOST_BYTES = 3e9  # of a file of weights, which is in memory at once whatever the model is
 # Training losses from publications: of EfficientNet-Lite, ConvNeXt, and the A recipes of "ResNet strikes back".
 _SOFTMAX_TRAINED = {*WHEELS, "convnext_tiny.fb_in1k"}
 _SIGMOID_TAG = re.compile(r"\.(rsb_)?a[123]h?_in1k$")
@@ -97,14 +100,12 @@ def checkpoint(name: str, offered: Mapping[str, str]) -> Checkpoint:
 
     Raises:
         Refused: there is no such checkpoint, it could not be downloaded, it cannot be wrapped, or it is not offered and
-            has more than `MOST_PARAMETERS`.
+            has more than `MOST_PARAMETERS` or a file of weights of more than `MOST_BYTES`.
     """
     name = name.strip()
     check_name(name, offered)
     with _loading[name]:
-        if name not in offered:
-            _check_size(name)
-        return _load(name, offered.get(name, name))
+        return _load(name, offered.get(name, name), name not in offered)
 
 
 def is_here(name: str) -> bool:
@@ -117,8 +118,8 @@ _here: set[str] = set()
 
 
 @lru_cache(maxsize=2)
-def _load(name: str, spec: str) -> Checkpoint:
-    model, loss = _create(spec)
+def _load(name: str, spec: str, limited: bool) -> Checkpoint:
+    model, loss = _create(spec, _checked(spec) if limited else spec)
     explanation = explain(model)
     if explanation.unsupported:
         raise Refused(explanation.unsupported)
@@ -127,7 +128,7 @@ def _load(name: str, spec: str) -> Checkpoint:
     return Checkpoint(name, to_device(model, device, on_accelerator(device)), explanation, loss)
 
 
-def _create(name: str) -> tuple[nn.Module, str]:
+def _create(name: str, source: str) -> tuple[nn.Module, str]:
     if name.startswith(FILES):
         try:
             trained = read_trained(name.removeprefix(FILES))
@@ -139,7 +140,7 @@ def _create(name: str) -> tuple[nn.Module, str]:
     loss = SOFTMAX if name in _SOFTMAX_TRAINED else SIGMOID if _SIGMOID_TAG.search(name) else ""
     with _failures(name):
         if wheel is None:
-            return timm.create_model(name, pretrained=True).eval(), loss
+            return timm.create_model(source, pretrained=True).eval(), loss
         model = timm.create_model(name)
         tensors = torch.load(wheel, map_location="cpu", weights_only=True)
         model.load_state_dict(dict(zip(model.state_dict(), tensors.values(), strict=True)))
@@ -158,17 +159,41 @@ def _failures(name: str) -> Iterator[None]:
             f"network these work: {offline}."
         ) from error
     except (RuntimeError, ValueError) as error:
-        reason, _, _ = str(error).partition("\n")
+        reason, _, _ = str(error).removeprefix(f"{name}: ").partition("\n")
+        raise Refused(f"{name} could not be loaded: {reason}") from error
+    except (TypeError, AttributeError, LookupError, AssertionError) as error:  # by architectures, for their arguments
+        reason, _, _ = f"{type(error).__name__}: {error}".partition("\n")
         raise Refused(f"{name} could not be loaded: {reason}") from error
 
 
-@lru_cache(maxsize=256)
-def _check_size(name: str) -> None:
-    """Count the parameters before memory is allocated and weights are downloaded."""
-    with _failures(name), torch.device("meta"):
-        found = sum(parameter.numel() for parameter in timm.create_model(name).parameters())
+def _checked(name: str) -> str:
+    """Check the size of a model before memory is allocated and weights are downloaded. Return the name to load it by:
+    that of a repository has the commit that was checked, since its owner can change it at any time."""
+    with _failures(name):
+        source = _checked_repository(name) if name.startswith(_HUB) else name
+        with torch.device("meta"):
+            model = timm.create_model(source)
+    found = sum(tensor.numel() for tensors in (model.parameters(), model.buffers()) for tensor in tensors)
     if found > MOST_PARAMETERS:
         raise Refused(
             f"{name} has {found / 1e6:,.0f} million parameters; visitors can load models of up to "
             f"{MOST_PARAMETERS / 1e6:,.0f} million. Whoever runs this page can offer it with --model."
         )
+    return source
+
+
+def _checked_repository(name: str) -> str:
+    repo, _, revision = name.removeprefix(_HUB).partition("@")
+    file = Path(hf_hub_download(repo, CONFIG, revision=revision or None))
+    config, _ = read_config(file, name)
+    commit = file.parent.name
+    override = config.get("pretrained_cfg", config).get("hf_hub_filename")
+    weights = {Path(weights).stem for weights in (*FOREIGN_WEIGHTS, override or "")}
+    with suppress(OfflineModeIsEnabled):  # then nothing is downloaded
+        for part in HfApi().model_info(repo, revision=commit, files_metadata=True).siblings or ():
+            if Path(part.rfilename).stem in weights and (part.size or 0) > MOST_BYTES:
+                raise Refused(
+                    f"{name}: {part.rfilename} has {(part.size or 0) / 1e9:,.1f} GB; visitors can load files of up to "
+                    f"{MOST_BYTES / 1e9:,.0f} GB. Whoever runs this page can offer it with --model."
+                )
+    return f"{_HUB}{repo}@{commit}"
