@@ -60,6 +60,6 @@ def test_the_device_works_while_others_read_and_compute() -> None:
     ratio = 0.0
     for _ in range(3):
         ratio = max(ratio, measured(*size)["busy_share"] / in_turn)
-        if ratio >= 1.5:
+        if ratio >= 1.75:
             break
-    assert ratio >= 1.5
+    assert ratio >= 1.75  # 1.7 with only the jobs or only the metrics beside each other, 2.0 with both
