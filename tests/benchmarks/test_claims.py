@@ -39,5 +39,13 @@ def test_a_figure_that_drifts_is_found(
     assert (f"{page}:3: " in told) is (status == 1 and "nothing" not in text)
 
 
+def test_output_of_other_commands_is_not_checked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (page := tmp_path / "page.md").write_text(
+        "```\nlrap +10.74 [+8.69, +12.79]\n```\n- item\n  ```text\n  +1.00 [+0.00, +2.00]\n  ```\n+3.21 [+2.67, +3.75]\n"
+    )
+    assert main([str(page)]) == 0
+    assert "1 gains with intervals, 0 of them in no table" in capsys.readouterr().out
+
+
 def test_it_looks_at_the_pages_of_this_checkout() -> None:
     assert (ROOT / "README.md").is_file()

@@ -51,15 +51,15 @@ def test_what_cannot_be_measured(capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.benchmark
 def test_the_device_works_while_others_read_and_compute() -> None:
-    """Reading, forward passes and metrics of the same length: in turn the device could work half of the time, since
-    loaders always read beside it. The waits are longer than in the documentation, and the bound is lower, because a busy
-    machine adds to every batch what it takes Python to hand it over."""
+    """Reading, forward passes and metrics of the same length: in turn the device can work half of the time, since
+    loaders always read beside it. A ratio, and longer waits than in the documentation, because a busy machine adds to
+    every batch what it takes Python to hand it over."""
     size = ("--fake", "8ms", "--batches", "100")
     in_turn = measured(*size, "--jobs", "1", "--metric-workers", "0", "--checkpoints", "4")["busy_share"]
     assert in_turn < 0.55
-    best = 0.0
+    ratio = 0.0
     for _ in range(3):
-        best = max(best, measured(*size)["busy_share"])
-        if best >= 0.8:
+        ratio = max(ratio, measured(*size)["busy_share"] / in_turn)
+        if ratio >= 1.75:
             break
-    assert best >= 0.8
+    assert ratio >= 1.75  # 1.7 with only the jobs or only the metrics beside each other, 2.0 with both
