@@ -87,6 +87,16 @@ def test_a_small_model_with_a_large_file(
     assert not any(f"resolve/main/{file}" in request for request in hub.requests)
 
 
+def test_what_is_in_the_cache_is_not_asked_for_again(hub: Hub, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub.add("somebody/model", folder)
+    checkpoints.checkpoint(NAME, {})
+    checkpoints._load.cache_clear()
+    hub.requests.clear()
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert checkpoints.checkpoint(NAME, {}).explanation.num_classes == 1000
+    assert hub.requests == []
+
+
 def test_a_repository_that_grows_after_it_was_checked(hub: Hub, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     hub.add("somebody/model", folder)
     small = hub.repos["somebody/model"].commits[0]

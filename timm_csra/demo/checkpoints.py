@@ -4,14 +4,14 @@ import re
 import threading
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
 import timm
 import torch
-from huggingface_hub import HfApi, hf_hub_download
+from huggingface_hub import HfApi, hf_hub_download, try_to_load_from_cache
 from huggingface_hub.errors import HfHubHTTPError, HTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 from torch import nn
 
@@ -184,16 +184,21 @@ def _checked(name: str) -> str:
 
 def _checked_repository(name: str) -> str:
     repo, _, revision = name.removeprefix(_HUB).partition("@")
-    file = Path(hf_hub_download(repo, CONFIG, revision=revision or None))
-    config, _ = read_config(file, name)
-    commit = file.parent.name
+    path = Path(hf_hub_download(repo, CONFIG, revision=revision or None))
+    config, _ = read_config(path, name)
+    commit = path.parent.name
     override = config.get("pretrained_cfg", config).get("hf_hub_filename")
-    weights = {Path(weights).stem for weights in (*FOREIGN_WEIGHTS, override or "")}
-    with suppress(OfflineModeIsEnabled):  # then nothing is downloaded
-        for part in HfApi().model_info(repo, revision=commit, files_metadata=True).siblings or ():
-            if Path(part.rfilename).stem in weights and (part.size or 0) > MOST_BYTES:
-                raise Refused(
-                    f"{name}: {part.rfilename} has {(part.size or 0) / 1e9:,.1f} GB; visitors can load files of up to "
-                    f"{MOST_BYTES / 1e9:,.0f} GB. Whoever runs this page can offer it with --model."
-                )
+    files = (override,) if override else FOREIGN_WEIGHTS
+    if not any(isinstance(try_to_load_from_cache(repo, file, revision=commit), str) for file in files):
+        _check_files(name, repo, commit, {Path(file).stem for file in files})
     return f"{_HUB}{repo}@{commit}"
+
+
+def _check_files(name: str, repo: str, commit: str, stems: set[str]) -> None:
+    for file in HfApi().model_info(repo, revision=commit, files_metadata=True).siblings or ():
+        size = file.size or 0
+        if Path(file.rfilename).stem in stems and size > MOST_BYTES:
+            raise Refused(
+                f"{name}: {file.rfilename} has {size / 1e9:,.1f} GB; visitors can load files of up to "
+                f"{MOST_BYTES / 1e9:,.0f} GB. Whoever runs this page can offer it with --model."
+            )
