@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import timm_csra
 from timm_csra import UnsupportedModelError
 
-from .families import OLDER, Family, create, images, literal_logits, randomise
+from .families import OLDER, Family, create, images, literal_logits, paper, randomise
 
 
 class Variant(NamedTuple):
@@ -101,6 +101,26 @@ def test_created_otherwise(changed: Variant) -> None:
     assert explanation.grid == tuple(maps.shape[2:])
     assert explanation.num_classes == maps.shape[1] == model.num_classes
     assert torch.equal(timm_csra.unwrap(model)(x), plain)
+
+
+@torch.no_grad()
+def test_branches_of_wide_pictures() -> None:
+    """Grids of 8 x 12, 4 x 6 and 2 x 3 locations, so that rows and columns cannot be confused."""
+    model = _create("coat_tiny", {"img_size": (64, 96), "serial_depths": (1, 1, 1, 1), "parallel_depth": 1})
+    x = torch.randn(2, 3, 64, 96, generator=torch.Generator().manual_seed(0))
+    features = model.forward_features(x)
+    assert [branch.shape[1] for branch in features] == [1 + 8 * 12, 1 + 4 * 6, 1 + 2 * 3]
+    scores = []
+    for row in range(8):
+        for column in range(12):
+            near = (row * 12 + column, row // 2 * 6 + column // 2, row // 4 * 3 + column // 4)
+            constant = [b[:, 1 + at][:, None].expand_as(b) for b, at in zip(features, near, strict=True)]
+            scores.append(model.forward_head(constant))
+    expected = paper(model(x), torch.stack(scores, dim=1), 0.3, (math.inf, 2.0))
+    maps = timm_csra.score_maps(model, x)
+    torch.testing.assert_close(maps, torch.stack(scores, dim=2).unflatten(2, (8, 12)), rtol=1e-4, atol=1e-4)
+    timm_csra.wrap(model, 0.3, (math.inf, 2.0))
+    torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item())
 
 
 def _create(name: str, arguments: dict[str, Any]) -> nn.Module:
