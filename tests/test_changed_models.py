@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import timm_csra
 from timm_csra import UnsupportedModelError
 
-from .families import OLDER, Family, create, images, literal_logits, paper, randomise
+from .families import OLDER, Family, create, images, literal_logits, literal_scores, paper, randomise, spatial_features
 
 
 class Variant(NamedTuple):
@@ -121,6 +121,37 @@ def test_branches_of_wide_pictures() -> None:
     torch.testing.assert_close(maps, torch.stack(scores, dim=2).unflatten(2, (8, 12)), rtol=1e-4, atol=1e-4)
     timm_csra.wrap(model, 0.3, (math.inf, 2.0))
     torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item())
+
+
+WIDE = [  # features, prefix tokens, arguments, and the grid of a picture of twice the width
+    ("test_resnet", "NCHW", 0, {}, (3, 6)),
+    ("test_mambaout", "NHWC", 0, {}, (3, 6)),
+    ("test_vit", "NLC", 1, {"img_size": (96, 192)}, (6, 12)),
+    ("test_vit", "NLC", 1, {"dynamic_img_size": True}, (6, 12)),
+    ("coat_lite_tiny", "NLC", 1, {"img_size": (96, 192)}, (3, 6)),
+    ("xcit_nano_12_p16_224", "NLC", 1, {"depth": 2}, (6, 12)),
+    ("pit_ti_224", "NLC", 1, {"img_size": (96, 192)}, (3, 6)),
+    ("volo_d1_224", "NLC", 1, {"img_size": (96, 192)}, (6, 12)),
+    ("resnet50_clip", "NCHW", 0, {"img_size": (96, 192)}, (3, 6)),
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "features", "prefix", "arguments", "grid"),
+    WIDE,
+    ids=[f"{name}-{list(more)}" for name, _, _, more, _ in WIDE],
+)
+@torch.no_grad()
+def test_maps_of_wide_pictures(
+    name: str, features: str, prefix: int, arguments: dict[str, Any], grid: tuple[int, int]
+) -> None:
+    model = _create(name, arguments)
+    if OLDER and name == "resnet50_clip":
+        pytest.skip(f"timm {timm.__version__} takes its positions for a square: this did NOT run")
+    x = torch.randn(1, 3, 96, 192, generator=torch.Generator().manual_seed(0))
+    expected = literal_scores(model, Family(name, features, prefix, "", 0), spatial_features(model, x))
+    maps = timm_csra.score_maps(model, x)
+    torch.testing.assert_close(maps, expected.transpose(1, 2).unflatten(2, grid), rtol=1e-4, atol=1e-4)
 
 
 def _create(name: str, arguments: dict[str, Any]) -> nn.Module:
