@@ -8,13 +8,11 @@ wait, on 1 to N workers: ideally N workers take the time of one, divided by N.
 
 import argparse
 import json
-import multiprocessing
 import os
 import platform
 import sys
 import tempfile
 import time
-from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
@@ -34,7 +32,7 @@ from .data.datasets import ImageSet
 from .engines.local import LocalEngine
 from .engines.run import Run
 from .engines.worker import Models
-from .memory import peak_of
+from .memory import in_process, peak_of
 from .records.files import Record, read_records
 from .scoring.cells import Cell, Options
 from .scoring.measure import failure
@@ -122,12 +120,6 @@ def measure(name: str, workers: int, count: int, seconds: float) -> Cost:
     )
 
 
-def _in_process(name: str, workers: int, count: int, seconds: float) -> Cost:
-    """Measure in a new process, to measure the driver's memory. No `Pool`, whose processes may not have children."""
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(measure, name, workers, count, seconds).result()
-
-
 def _start(name: str, workers: int, compute: Any) -> Any:
     if name == "local":
         return LocalEngine([OPTIONS] * workers, compute=compute)
@@ -167,7 +159,7 @@ def main(arguments: list[str] | None = None) -> int:
     ]
     costs = []
     for plan in plans:
-        costs.append(_in_process(*plan))
+        costs.append(in_process(measure, *plan))  # to measure the driver's memory
         log.print(str(costs[-1]), highlight=False, soft_wrap=True)
     screen.print(_table(costs))
     machine = f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}"

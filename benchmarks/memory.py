@@ -1,11 +1,16 @@
-"""Measure the peak memory of a `with` block."""
+"""Measure the peak memory of a `with` block, in a process of its own if that of earlier work would hide it."""
 
 import math
-from collections.abc import Iterator
+import multiprocessing
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TypeVar
 
 import torch
+
+Found = TypeVar("Found")
 
 
 class Peak:
@@ -31,6 +36,12 @@ def peak_of(device: torch.device) -> Iterator[Peak]:
         before = _status("VmRSS")
         yield peak
         peak.megabytes = (_status("VmHWM") - before) / 2**10
+
+
+def in_process(function: Callable[..., Found], *arguments: object) -> Found:
+    """Call a function in a new process, which ends afterwards. No `Pool`, whose processes may not have children."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(function, *arguments).result()
 
 
 def _status(field: str) -> int:

@@ -28,7 +28,6 @@ import argparse
 import copy
 import json
 import math
-import multiprocessing
 import platform
 import random
 import sys
@@ -54,7 +53,7 @@ import timm_csra
 from timm_csra.evaluation.scoring import allows_test_time_pool
 
 from .argument_types import natural, positive
-from .memory import peak_of
+from .memory import in_process, peak_of
 from .sweep_pass import PASSES, batch_seconds, default_settings
 
 MODELS = (
@@ -155,7 +154,7 @@ def measure(name: str, args: argparse.Namespace) -> Cost:
                 seconds[variant].append(timers[variant](x))
     times = {variant: np.array(values) for variant, values in seconds.items()}
     products = times.pop("product", None)
-    megabytes = {variant: _megabytes(name, variant, args) for variant in calls} if args.memory else {}
+    megabytes = {variant: in_process(_megabytes, name, variant, args) for variant in calls} if args.memory else {}
     return Cost(
         name,
         explanation.kind,
@@ -263,18 +262,7 @@ class _Naive(nn.Module):
 
 
 def _megabytes(name: str, variant: str, args: argparse.Namespace) -> float:
-    """Measure the peak memory of one batch above the memory before it, in a process of its own."""
-    context = multiprocessing.get_context("spawn")
-    receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_report_peak, args=(sender, name, variant, args))
-    process.start()
-    sender.close()
-    peak: float = receiver.recv()
-    process.join()
-    return peak
-
-
-def _report_peak(sender: Any, name: str, variant: str, args: argparse.Namespace) -> None:
+    """Measure the peak memory of one batch above the memory before it."""
     model = _model(name, args)
     explanation = timm_csra.explain(model, args.img_size)
     call = _call(model, variant, explanation, args)
@@ -284,7 +272,7 @@ def _report_peak(sender: Any, name: str, variant: str, args: argparse.Namespace)
         call(x if x.device.type != "cpu" else x[:1])  # warm-up: libraries allocate memory once
         with peak_of(x.device) as peak:
             call(x)
-    sender.send(peak.megabytes)
+    return peak.megabytes
 
 
 def _table(costs: list[Cost]) -> Table:

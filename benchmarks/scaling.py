@@ -8,7 +8,6 @@ ImageNet's validation set, takes a while.
 import argparse
 import json
 import math
-import multiprocessing
 import platform
 import sys
 from dataclasses import asdict, dataclass
@@ -27,7 +26,7 @@ from .argument_types import positive
 from .checkpoints.find import Checkpoint
 from .data.datasets import ImageSet
 from .engines.local import keep_memory
-from .memory import peak_of
+from .memory import in_process, peak_of
 from .records.phases import Phases
 from .scoring.cells import Cell, Options
 from .scoring.kept import Scored
@@ -69,7 +68,7 @@ def main(arguments: list[str] | None = None) -> int:
     sizes = [size for task in args.task.split(",") for size in _sizes(task, args)]
     costs = []
     for size in track(sizes, "sizes", console=log, transient=True):
-        costs.append(_in_process(size))
+        costs.append(in_process(measure, size))
         log.print(str(costs[-1]), highlight=False, soft_wrap=True)
     screen.print(_table(costs))
     machine = f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
@@ -123,11 +122,6 @@ def measure(size: Size) -> Cost:
         sum(tensor.nbytes for tensor in held) / 2**20,
         peak.megabytes,
     )
-
-
-def _in_process(size: Size) -> Cost:
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(measure, (size,))
 
 
 def _table(costs: list[Cost]) -> Table:

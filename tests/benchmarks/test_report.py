@@ -274,6 +274,13 @@ def test_nothing_to_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert "expected the --out folder of a sweep" in capsys.readouterr().err
 
 
+def page_of(folder: Path, checkpoints: int) -> Path:
+    """Write the page of a run with so many checkpoints."""
+    synthetic(folder, checkpoints)
+    assert main([str(folder), "--no-plots"]) == 0
+    return folder / "report" / "index.html"
+
+
 @pytest.mark.browser
 @pytest.mark.slow
 def test_a_person_reads_it(tmp_path: Path, chromium) -> None:
@@ -385,9 +392,7 @@ def test_a_link_shows_the_same_to_everybody(tmp_path: Path, chromium) -> None:
     """In a new tab, in one that has filters of its own, after going back, and in a frame of another page."""
     from playwright.sync_api import expect
 
-    synthetic(tmp_path, 3)
-    assert main([str(tmp_path), "--no-plots"]) == 0
-    page = tmp_path / "report" / "index.html"
+    page = page_of(tmp_path, 3)
     tab, errors = chromium.new_page(), []
     tab.on("pageerror", lambda error: errors.append(str(error)))
     tab.goto(page.as_uri())
@@ -428,10 +433,8 @@ def test_a_link_shows_the_same_to_everybody(tmp_path: Path, chromium) -> None:
 @pytest.mark.slow
 def test_a_key_that_is_held_writes_the_address_once(tmp_path: Path, chromium) -> None:
     """Safari and Firefox raise an error at more than 10 or 20 changes of the address a second."""
-    synthetic(tmp_path, 1)
-    assert main([str(tmp_path), "--no-plots"]) == 0
     tab = chromium.new_page()
-    tab.goto((tmp_path / "report" / "index.html").as_uri())
+    tab.goto(page_of(tmp_path, 1).as_uri())
     tab.wait_for_function("location.hash.includes('sort=-gain')")
     tab.evaluate("history.replaceState = (state, title, url) => { written.push(url); }; window.written = []")
     tab.evaluate("for (let i = 0; i < 50; i++) { by('search').value += 'a'; by('search').oninput(); }")
@@ -443,12 +446,11 @@ def test_a_key_that_is_held_writes_the_address_once(tmp_path: Path, chromium) ->
 @pytest.mark.browser
 @pytest.mark.slow
 def test_anybody_can_read_it(tmp_path: Path, chromium, axe: str) -> None:
-    synthetic(tmp_path, 30)
-    assert main([str(tmp_path), "--no-plots"]) == 0
+    page = page_of(tmp_path, 30)
     for options in ({}, {"color_scheme": "dark"}, {"viewport": {"width": 360, "height": 740}}):
         tab = chromium.new_context(**options).new_page()
         asked = Requests(tab)
-        tab.goto((tmp_path / "report" / "index.html").as_uri())
+        tab.goto(page.as_uri())
         tab.locator("body[data-ready=yes]").wait_for(timeout=20_000)
         tab.get_by_text("Protocols and terms").click()
         assert tab.get_by_label("data · task · size").input_value().endswith(" 1x")

@@ -26,7 +26,7 @@ def test_memory_does_not_grow_with_the_number_of_settings(tmp_path: Path, monkey
 def test_growth_is_measured_along_each_axis(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(scaling, "_in_process", scaling.measure)
+    monkeypatch.setattr(scaling, "in_process", lambda function, *arguments: function(*arguments))
     out = tmp_path / "scaling.json"
     size = ["--images", "1000", "--classes", "4", "--settings", "16", "--task", "single"]
     assert scaling.main([*size, "--grow", "--out", str(out)]) == 0
@@ -41,7 +41,7 @@ def test_growth_is_measured_along_each_axis(
 @pytest.mark.xdist_group("cluster")
 def test_engines_lose_nothing_and_do_nothing_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Many cells that take no time, and on two workers few that wait: half as long as one after the other, nearly."""
-    monkeypatch.setattr(engine_cost, "_in_process", engine_cost.measure)
+    monkeypatch.setattr(engine_cost, "in_process", lambda function, *arguments: function(*arguments))
     out = tmp_path / "engines.json"
     arguments = ["--cells", "300", "--waiting", "12", "--wait", "0.3", "--workers", "2", "--out", str(out)]
     assert engine_cost.main(arguments) == 0
